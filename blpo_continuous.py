@@ -287,7 +287,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
-# ---- Bilevel mathematics ---------------------------------------------------------------------------------------
+# ---- Bilevel mathematics (shared) ------------------------------------------------------------------------------
 def chunk_indices(num_steps: int, num_envs: int, chunk_length: int) -> Tensor:
     """Rows of a flattened rollout (num_steps + 1, num_envs, ...) that make its chunks of consecutive steps.
 
@@ -385,6 +385,12 @@ class GaussNewton:
     def __init__(self, jacobian: CriticJacobian, weights: Tensor):
         self.jacobian, self.root = jacobian, torch.sqrt(2 * weights)
 
+    @property
+    def features(self) -> Tensor:
+        """The columns of R that belong to the last layer (n, width + 1): its inputs and 1, scaled."""
+        last = self.jacobian.inputs[-1]
+        return torch.cat([last, torch.ones_like(last[:, :1])], 1) * self.root[:, None]
+
     def down(self, v: Tensor) -> Tensor:
         """R v: (q, P) -> (q, n)."""
         return self.jacobian.jvp(v) * self.root
@@ -419,18 +425,24 @@ def nystrom_inverse(columns: Tensor, core: Tensor, b: Tensor, damping: float) ->
     return ((b64 - inverse @ factors) / damping).to(b.dtype)
 
 
-def nystrom_ihvp(curvature: GaussNewton, b: Tensor, damping: float, rank: int, generator: torch.Generator) -> Tensor:
-    """(H_q + damping I)^-1 b with `rank` random directions in the span of the critic's last features: b (P,) -> v (P,).
+def feature_directions(curvature: GaussNewton, rank: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal directions (width + 1, q) in the weights of the critic's last layer along its leading features.
 
-    With the features Phi (n, width + 1) of the last layer, scaled as R, the directions are combinations of its weights,
-    P = orth(Phi^T Phi Phi^T Omega) for a Gaussian Omega (n, rank): one step of subspace iteration (Halko et al. 2011,
-    alg. 4.4). R P = Phi P then costs next to nothing, and one backward pass for `rank` vectors gives all columns H P.
+    With the features Phi (n, width + 1) of that layer (tanh units and 1), scaled as R, they are
+    orth(Phi^T Phi Phi^T Omega) for a Gaussian Omega (n, rank): one step of subspace iteration on the curvature in the
+    last layer (Halko et al. 2011, alg. 4.4). q is rank, or width + 1 if that is less.
     """
-    ones = torch.ones_like(curvature.root)[:, None]
-    features = torch.cat([curvature.jacobian.inputs[-1], ones], 1) * curvature.root[:, None]
-    omega = torch.randn(len(features), rank, generator=generator).to(b)
-    directions = torch.linalg.qr(features.T @ (features @ (features.T @ omega)))[0]
-    images = (features @ directions).T
+    features = curvature.features
+    omega = torch.randn(len(features), rank, generator=generator).to(features)
+    return torch.linalg.qr(features.T @ (features @ (features.T @ omega)))[0]
+
+
+def nystrom_ihvp(curvature: GaussNewton, b: Tensor, damping: float, rank: int, generator: torch.Generator) -> Tensor:
+    """(H_q + damping I)^-1 b on the directions P of `feature_directions`: b (P,) -> v (P,).
+
+    R P = Phi P costs next to nothing, so one backward pass for `rank` vectors gives all columns H P = R^T (R P).
+    """
+    images = (curvature.features @ feature_directions(curvature, rank, generator)).T
     return nystrom_inverse(curvature.up(images), images @ images.T, b, damping)
 
 
@@ -492,13 +504,15 @@ DIAGNOSTICS = (
 )  # fmt: skip
 
 
-def leader_diagnostics(theta: list[nn.Parameter], weights: Tensor, surrogate: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """The direct gradient grad_theta J, the correction -(grad_theta,omega L) v, and the weights 1 + 2 z, in numbers."""
+def leader_diagnostics(
+    theta: list[nn.Parameter], direct: Tensor, correction: Tensor, weights: Tensor, z: Tensor
+) -> dict[str, Tensor]:
+    """The gradients in theta of J and of the correction, and the weights 1 + 2 z (C, L), in numbers."""
 
-    def gradient(row_weights: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad((row_weights * surrogate).sum(), theta, retain_graph=True)])
+    def gradient(objective: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(objective, theta, retain_graph=True)])
 
-    direct, correction = gradient(weights), gradient(2 * z * weights)
+    direct, correction = gradient(direct), gradient(correction)
     mean = (weights * (1 + 2 * z)).sum()
     return {
         "direct_norm": direct.norm(),
@@ -1065,23 +1079,24 @@ def train(args: Args) -> Path:
                             v = cg_ihvp(curvature, b, args.damping, args.cg_iterations)
                         else:
                             v = exact_ihvp(curvature, b, args.damping)
-                        z = jacobian.jvp(v[None]).view(len(batch), -1)[:, :-1]
-                        finite = torch.isfinite(z).all()  # if not, this step falls back to the direct gradient
-                        z = torch.where(finite, z, 0.0)
+                        response = jacobian.jvp(v[None]).view(len(batch), -1)
+                        finite = torch.isfinite(response).all()  # if not, this step falls back to the direct gradient
+                        z = torch.where(finite, response[:, :-1], 0.0)
                         fallbacks += ~finite
                     actor_start = time.perf_counter()
 
                     # The leader's step along the hypergradient.
+                    direct = (weights * surrogate).sum()  # J
+                    correction = (weights * 2 * z * surrogate).sum()  # its gradient is -(grad_theta,omega L) v
                     entropy = gaussian_entropy(agent.actor_logstd)
-                    loss = -(weights * (1 + 2 * z) * surrogate).sum() - args.ent_coef * entropy
+                    loss = -direct - correction - args.ent_coef * entropy
                     if epoch == args.update_epochs - 1:
                         with torch.no_grad():
                             clipped = (weights * ((ratio - 1).abs() > args.clip_coef)).sum()
                             kl, old_kl = (weights * ((ratio - 1) - logratio)).sum(), -(weights * logratio).sum()
-                            policy_loss = -(weights * surrogate).sum()
-                            statistics.append(torch.stack([critic_loss, policy_loss, entropy, old_kl, kl, clipped]))
+                            statistics.append(torch.stack([critic_loss, -direct, entropy, old_kl, kl, clipped]))
                         if len(statistics) == args.num_minibatches:  # the last minibatch of the rollout
-                            diagnostics = leader_diagnostics(theta, weights, surrogate, z)
+                            diagnostics = leader_diagnostics(theta, direct, correction, weights, z)
                             diagnostics["inner_gradient_norm_before"] = gradient_norm_before
                             diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(jacobian, row_weights, row_returns)
                             if args.ihvp != "none":

@@ -1,0 +1,410 @@
+"""The pure functions against closed forms, dense matrices and loops, in float64."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+import blpo_continuous as blpo
+import blpo_continuous_ablations as laboratory
+import ppo_continuous as ppo
+
+DOUBLE = torch.float64
+
+
+def random_rollout(steps=23, envs=3, seed=0, p_end=0.25):
+    """Rewards, values and consistent flags (T, N) / (T+1, N): a row that follows an ended one is a reset."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = (torch.randn(n, envs, generator=generator, dtype=DOUBLE) for n in (steps, steps + 1))
+    terminated, truncated, valid = torch.zeros(steps, envs), torch.zeros(steps, envs), torch.ones(steps, envs)
+    for n in range(envs):
+        for t in range(steps):
+            if t > 0 and (terminated[t - 1, n] or truncated[t - 1, n]):
+                valid[t, n] = 0
+            elif torch.rand((), generator=generator) < p_end:
+                (terminated if torch.rand((), generator=generator) < 0.5 else truncated)[t, n] = 1
+    assert terminated.sum() > 2 and truncated.sum() > 2
+    return rewards, values, terminated.double(), truncated.double(), valid.double()
+
+
+def gae_by_loop(rewards, values, terminated, ended, gamma, gae_lambda):
+    """The recursion of Schulman et al. 2016, eq. 16, one step at a time."""
+    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * (1 - terminated[t]) * values[t + 1] - values[t]
+        last = delta + gamma * gae_lambda * (1 - ended[t]) * last
+        advantages[t] = last
+    return advantages
+
+
+def random_critic(obs_dim=5, width=7, seed=0):
+    torch.manual_seed(seed)
+    critic = ppo.mlp(obs_dim, width, 1, gain=1.0).double()
+    for parameter in critic.parameters():  # biases too, so that no term vanishes
+        nn.init.normal_(parameter, std=0.6)
+    return critic
+
+
+def flat(tensors):
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def dense_jacobian(critic, obs):
+    """d V / d omega (n, P) by torch.func, the oracle of CriticJacobian."""
+    omega = flat(parameter.detach() for parameter in critic.parameters())
+    return torch.func.jacrev(lambda w: laboratory.flat_call(critic, w, obs))(omega)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 16, 23])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
+def test_gae_by_doubling_equals_the_loop(steps, gae_lambda):
+    rewards, values, terminated, truncated, valid = (x[:steps] for x in random_rollout())
+    values = random_rollout()[1][: steps + 1]
+    ended = terminated + truncated
+    expected = gae_by_loop(rewards, values, terminated, ended, 0.99, gae_lambda)
+    actual = ppo.gae(rewards, values, terminated, ended, 0.99, gae_lambda)
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_gae_does_not_change_its_inputs():
+    rewards, values, terminated, truncated, _ = random_rollout()
+    copies = [x.clone() for x in (rewards, values, terminated, truncated)]
+    ppo.gae(rewards, values, terminated, terminated + truncated, 0.99, 0.95)
+    assert all(torch.equal(x, y) for x, y in zip(copies, (rewards, values, terminated, truncated)))
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.9, 1.0])
+def test_gae_operator_equals_the_loop_in_each_chunk(gae_lambda):
+    rewards, values, terminated, truncated, valid = random_rollout(steps=24)
+    ended, length = terminated + truncated, 8
+    rows = blpo.chunk_indices(24, 3, length)
+    chunk = {name: x.flatten()[rows[:, :-1]] for name, x in dict(r=rewards, d=terminated, e=ended, m=valid).items()}
+    operator = blpo.gae_operator(chunk["e"], chunk["m"], 0.99, gae_lambda)
+    returns = blpo.lambda_returns(values.flatten()[rows], chunk["r"], 0.99 * (1 - chunk["d"]), operator)
+    for n in range(3):
+        for part in range(3):
+            t = slice(part * length, (part + 1) * length)
+            piece = values[part * length : (part + 1) * length + 1, n : n + 1]
+            args = (x[t, n : n + 1] for x in (rewards, terminated, ended))
+            r, d, e = args
+            expected = (gae_by_loop(r, piece, d, e, 0.99, gae_lambda) + piece[:-1])[:, 0]
+            kept = valid[t, n] == 1  # a reset row has no return
+            assert torch.allclose(returns[n * 3 + part][kept], expected[kept], rtol=0, atol=1e-12)
+
+
+def test_chunks_are_consecutive_steps_of_one_environment():
+    grid = torch.arange(9)[:, None] * 100 + torch.arange(4)  # time * 100 + environment, (T + 1, N)
+    chunks = grid.flatten()[blpo.chunk_indices(8, 4, 4)]
+    assert chunks.shape == (8, 5)
+    assert (chunks % 100 == chunks[:, :1] % 100).all() and (chunks.diff(dim=1) == 100).all()
+    assert sorted(chunks[:, :-1].flatten().tolist()) == sorted(grid[:-1].flatten().tolist())
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95])
+def test_lambda_returns_vjp_is_the_transpose(gae_lambda):
+    rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
+    operator = blpo.gae_operator(terminated + truncated, valid, 0.99, gae_lambda)
+    discounts = 0.99 * (1 - terminated)
+    slopes = torch.randn_like(rewards)
+    values.requires_grad_()
+    (slopes * blpo.lambda_returns(values, rewards, discounts, operator)).sum().backward()
+    assert torch.allclose(blpo.lambda_returns_vjp(slopes, discounts, operator), values.grad, rtol=0, atol=1e-12)
+
+
+def test_a_reset_row_reaches_no_return_and_no_gradient():
+    rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
+    ended, discounts, reset = terminated + truncated, 0.99 * (1 - terminated), valid == 0
+    operator = blpo.gae_operator(ended, valid, 0.99, 0.95)
+    returns = blpo.lambda_returns(values, rewards, discounts, operator)
+    changed_rewards = torch.where(reset, 1e6, rewards)
+    after_termination = torch.cat([torch.zeros(3, 1, dtype=torch.bool), terminated.bool()], 1)
+    changed_values = torch.where(after_termination, -1e6, values)  # the final observation of a terminated episode
+    changed = blpo.lambda_returns(changed_values, changed_rewards, discounts, operator)
+    assert torch.equal(returns[~reset], changed[~reset])
+    after_truncation = torch.cat([torch.zeros(3, 1, dtype=torch.bool), truncated.bool()], 1)
+    bootstrapped = blpo.lambda_returns(torch.where(after_truncation, -1e6, values), rewards, discounts, operator)
+    touched = truncated.bool() & (returns != bootstrapped)
+    assert (touched == truncated.bool()).all()  # each truncated row bootstraps from its final observation
+    slopes = valid * torch.randn_like(rewards)
+    u = blpo.lambda_returns_vjp(slopes, discounts, operator)
+    assert (u[after_termination] == 0).all()
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.99])
+def test_a_truncated_stream_of_ones_is_worth_one_over_one_minus_gamma(gamma):
+    """Constant reward 1, cut every 10 steps: the value 1 / (1 - gamma) is a fixed point only if cuts bootstrap."""
+    steps = 40
+    rewards = torch.ones(steps, 1, dtype=DOUBLE)
+    cut = torch.zeros(steps, 1, dtype=DOUBLE)
+    cut[9::11] = 1  # each cut is followed by a reset row
+    valid = torch.ones_like(cut)
+    valid[10::11], rewards[10::11] = 0, 0.0
+    values = torch.full((steps + 1, 1), 1 / (1 - gamma), dtype=DOUBLE)
+    truncated = ppo.gae(rewards, values, torch.zeros_like(cut), cut, gamma, 0.95)[valid == 1]
+    terminated = ppo.gae(rewards, values, cut, cut, gamma, 0.95)[valid == 1]
+    assert truncated.abs().max() < 1e-10
+    assert terminated.min() < -1.0
+
+
+def test_ppo_surrogate_and_its_slope():
+    ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5, 0.5, 0.9, 1.0, 1.1, 1.5], dtype=DOUBLE)
+    advantages = torch.tensor([2.0] * 5 + [-2.0] * 5, dtype=DOUBLE, requires_grad=True)
+    surrogate = ppo.clipped_surrogate(ratio, advantages, 0.2)
+    expected = torch.tensor([1.0, 1.8, 2.0, 2.2, 2.4, -1.6, -1.8, -2.0, -2.2, -3.0], dtype=DOUBLE)
+    assert torch.allclose(surrogate, expected, atol=1e-15)
+    surrogate.sum().backward()
+    assert torch.allclose(blpo.surrogate_slope(ratio, advantages.detach(), 0.2), advantages.grad, atol=1e-15)
+
+
+def test_surrogate_takes_the_unclipped_branch_at_ratio_one():
+    """At the first minibatch all ratios are 1: the gradient must flow through r in every row."""
+    ratio = torch.ones(4, requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 3.0, 0.5])
+    ppo.clipped_surrogate(ratio, advantages, 0.2).sum().backward()
+    assert torch.equal(ratio.grad, advantages)
+
+
+def test_gaussian_logprob_and_entropy_against_torch_distributions():
+    torch.manual_seed(0)
+    mean, logstd, actions = torch.randn(6, 3).double(), torch.randn(3).double(), torch.randn(6, 3).double()
+    normal = torch.distributions.Normal(mean, logstd.exp())
+    noise = (actions - mean) / logstd.exp()
+    assert torch.allclose(ppo.gaussian_logprob(noise, logstd), normal.log_prob(actions).sum(-1), atol=1e-12)
+    assert torch.allclose(ppo.gaussian_entropy(logstd), normal.entropy()[0].sum(), atol=1e-12)
+
+
+def test_value_loss_clips_as_openai_baselines_do():
+    values, old, returns = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.9]), torch.tensor([2.0, 0.0])
+    assert ppo.value_loss(values, old, returns, None) == pytest.approx(0.5 * (1 + 1) / 2)
+    assert ppo.value_loss(values, old, returns, 0.2) == pytest.approx(0.5 * (1.8**2 + 1) / 2)
+
+
+def test_normalised_has_mean_zero_and_deviation_one_under_its_weights():
+    x, valid = torch.randn(4, 6).double(), (torch.rand(4, 6) > 0.3).double()
+    weights = valid / valid.sum()
+    y = blpo.normalised(x, weights)
+    assert abs((weights * y).sum()) < 1e-12 and abs((weights * y * y).sum() - 1) < 1e-6
+    x[valid == 0] = 1e6
+    assert torch.equal(blpo.normalised(x, weights)[valid == 1], y[valid == 1])
+
+
+@pytest.mark.parametrize("layers", ["linear", "one hidden", "two hidden", "wide"])
+def test_critic_jacobian_products_against_torch_func(layers):
+    torch.manual_seed(1)
+    critic = {
+        "linear": nn.Sequential(nn.Linear(5, 1)),
+        "one hidden": nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)),
+        "two hidden": ppo.mlp(5, 7, 1, 1.0),
+        "wide": nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 1)),
+    }[layers].double()
+    obs = torch.randn(11, 5, dtype=DOUBLE)
+    dense = dense_jacobian(critic, obs)
+    jacobian = blpo.CriticJacobian(critic, obs)
+    v, u = torch.randn(3, dense.shape[1], dtype=DOUBLE), torch.randn(3, 11, dtype=DOUBLE)
+    assert torch.allclose(jacobian.values, critic(obs).squeeze(-1), atol=1e-13)
+    assert torch.allclose(jacobian.jvp(v), v @ dense.T, atol=1e-12)
+    assert torch.allclose(jacobian.vjp(u), u @ dense, atol=1e-12)
+    assert torch.allclose(jacobian.kernel(), dense @ dense.T, atol=1e-12)
+
+
+def system(n=30, seed=0):
+    """A critic, its Gauss-Newton curvature with unequal and zero weights, the dense matrix, and a right-hand side."""
+    critic = random_critic(seed=seed)
+    torch.manual_seed(seed)
+    obs, weights = torch.randn(n, 5, dtype=DOUBLE), torch.rand(n, dtype=DOUBLE)
+    weights[::7] = 0.0
+    weights /= weights.sum()
+    jacobian = blpo.CriticJacobian(critic, obs)
+    dense = dense_jacobian(critic, obs)
+    curvature = blpo.GaussNewton(jacobian, weights)
+    b = torch.randn(n, dtype=DOUBLE) @ dense
+    return critic, obs, weights, jacobian, dense, curvature, 2 * dense.T @ (weights[:, None] * dense), b
+
+
+def test_gauss_newton_columns_against_the_dense_matrix():
+    *_, dense, curvature, matrix, b = system()
+    columns = curvature.up(curvature.down(torch.eye(len(b), dtype=DOUBLE)))
+    assert torch.allclose(columns, matrix, atol=1e-12)
+    assert torch.allclose(curvature.product(b, 0.3), matrix @ b + 0.3 * b, atol=1e-12)
+    equal = blpo.GaussNewton(curvature.jacobian, torch.full((30,), 1 / 30, dtype=DOUBLE))
+    assert torch.allclose(equal.up(equal.down(torch.eye(len(b), dtype=DOUBLE))), 2 / 30 * dense.T @ dense, atol=1e-12)
+
+
+def test_gauss_newton_is_the_hessian_where_the_residuals_vanish_and_hessian_products_are_dense():
+    critic, obs, weights, jacobian, _, curvature, matrix, b = system()
+    omega = flat(parameter.detach() for parameter in critic.parameters())
+    for targets in (jacobian.values, torch.randn(30, dtype=DOUBLE)):
+
+        def loss(w):
+            return (weights * (laboratory.flat_call(critic, w, obs) - targets) ** 2).sum()
+
+        dense = torch.func.hessian(loss)(omega)
+        hessian = laboratory.Hessian(jacobian, weights, critic, targets)
+        assert torch.allclose(hessian.products(torch.eye(len(b), dtype=DOUBLE)), dense, atol=1e-11)
+        assert torch.allclose(hessian.product(b, 0.2), dense @ b + 0.2 * b, atol=1e-11)
+        assert torch.allclose(dense, matrix, atol=1e-11) == (targets is jacobian.values)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
+def test_exact_and_cg_solve_the_damped_system(damping):
+    *_, curvature, matrix, b = system()
+    expected = torch.linalg.solve(matrix + damping * torch.eye(len(b), dtype=DOUBLE), b)
+    assert torch.allclose(blpo.exact_ihvp(curvature, b, damping), expected, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(blpo.cg_ihvp(curvature, b, damping, 200), expected, rtol=1e-4, atol=1e-4 * expected.norm())
+
+
+def psd(n=60, rank=60, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(n, rank, generator=generator, dtype=DOUBLE)
+    return factor @ factor.T / n, torch.randn(n, generator=generator, dtype=DOUBLE)
+
+
+@pytest.mark.parametrize("damping", [50.0, 1.0, 0.1, 1e-3])
+@pytest.mark.parametrize("case", ["full rank", "rank deficient", "dead coordinate"])
+def test_nystrom_is_the_dense_inverse_of_its_approximation(case, damping):
+    matrix, b = psd(rank=3 if case == "rank deficient" else 60)
+    chosen = torch.tensor([4, 8, 15, 16, 23])
+    if case == "dead coordinate":  # an input that is always 0, a unit that is dead
+        matrix[8, :], matrix[:, 8] = 0.0, 0.0
+    core = matrix[chosen][:, chosen]
+    approximation = matrix[:, chosen] @ torch.linalg.pinv(core, hermitian=True) @ matrix[chosen]
+    expected = torch.linalg.solve(approximation + damping * torch.eye(60, dtype=DOUBLE), b)
+    actual = blpo.nystrom_inverse(matrix[chosen], core, b, damping)
+    assert torch.allclose(actual, expected, rtol=1e-8, atol=1e-8 * expected.norm())
+    assert 0 < actual @ b <= b @ b / damping
+    if case == "full rank":  # here the poster's formula is safe, and the same
+        c = matrix[:, chosen]
+        poster = b / damping - c @ torch.linalg.solve(core + c.T @ c / damping, c.T @ b) / damping**2
+        assert torch.allclose(actual, poster, rtol=1e-8, atol=1e-8 * expected.norm())
+
+
+def test_nystrom_of_all_coordinates_is_the_damped_inverse():
+    matrix, b = psd()
+    expected = torch.linalg.solve(matrix + 0.1 * torch.eye(60, dtype=DOUBLE), b)
+    assert torch.allclose(blpo.nystrom_inverse(matrix, matrix, b, 0.1), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 0.1, 1.0, 1.5])
+def test_nystrom_stays_positive_on_an_indefinite_matrix(damping):
+    """The poster's formula has a pole at damping = -eigenvalue of H_q; the eigenvalue floor removes it."""
+    matrix, b = psd()
+    matrix = matrix - 0.8 * torch.eye(60, dtype=DOUBLE)
+    chosen = torch.arange(5)
+    assert torch.linalg.eigvalsh(matrix[chosen][:, chosen])[0] < 0
+    v = blpo.nystrom_inverse(matrix[chosen], matrix[chosen][:, chosen], b, damping)
+    assert torch.isfinite(v).all() and 0 < v @ b <= b @ b / damping * (1 + 1e-12)
+
+
+def test_nystrom_without_curvature_divides_by_the_damping():
+    b = torch.randn(9, dtype=DOUBLE)
+    zeros = torch.zeros(3, 9, dtype=DOUBLE)
+    assert torch.allclose(blpo.nystrom_inverse(zeros, torch.zeros(3, 3, dtype=DOUBLE), b, 4.0), b / 4, atol=1e-15)
+
+
+def test_an_identity_on_the_core_is_the_released_formula():
+    """b/rho - C^T (M + I + C C^T / rho)^-1 C b / rho^2 with C the rows: the released code, float32 in the original."""
+    matrix, b = psd()
+    rows, rho = matrix[:5], 50.0
+    core = matrix[:5, :5] + torch.eye(5, dtype=DOUBLE)
+    released = b / rho - rows.T @ torch.linalg.solve(core + rows @ rows.T / rho, rows @ b) / rho**2
+    assert torch.allclose(blpo.nystrom_inverse(rows, core, b, rho), released, rtol=1e-10, atol=1e-12)
+
+
+def test_nystrom_ihvp_is_the_dense_formula_on_its_directions():
+    *_, curvature, matrix, b = system()
+    directions = blpo.feature_directions(curvature, 4, torch.Generator().manual_seed(3))
+    assert torch.allclose(directions.T @ directions, torch.eye(4, dtype=DOUBLE), atol=1e-12)
+    p = nn.functional.pad(directions.T, (len(b) - len(directions), 0)).T  # the last layer is last in omega
+    columns, core = matrix @ p, p.T @ matrix @ p
+    approximation = columns @ torch.linalg.solve(core, columns.T)
+    expected = torch.linalg.solve(approximation + 0.1 * torch.eye(len(b), dtype=DOUBLE), b)
+    actual = blpo.nystrom_ihvp(curvature, b, 0.1, 4, torch.Generator().manual_seed(3))
+    assert torch.allclose(actual, expected, rtol=1e-7, atol=1e-7 * expected.norm())
+
+
+@pytest.mark.parametrize("columns", ["features", "last-layer", "coordinates", "fixed", "gaussian", "krylov"])
+def test_laboratory_columns_give_the_nystrom_inverse_of_their_span(columns):
+    *_, curvature, matrix, b = system()
+    p = laboratory.nystrom_directions(columns, curvature, b, 4, torch.Generator().manual_seed(3))
+    assert p.shape == (4, len(b))
+    products = laboratory.curvature_products(curvature, p)
+    assert torch.allclose(products, p @ matrix, atol=1e-11)
+    approximation = products.T @ torch.linalg.pinv(p @ products.T, hermitian=True) @ products
+    expected = torch.linalg.solve(approximation + 0.1 * torch.eye(len(b), dtype=DOUBLE), b)
+    actual = blpo.nystrom_inverse(products, p @ products.T, b, 0.1)
+    assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6 * expected.norm())
+
+
+def test_laboratory_features_are_the_methods_own():
+    *_, curvature, matrix, b = system()
+    p = laboratory.nystrom_directions("features", curvature, b, 4, torch.Generator().manual_seed(3))
+    products = laboratory.curvature_products(curvature, p)
+    mine = blpo.nystrom_ihvp(curvature, b, 0.1, 4, torch.Generator().manual_seed(3))
+    assert torch.allclose(blpo.nystrom_inverse(products, p @ products.T, b, 0.1), mine, rtol=1e-8, atol=1e-10)
+
+
+def test_fixed_columns_are_the_same_whatever_the_generator():
+    *_, curvature, _, b = system()
+    first, second = (
+        laboratory.nystrom_directions("fixed", curvature, b, 4, torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_preconditioned_cg_against_a_direct_solve_and_faster_than_cg(damping):
+    *_, curvature, matrix, b = system()
+    expected = torch.linalg.solve(matrix + damping * torch.eye(len(b), dtype=DOUBLE), b)
+    p = laboratory.nystrom_directions("gaussian", curvature, b, 15, torch.Generator().manual_seed(0))
+    columns = laboratory.curvature_products(curvature, p)
+    sketch = columns, p @ columns.T
+    solved = laboratory.preconditioned_cg_ihvp(curvature, b, damping, 100, *sketch)
+    assert (solved - expected).norm() < 1e-4 * expected.norm()
+    few = laboratory.preconditioned_cg_ihvp(curvature, b, damping, 6, *sketch)
+    plain = blpo.cg_ihvp(curvature, b, damping, 6)
+    energy = matrix + damping * torch.eye(len(b), dtype=DOUBLE)
+    assert (few - expected) @ energy @ (few - expected) < (plain - expected) @ energy @ (plain - expected)
+
+
+def test_conjugate_gradient_reaches_the_solution_in_n_steps():
+    matrix, b = psd(n=8, rank=8)
+    matrix = matrix + 0.5 * torch.eye(8, dtype=DOUBLE)
+    expected = torch.linalg.solve(matrix, b)
+    assert torch.allclose(blpo.conjugate_gradient(lambda v: matrix @ v, b, 8), expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(blpo.conjugate_gradient(lambda v: matrix @ v, b, 3), expected, rtol=1e-3)
+
+
+def test_conjugate_gradient_stops_at_non_positive_curvature():
+    matrix = torch.diag(torch.tensor([2.0, 1.0, -3.0], dtype=DOUBLE))
+    b = torch.tensor([1.0, 1.0, 0.9], dtype=DOUBLE)
+    x = blpo.conjugate_gradient(lambda v: matrix @ v, b, 50)
+    assert torch.isfinite(x).all()
+    assert torch.equal(blpo.conjugate_gradient(lambda v: -v, b, 5), torch.zeros(3, dtype=DOUBLE))
+    assert torch.equal(blpo.conjugate_gradient(lambda v: v, 0 * b, 5), torch.zeros(3, dtype=DOUBLE))
+
+
+def test_running_normaliser_equals_the_statistics_of_all_rows():
+    torch.manual_seed(0)
+    stats, rows = ppo.RunningNormaliser((3,)), (torch.randn(200, 3) * 5 + 100).double().numpy()
+    for start in range(0, 200, 7):
+        stats.update(rows[start : start + 7])
+    assert abs(stats.mean - rows.mean(0)).max() < 1e-3  # the 1e-4 rows it starts with
+    assert abs(stats.std / rows.std(0) - 1).max() < 1e-2
+    copy = ppo.RunningNormaliser((3,))
+    copy.load_state_dict(stats.state_dict())
+    for each in (stats, copy):
+        each.update(rows[:5])
+    assert (copy.mean == stats.mean).all() and (copy.std == stats.std).all()
+
+
+def test_laboratory_controls():
+    z, weights = torch.arange(12.0).view(2, 6), torch.ones(2, 6) / 11
+    weights[0, 3] = 0.0
+    generator = torch.Generator().manual_seed(0)
+    permuted = laboratory.controlled(z, weights, "permuted", generator)
+    kept = weights > 0
+    assert sorted(permuted[kept].tolist()) == sorted(z[kept].tolist()) and not torch.equal(permuted, z)
+    assert permuted[0, 3] == z[0, 3]
+    assert torch.equal(laboratory.controlled(z, weights, "reversed", generator), -z)
+    constant = laboratory.controlled(z, weights, "constant", generator)
+    assert torch.allclose(constant[kept], (weights * z).sum()) and constant[0, 3] == 0
+    assert torch.equal(laboratory.controlled(z, weights, "none", generator), z)
