@@ -131,10 +131,10 @@ class Args:
     """K, critic steps before each actor step, in [1, inf)"""
     ihvp: Literal["nystrom", "cg", "exact", "none"] = "nystrom"
     """solver of the damped system; none: the nested control, without the hypergradient"""
-    damping: float = 10.0
+    damping: float = 1.0
     """alpha, added to the curvature of the critic's loss, in (0, inf)"""
     nystrom_rank: int = 10
-    """q, directions in the Nystrom approximation, in [1, inf)"""
+    """q, directions in the Nystrom approximation, in [1, inf); more than critic_width + 1 add nothing"""
     cg_iterations: int = 10
     """conjugate gradient steps, in [1, inf)"""
     norm_adv: bool = True
@@ -334,7 +334,7 @@ class CriticJacobian:
 
     V is one number a row, so its gradient in the weight matrix of a layer is the outer product of two vectors: the
     derivative of V by the layer's outputs (`deltas`) and the layer's inputs (`inputs`). All products with J, J^T and
-    J J^T follow from these factors; tests/ holds the torch.func versions, which take 2 to 6 times as long.
+    J J^T follow from these factors by matrix multiplication; tests/ holds the torch.func versions.
     Vectors in parameter space are flat, in the order of `critic.parameters()`; q of them are rows of (q, P).
     """
 
@@ -342,37 +342,40 @@ class CriticJacobian:
         """One forward and one backward pass at obs (n, D); keeps the values (n,)."""
         linears = [layer for layer in critic if isinstance(layer, nn.Linear)]
         with torch.no_grad():
-            self.inputs = [obs]
+            self.inputs = [obs]  # of each layer, (n, inputs)
             for linear in linears[:-1]:
                 self.inputs.append(torch.tanh(linear(self.inputs[-1])))
             self.values = linears[-1](self.inputs[-1]).squeeze(-1)
-            self.deltas = [torch.ones_like(self.values)[:, None]]
+            self.deltas = [torch.ones_like(self.values)[None, :]]  # of each layer, (outputs, n)
             for linear, hidden in zip(linears[:0:-1], self.inputs[:0:-1]):
-                self.deltas.insert(0, (self.deltas[0] @ linear.weight) * (1 - hidden * hidden))
+                self.deltas.insert(0, (linear.weight.T @ self.deltas[0]) * (1 - hidden * hidden).T.contiguous())
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u for q vectors at once: (q, n) -> (q, P)."""
         parts = []
         for inputs, deltas in zip(self.inputs, self.deltas):
-            scaled = (u[:, None, :] * deltas.T).flatten(0, 1)  # (q * outputs, n)
-            parts += [(scaled @ inputs).view(len(u), -1), u @ deltas]
+            if len(deltas) <= inputs.shape[1]:  # u goes with the smaller factor
+                weight = ((u[:, None, :] * deltas).flatten(0, 1) @ inputs).view(len(u), -1)
+            else:
+                scaled = (u.T[:, :, None] * inputs[:, None, :]).flatten(1)  # (n, q * inputs)
+                weight = (deltas @ scaled).view(len(deltas), len(u), -1).transpose(0, 1).flatten(1)
+            parts += [weight, u @ deltas.T]
         return torch.cat(parts, 1)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v for q vectors at once: (q, P) -> (q, n)."""
         result, start = 0.0, 0
         for inputs, deltas in zip(self.inputs, self.deltas):
-            outputs, width = deltas.shape[1], inputs.shape[1]
-            weight = v[:, start : start + outputs * width].reshape(-1, width)
-            bias = v[:, start + outputs * width : start + outputs * (width + 1)].reshape(-1)
-            change = torch.addmm(bias, inputs, weight.T).view(len(inputs), len(v), outputs)
-            result = result + (change * deltas[:, None, :]).sum(-1)
+            outputs, width = len(deltas), inputs.shape[1]
+            weight = v[:, start : start + outputs * width].view(-1, outputs, width)
+            bias = v[:, start + outputs * width : start + outputs * (width + 1)]
+            result = result + ((weight @ inputs.T + bias[:, :, None]) * deltas).sum(1)
             start += outputs * (width + 1)
-        return result.T
+        return result
 
     def kernel(self) -> Tensor:
         """J J^T (n, n), layer by layer."""
-        return sum((a @ a.T + 1) * (d @ d.T) for a, d in zip(self.inputs, self.deltas))
+        return sum((inputs @ inputs.T + 1) * (deltas.T @ deltas) for inputs, deltas in zip(self.inputs, self.deltas))
 
 
 class GaussNewton:
@@ -426,15 +429,16 @@ def nystrom_inverse(columns: Tensor, core: Tensor, b: Tensor, damping: float) ->
 
 
 def feature_directions(curvature: GaussNewton, rank: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal directions (width + 1, q) in the weights of the critic's last layer along its leading features.
+    """Orthonormal directions (width + 1, q) in the weights of the critic's last layer, along its leading features.
 
-    With the features Phi (n, width + 1) of that layer (tanh units and 1), scaled as R, they are
-    orth(Phi^T Phi Phi^T Omega) for a Gaussian Omega (n, rank): one step of subspace iteration on the curvature in the
-    last layer (Halko et al. 2011, alg. 4.4). q is rank, or width + 1 if that is less.
+    With the features Phi (n, width + 1) of that layer (tanh units and 1), scaled as R, they are orth(S^2 Omega) for
+    S = Phi^T Phi, the curvature in the last layer, and a Gaussian Omega (width + 1, rank): subspace iteration (Halko
+    et al. 2011, alg. 4.4). q is rank, or width + 1 if that is less.
     """
     features = curvature.features
-    omega = torch.randn(len(features), rank, generator=generator).to(features)
-    return torch.linalg.qr(features.T @ (features @ (features.T @ omega)))[0]
+    gram = features.T @ features
+    omega = torch.randn(len(gram), rank, generator=generator).to(gram)
+    return torch.linalg.qr(gram @ (gram @ omega))[0]
 
 
 def nystrom_ihvp(curvature: GaussNewton, b: Tensor, damping: float, rank: int, generator: torch.Generator) -> Tensor:
@@ -987,7 +991,7 @@ def train(args: Args) -> Path:
             noise = torch.randn(*shape, action_dim).to(device)
             scaled_noise = noise * agent.actor_logstd.detach().exp()
             for t in range(args.num_steps):
-                with torch.no_grad():
+                with torch.inference_mode():
                     actions[t] = (agent.actor_mean(torch.from_numpy(obs[t]).to(device)) + scaled_noise[t]).cpu().numpy()
                 env_start = time.perf_counter()
                 raw_obs, reward, ends, cut, _ = envs.step(np.minimum(np.maximum(actions[t], low), high))

@@ -690,7 +690,7 @@ def train(args: Args) -> Path:
         eps=1e-5,
         fused=True,
     )
-    optimisers = [optimiser]
+    optimisers, parameters = [optimiser], list(agent.parameters())
 
     # ---- Training: buffers and the loop (shared) ---------------------------------------------------------------
     step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
@@ -734,7 +734,7 @@ def train(args: Args) -> Path:
             noise = torch.randn(*shape, action_dim).to(device)
             scaled_noise = noise * agent.actor_logstd.detach().exp()
             for t in range(args.num_steps):
-                with torch.no_grad():
+                with torch.inference_mode():
                     actions[t] = (agent.actor_mean(torch.from_numpy(obs[t]).to(device)) + scaled_noise[t]).cpu().numpy()
                 env_start = time.perf_counter()
                 raw_obs, reward, ends, cut, _ = envs.step(np.minimum(np.maximum(actions[t], low), high))
@@ -773,29 +773,27 @@ def train(args: Args) -> Path:
 
             # ---- Update ----------------------------------------------------------------------------------------
             rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; the row after an episode's end is none
-            flat_obs, flat_actions = b_obs[:-1].flatten(0, 1), b_actions.flatten(0, 1)
-            flat_logprobs, flat_advantages = logprobs.flatten(), advantages.flatten()
-            flat_values, flat_returns = values[:-1].flatten(), returns.flatten()
+            arrays = (b_obs[:-1], b_actions, logprobs, advantages, values[:-1], returns)
+            transitions = [array.flatten(0, 1)[rows] for array in arrays]
             num_minibatches = max(1, min(args.num_minibatches, len(rows) // 2))
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                shuffled = rows[torch.randperm(len(rows)).to(device)]
-                for batch in shuffled.tensor_split(num_minibatches):
-                    logratio = agent.logprob(flat_obs[batch], flat_actions[batch]) - flat_logprobs[batch]
+                order = torch.randperm(len(rows)).to(device)
+                minibatches = zip(*(array[order].tensor_split(num_minibatches) for array in transitions))
+                for mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_values, mb_returns in minibatches:
+                    logratio = agent.logprob(mb_obs, mb_actions) - mb_logprobs
                     ratio = logratio.exp()
-                    batch_advantages = flat_advantages[batch]
                     if args.norm_adv:
-                        batch_advantages = (batch_advantages - batch_advantages.mean()) / (batch_advantages.std() + 1e-8)
-                    policy_loss = -clipped_surrogate(ratio, batch_advantages, args.clip_coef).mean()
-                    batch_values = agent.critic(flat_obs[batch]).squeeze(-1)
-                    critic_loss = value_loss(
-                        batch_values, flat_values[batch], flat_returns[batch], args.clip_coef if args.clip_vloss else None
-                    )
+                        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                    policy_loss = -clipped_surrogate(ratio, mb_advantages, args.clip_coef).mean()
+                    new_values = agent.critic(mb_obs).squeeze(-1)
+                    vloss_clip = args.clip_coef if args.clip_vloss else None
+                    critic_loss = value_loss(new_values, mb_values, mb_returns, vloss_clip)
                     entropy = gaussian_entropy(agent.actor_logstd)
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
                     optimiser.zero_grad()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimiser.step()
                     if epoch == args.update_epochs - 1 or args.target_kl is not None:
                         with torch.no_grad():

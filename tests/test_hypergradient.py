@@ -158,15 +158,15 @@ def test_the_laboratory_at_its_defaults_follows_the_method(tmp_path):
 
 
 # ---- A tabular MDP whose trajectories can be enumerated ----------------------------------------------------------
-# State 0 starts; every episode ends within LENGTH steps, by termination. In each chunk the rows after the end are no
+# State 0 starts; every episode ends within 4 steps, by termination. In each chunk the rows after the end are no
 # transitions. Summing over all trajectories with their probabilities makes every expectation exact.
-GAMMA, LENGTH = 0.9, 3
+GAMMA = 0.9
 NEXT = {0: {0: [(1, 0.6), (2, 0.4)], 1: [(2, 0.9), (3, 0.1)]}, 1: {0: [(3, 1.0)], 1: [(2, 0.5), (3, 0.5)]},
         2: {0: [(3, 0.7), (None, 0.3)], 1: [(None, 1.0)]}, 3: {0: [(None, 1.0)], 1: [(None, 1.0)]}}  # fmt: skip
 REWARD = {(0, 0): 1.0, (0, 1): -0.5, (1, 0): 0.3, (1, 1): 2.0, (2, 0): -1.0, (2, 1): 0.7, (3, 0): 1.5, (3, 1): -0.2}
 
 
-def trajectories(length=4):
+def trajectories():
     """All ((state, action) ..., end) of the MDP from state 0."""
 
     def extend(prefix, state):
@@ -250,8 +250,9 @@ def linear_critic(features, targets, distribution):
 
 @pytest.mark.parametrize("kind", ["tabular", "linear"])
 @pytest.mark.parametrize("mixed_term", ["timestep", "trajectory"])
+@pytest.mark.parametrize("leader", ["lambda-return", "gae"])
 @pytest.mark.parametrize("leader_lambda", [0.0, 0.5, 0.95])
-def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_again(leader_lambda, mixed_term, kind):
+def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_again(leader_lambda, leader, mixed_term, kind):
     """F(theta) = J(theta, omega*(theta)) by central differences, where omega*(theta) minimises
     sum_s d(s) (target_theta(s) - V)^2 + damping / 2 |omega - omega_0|^2: damping is a proximal term of the follower.
     The target is V of the policy for the trajectory mixed term (at discount gamma), and of 'act once by the new policy,
@@ -273,7 +274,10 @@ def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_aga
     ratio = data.ratio(theta)
     surrogate = blpo.clipped_surrogate(ratio, advantages, 0.2)
     slopes = data.weights * blpo.surrogate_slope(ratio.detach(), advantages, 0.2)
-    b = jacobian.vjp(blpo.lambda_returns_vjp(slopes, data.discounts, operator).view(1, -1))[0]
+    u = blpo.lambda_returns_vjp(slopes, data.discounts, operator)
+    if leader == "gae":  # the authors' leader: A = G - V with V(s_t) moving as well
+        u[:, :-1] -= slopes
+    b = jacobian.vjp(u.view(1, -1))[0]
     curvature = blpo.GaussNewton(jacobian, nn.functional.pad(data.weights, (0, 1)).flatten())
     v = blpo.exact_ihvp(curvature, b, damping)
     z = jacobian.jvp(v[None]).view(len(data.weights), -1)[:, :-1]
@@ -294,7 +298,8 @@ def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_aga
         omega = torch.linalg.solve(matrix, right)
         values = (design @ omega)[data.states]
         returns = blpo.lambda_returns(values, data.rewards, data.discounts, operator)
-        return (data.weights * data.ratio(theta) * (returns - new_values[:, :-1])).sum()
+        baseline = values[:, :-1] if leader == "gae" else new_values[:, :-1]
+        return (data.weights * data.ratio(theta) * (returns - baseline)).sum()
 
     steps = 1e-5 * torch.eye(8, dtype=DOUBLE)
     expected = torch.stack([(total(theta_0 + step) - total(theta_0 - step)) / 2e-5 for step in steps])

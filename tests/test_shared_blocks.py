@@ -1,0 +1,107 @@
+"""The scripts are single files that share blocks of code: shared ones may not drift apart, others only where allowed."""
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from conftest import BLPO_SCRIPTS, REPO, SCRIPTS
+
+BANNER = re.compile(r"\s*# ---- (.+?) -{3,}$")
+PPO_AND_BLPO_DIFFER_IN = {
+    "Docstring", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Batch shape", "Optimisers", "Update"
+}  # fmt: skip
+SHARED_BY_SOME = {"Bilevel mathematics (shared)": BLPO_SCRIPTS}  # every other shared block is in all scripts
+
+
+def blocks(script: str) -> dict[str, str]:
+    """The blocks of a script by name, in order; what comes before the first banner is the docstring."""
+    name, parts = "Docstring", {"Docstring": []}
+    for line in (REPO / script).read_text().splitlines(keepends=True):
+        banner = BANNER.match(line)
+        if banner:
+            name = banner.group(1)
+            assert name not in parts, f"{script} has two blocks named {name!r}"
+            parts[name] = []
+        parts[name].append(line)
+    return {name: "".join(lines) for name, lines in parts.items()}
+
+
+def drifted(texts: dict[str, str]) -> str:
+    """Which of the files with these texts differ from the most common text."""
+    versions = defaultdict(list)
+    for script, text in texts.items():
+        versions[text].append(script)
+    return " | ".join(", ".join(scripts) for scripts in sorted(versions.values(), key=len, reverse=True))
+
+
+def test_shared_blocks_are_identical_in_all_scripts_that_have_them():
+    per_script = {script: blocks(script) for script in SCRIPTS}
+    shared = {name for found in per_script.values() for name in found if "(shared)" in name}
+    assert len(shared) >= 10, f"the banners are not read any more: {sorted(shared)}"
+    problems = []
+    for name in sorted(shared):
+        wrong = [script for script in SCRIPTS if (name in per_script[script]) != (script in SHARED_BY_SOME.get(name, SCRIPTS))]
+        if wrong:
+            problems.append(f"block {name!r} is missing in (or does not belong in) {', '.join(wrong)}")
+        texts = {script: found[name] for script, found in per_script.items() if name in found}
+        if len(set(texts.values())) > 1:
+            problems.append(f"block {name!r} drifted apart: {drifted(texts)}")
+    assert not problems, "\n".join(problems)
+
+
+def test_ppo_and_blpo_differ_in_these_blocks_and_no_other():
+    ppo, blpo = blocks("ppo_continuous.py"), blocks("blpo_continuous.py")
+    different = {name for name in ppo.keys() | blpo.keys() if ppo.get(name) != blpo.get(name)}
+    assert different == PPO_AND_BLPO_DIFFER_IN
+    assert "PPO's value loss" not in blpo and "Bilevel mathematics (shared)" not in ppo
+
+
+@pytest.mark.parametrize("other", SCRIPTS[1:])
+def test_common_blocks_come_in_the_same_order(other):
+    first, second = list(blocks(SCRIPTS[0])), list(blocks(other))
+    common = set(first) & set(second)
+    assert [name for name in first if name in common] == [name for name in second if name in common]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_imports_another(script):
+    """Each file can be copied away on its own."""
+    own = {path.stem for path in REPO.glob("*.py")} | {"benchmark", "tests"}
+    imported = set()
+    for node in ast.walk(ast.parse((REPO / script).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{script} has a relative import"
+            imported.add(node.module.split(".")[0])
+    assert "torch" in imported
+    assert not imported & own
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_public_function_and_class_has_a_docstring(script):
+    tree = ast.parse((REPO / script).read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found = [("", node) for node in tree.body] + [(f"{each.name}.", node) for each in classes for node in each.body]
+    definitions = [
+        (prefix + node.name, node)
+        for prefix, node in found
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    ]
+    assert len(definitions) > 20
+    assert [name for name, node in definitions if not ast.get_docstring(node)] == []
+    assert ast.get_docstring(tree), f"{script} needs a docstring"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_docstring_names_a_command_that_runs_this_script(script):
+    """The command in the docstring parses, so that a reader can start from it."""
+    import importlib
+
+    module = importlib.import_module(Path(script).stem)
+    commands = re.findall(rf"^    python {re.escape(script)}(.*)$", module.__doc__, re.MULTILINE)
+    assert commands
+    for words in commands:
+        module.parse_args(module.Args, words.split())

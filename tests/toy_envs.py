@@ -1,0 +1,97 @@
+"""Small tasks for the tests, registered on import. `Walk` keeps a record of what really happened in it."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence
+
+EPISODES = []  # (instance, return, length, "terminated" or "truncated") of every episode of Walk that ended
+STEPS = []  # (instance, observation the action answers, action) of every step of Walk
+
+
+class Walk(gym.Env):
+    """Episodes of 2 to 11 steps that end either way. The observations have three scales; in the action box 0, the mean
+    action of a fresh policy, is too low for the first action, so a policy that is not clipped to it shows."""
+
+    observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = Box(np.array([0.1, -1.0], np.float32), np.array([0.4, 2.0], np.float32))
+    instances = 0
+
+    def __init__(self):
+        self.instance = Walk.instances
+        Walk.instances += 1
+
+    def observation(self):
+        x, y = self.position
+        return np.array([1000 * x + 500, y, 0.001 * (x + y) - 3], dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = self.np_random.normal(size=2)
+        self.rewards, self.length = [], int(self.np_random.integers(2, 12))
+        self.last = self.observation()
+        return self.last, {}
+
+    def step(self, action):
+        STEPS.append((self.instance, self.last.copy(), np.array(action)))
+        self.position = 0.9 * self.position + action + 0.1 * self.np_random.normal(size=2)
+        self.rewards.append(float(self.position[0] - 0.1 * self.position[1] ** 2))
+        ended = len(self.rewards) == self.length
+        terminated = ended and bool(self.np_random.random() < 0.5)
+        if ended:
+            how = "terminated" if terminated else "truncated"
+            EPISODES.append((self.instance, sum(self.rewards), self.length, how))
+        self.last = self.observation()
+        return self.last, self.rewards[-1], terminated, ended and not terminated, {}
+
+
+class Clock(gym.Env):
+    """No randomness, and an episode with the reset after it takes 32 steps: after any 32 steps it is as it was."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.position = 0, 1.0
+        return np.array([self.time, self.position], dtype=np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        self.position = 0.9 * self.position + float(action[0])
+        observation = np.array([self.time, self.position], dtype=np.float32)
+        return observation, -(self.position**2), False, self.time == 31, {}
+
+
+class Spaces(gym.Env):
+    """Episodes of 5 random observations, with any spaces."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space, self.steps = observation_space, action_space, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.steps == 5, False, {}
+
+
+BOX = Box(-1, 1, (2,), np.float32)
+SPACES = {
+    "toy/DictObs-v0": (Dict({"image": Box(0, 255, (2, 2), np.uint8), "goal": Discrete(3)}), BOX),
+    "toy/DiscreteObs-v0": (Discrete(4), BOX),
+    "toy/SequenceObs-v0": (Sequence(Discrete(4)), BOX),
+    "toy/DiscreteActions-v0": (BOX, Discrete(3)),
+    "toy/MultiDiscreteActions-v0": (BOX, MultiDiscrete([2, 3])),
+    "toy/MatrixActions-v0": (BOX, Box(-1, 1, (2, 2), np.float32)),
+}
+
+gym.register("Walk-v0", entry_point=Walk)
+gym.register("toy/Walk-v0", entry_point=Walk)
+gym.register("toy/Clock-v0", entry_point=Clock)
+for name, (observations, actions) in SPACES.items():
+    gym.register(name, entry_point=Spaces, kwargs={"observation_space": observations, "action_space": actions})
