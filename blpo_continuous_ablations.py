@@ -464,8 +464,8 @@ class GaussNewton:
         return self.up(self.down(v[None]))[0] + damping * v
 
 
-def nystrom_inverse(columns: Tensor, core: Tensor, b: Tensor, damping: float) -> Tensor:
-    """(H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (poster of Prakash et al. 2025).
+def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    """b -> (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (poster of Prakash et al. 2025).
 
     columns C^T = (H P)^T (q, n_params) and core M = P^T H P (q, q) for directions P; P = some columns of the identity
     gives the poster's C = H[:, Q] and M = H[Q, Q]. The poster's Woodbury formula
@@ -476,13 +476,19 @@ def nystrom_inverse(columns: Tensor, core: Tensor, b: Tensor, damping: float) ->
     The small system is solved in float64.
     """
     floor = max(1e-8, 10 * torch.finfo(core.dtype).eps)
-    core, columns64, b64 = (core + core.T).double() / 2, columns.double(), b.double()
+    core = (core + core.T).double() / 2
     eigenvalues, vectors = torch.linalg.eigh(core)
     kept = eigenvalues > floor * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    factors = (vectors * torch.where(kept, eigenvalues.abs().rsqrt(), 0.0)).T @ columns64
-    inner = factors @ factors.T + damping * torch.eye(len(core), dtype=torch.float64, device=b.device)
-    inverse = torch.cholesky_solve((factors @ b64)[:, None], torch.linalg.cholesky_ex(inner)[0])[:, 0]
-    return ((b64 - inverse @ factors) / damping).to(b.dtype)
+    factors = (vectors * torch.where(kept, eigenvalues.abs().rsqrt(), 0.0)).T @ columns.double()
+    inner = factors @ factors.T + damping * torch.eye(len(core), dtype=torch.float64, device=core.device)
+    cholesky = torch.linalg.cholesky_ex(inner)[0]
+
+    def solve(b: Tensor) -> Tensor:
+        right = b.double()
+        small = torch.cholesky_solve((factors @ right)[:, None], cholesky)[:, 0]
+        return ((right - small @ factors) / damping).to(b.dtype)
+
+    return solve
 
 
 def feature_directions(curvature: GaussNewton, rank: int, generator: torch.Generator) -> Tensor:
@@ -504,7 +510,7 @@ def nystrom_ihvp(curvature: GaussNewton, b: Tensor, damping: float, rank: int, g
     R P = Phi P costs next to nothing, so one backward pass for `rank` vectors gives all columns H P = R^T (R P).
     """
     images = (curvature.features @ feature_directions(curvature, rank, generator)).T
-    return nystrom_inverse(curvature.up(images), images @ images.T, b, damping)
+    return nystrom_solver(curvature.up(images), images @ images.T, damping)(b)
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -1019,18 +1025,19 @@ def preconditioned_cg_ihvp(
     curvature: GaussNewton, b: Tensor, damping: float, iterations: int, columns: Tensor, core: Tensor
 ) -> Tensor:
     """(H + damping I)^-1 b by conjugate gradients with the Nystrom inverse as preconditioner, guarded like
-    `conjugate_gradient`: b (P,) -> v (P,)."""
+    `conjugate_gradient`: b (P,), columns (q, P) and core (q, q) of `nystrom_solver` -> v (P,)."""
+    precondition = nystrom_solver(columns, core, damping)
     v, residual = torch.zeros_like(b), b
-    pulled = nystrom_inverse(columns, core, residual, damping)
-    direction, energy = pulled, residual @ pulled
-    going, stop = torch.ones_like(energy, dtype=torch.bool), 1e-12 * (b @ b)
+    direction = precondition(b)
+    energy, stop = b @ direction, 1e-12 * (b @ b)
+    going = torch.ones_like(energy, dtype=torch.bool)
     for _ in range(iterations):
         image = curvature.product(direction, damping)
         bend = direction @ image
         going = going & (bend > 0) & (residual @ residual > stop)
         step = torch.where(going, energy / bend, 0.0)
         v, residual = v + step * direction, residual - step * image
-        pulled = nystrom_inverse(columns, core, residual, damping)
+        pulled = precondition(residual)
         new_energy = residual @ pulled
         direction = pulled + torch.where(going, new_energy / energy, 0.0) * direction
         energy = new_energy
@@ -1275,7 +1282,7 @@ def train(args: Args) -> Path:
                             ridge = args.core_ridge * torch.eye(len(columns), device=device)
                             sketch = columns, directions @ columns.T + ridge
                         if args.ihvp == "nystrom":
-                            v = nystrom_inverse(*sketch, b, args.damping)
+                            v = nystrom_solver(*sketch, args.damping)(b)
                         elif args.ihvp == "cg":
                             v = cg_ihvp(curvature, b, args.damping, args.cg_iterations)
                         elif args.ihvp == "pcg":

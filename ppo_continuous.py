@@ -115,7 +115,7 @@ class Args:
     """lambda of the advantages and of the critic's targets, in [0, 1]"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches in an epoch, in [1, inf)"""
     update_epochs: int = 10
     """passes over a rollout, in [1, inf)"""

@@ -27,8 +27,8 @@ NUM_ENVS, NUM_STEPS, ITERATIONS = 2, 32, 6
 BATCH = NUM_ENVS * NUM_STEPS
 WALK = "toy_envs:Walk-v0"  # the module is imported by the id itself, in this process and in others
 TINY = {
-    "env_id": WALK, "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "total_timesteps": ITERATIONS * BATCH, "num_minibatches": 2,
-    "update_epochs": 2, "actor_width": 8, "critic_width": 8, "checkpoint_every": 2, "device": "cpu",
+    "env_id": WALK, "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "total_timesteps": ITERATIONS * BATCH,
+    "num_minibatches": 2, "update_epochs": 2, "actor_width": 8, "critic_width": 8, "checkpoint_every": 2, "device": "cpu",
 }  # fmt: skip
 TINY_BLPO = {"chunk_length": 8, "nystrom_rank": 3}
 

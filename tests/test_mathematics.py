@@ -268,7 +268,7 @@ def test_nystrom_is_the_dense_inverse_of_its_approximation(case, damping):
     core = matrix[chosen][:, chosen]
     approximation = matrix[:, chosen] @ torch.linalg.pinv(core, hermitian=True) @ matrix[chosen]
     expected = torch.linalg.solve(approximation + damping * torch.eye(60, dtype=DOUBLE), b)
-    actual = blpo.nystrom_inverse(matrix[chosen], core, b, damping)
+    actual = blpo.nystrom_solver(matrix[chosen], core, damping)(b)
     assert torch.allclose(actual, expected, rtol=1e-8, atol=1e-8 * expected.norm())
     assert 0 < actual @ b <= b @ b / damping
     if case == "full rank":  # here the poster's formula is safe, and the same
@@ -280,7 +280,7 @@ def test_nystrom_is_the_dense_inverse_of_its_approximation(case, damping):
 def test_nystrom_of_all_coordinates_is_the_damped_inverse():
     matrix, b = psd()
     expected = torch.linalg.solve(matrix + 0.1 * torch.eye(60, dtype=DOUBLE), b)
-    assert torch.allclose(blpo.nystrom_inverse(matrix, matrix, b, 0.1), expected, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(blpo.nystrom_solver(matrix, matrix, 0.1)(b), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("damping", [1e-6, 0.1, 1.0, 1.5])
@@ -290,14 +290,14 @@ def test_nystrom_stays_positive_on_an_indefinite_matrix(damping):
     matrix = matrix - 0.8 * torch.eye(60, dtype=DOUBLE)
     chosen = torch.arange(5)
     assert torch.linalg.eigvalsh(matrix[chosen][:, chosen])[0] < 0
-    v = blpo.nystrom_inverse(matrix[chosen], matrix[chosen][:, chosen], b, damping)
+    v = blpo.nystrom_solver(matrix[chosen], matrix[chosen][:, chosen], damping)(b)
     assert torch.isfinite(v).all() and 0 < v @ b <= b @ b / damping * (1 + 1e-12)
 
 
 def test_nystrom_without_curvature_divides_by_the_damping():
     b = torch.randn(9, dtype=DOUBLE)
     zeros = torch.zeros(3, 9, dtype=DOUBLE)
-    assert torch.allclose(blpo.nystrom_inverse(zeros, torch.zeros(3, 3, dtype=DOUBLE), b, 4.0), b / 4, atol=1e-15)
+    assert torch.allclose(blpo.nystrom_solver(zeros, torch.zeros(3, 3, dtype=DOUBLE), 4.0)(b), b / 4, atol=1e-15)
 
 
 def test_an_identity_on_the_core_is_the_released_formula():
@@ -306,7 +306,7 @@ def test_an_identity_on_the_core_is_the_released_formula():
     rows, rho = matrix[:5], 50.0
     core = matrix[:5, :5] + torch.eye(5, dtype=DOUBLE)
     released = b / rho - rows.T @ torch.linalg.solve(core + rows @ rows.T / rho, rows @ b) / rho**2
-    assert torch.allclose(blpo.nystrom_inverse(rows, core, b, rho), released, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(blpo.nystrom_solver(rows, core, rho)(b), released, rtol=1e-10, atol=1e-12)
 
 
 def test_nystrom_ihvp_is_the_dense_formula_on_its_directions():
@@ -330,7 +330,7 @@ def test_laboratory_columns_give_the_nystrom_inverse_of_their_span(columns):
     assert torch.allclose(products, p @ matrix, atol=1e-11)
     approximation = products.T @ torch.linalg.pinv(p @ products.T, hermitian=True) @ products
     expected = torch.linalg.solve(approximation + 0.1 * torch.eye(len(b), dtype=DOUBLE), b)
-    actual = blpo.nystrom_inverse(products, p @ products.T, b, 0.1)
+    actual = blpo.nystrom_solver(products, p @ products.T, 0.1)(b)
     assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6 * expected.norm())
 
 
@@ -339,7 +339,7 @@ def test_laboratory_features_are_the_methods_own():
     p = laboratory.nystrom_directions("features", curvature, b, 4, torch.Generator().manual_seed(3))
     products = laboratory.curvature_products(curvature, p)
     mine = blpo.nystrom_ihvp(curvature, b, 0.1, 4, torch.Generator().manual_seed(3))
-    assert torch.allclose(blpo.nystrom_inverse(products, p @ products.T, b, 0.1), mine, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(blpo.nystrom_solver(products, p @ products.T, 0.1)(b), mine, rtol=1e-8, atol=1e-10)
 
 
 def test_fixed_columns_are_the_same_whatever_the_generator():

@@ -129,7 +129,8 @@ def true_episodes(finished) -> list[dict[str, str]]:
 
 def test_every_episode_that_ended_is_logged_with_its_return_and_length(finished):
     logged = read_csv(finished.folder / "episodes.csv")
-    found = [(int(r["global_step"]), int(r["env_index"]), float(r["episodic_return"]), int(r["episodic_length"])) for r in logged]
+    names = {"global_step": int, "env_index": int, "episodic_return": float, "episodic_length": int}
+    found = [tuple(kind(row[name]) for name, kind in names.items()) for row in logged]
     expected = true_episodes(finished)
     assert {how for *_, how in finished.episodes} == {"terminated", "truncated"}
     assert len(found) == len(expected) > 30
@@ -444,7 +445,8 @@ def first_observations(steps: list[tuple]) -> dict[int, tuple]:
 
 def test_resumed_environments_do_not_repeat_the_first_episodes(script, broken_off, toy_envs, tmp_path):
     starts = []
-    for run in (lambda: train(script, run_dir=tmp_path, seed=5), lambda: resume(script, shutil.copytree(broken_off, tmp_path / "copy"))):
+    copy = shutil.copytree(broken_off, tmp_path / "copy")
+    for run in (lambda: train(script, run_dir=tmp_path, seed=5), lambda: resume(script, copy)):
         toy_envs.STEPS.clear()
         run()
         starts.append(set(first_observations(toy_envs.STEPS).values()))

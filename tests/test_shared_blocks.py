@@ -3,10 +3,9 @@
 import ast
 import re
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
-from conftest import BLPO_SCRIPTS, REPO, SCRIPTS
+from conftest import BLPO_SCRIPTS, REPO, SCRIPTS, load
 
 BANNER = re.compile(r"\s*# ---- (.+?) -{3,}$")
 PPO_AND_BLPO_DIFFER_IN = {
@@ -42,7 +41,8 @@ def test_shared_blocks_are_identical_in_all_scripts_that_have_them():
     assert len(shared) >= 10, f"the banners are not read any more: {sorted(shared)}"
     problems = []
     for name in sorted(shared):
-        wrong = [script for script in SCRIPTS if (name in per_script[script]) != (script in SHARED_BY_SOME.get(name, SCRIPTS))]
+        owners = SHARED_BY_SOME.get(name, SCRIPTS)
+        wrong = [script for script in SCRIPTS if (name in per_script[script]) != (script in owners)]
         if wrong:
             problems.append(f"block {name!r} is missing in (or does not belong in) {', '.join(wrong)}")
         texts = {script: found[name] for script, found in per_script.items() if name in found}
@@ -98,9 +98,7 @@ def test_every_public_function_and_class_has_a_docstring(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_docstring_names_a_command_that_runs_this_script(script):
     """The command in the docstring parses, so that a reader can start from it."""
-    import importlib
-
-    module = importlib.import_module(Path(script).stem)
+    module = load(script)
     commands = re.findall(rf"^    python {re.escape(script)}(.*)$", module.__doc__, re.MULTILINE)
     assert commands
     for words in commands:
