@@ -928,6 +928,8 @@ def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
     """Film one episode into `folder`; without a model, only draw one frame. For a child process: where no GL is,
     rendering may raise or kill."""
     os.environ.setdefault("MUJOCO_GL", "egl")
+    if model is None:  # the caller says in one sentence what failed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array"))
     if model is not None:
         env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True)

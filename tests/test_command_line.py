@@ -152,6 +152,15 @@ def test_nearest_names_are_named_once(command_line, script, tmp_path):
     assert names and len(names) == len(set(names)), err
 
 
+def test_environment_that_is_registered_but_cannot_be_made(command_line, script, toy_envs, tmp_path):
+    """The sentence says why, and does not offer the same name again."""
+    words = command(script, run_dir=tmp_path / "runs", env_id="toy/Unavailable-v0")
+    status, _, err = command_line(script, *words)
+    assert_one_sentence(status, err, "--env-id 'toy/Unavailable-v0'", "needs the package maps")
+    assert err.count("toy/Unavailable-v0") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "toy_envs:toy/DiscreteActions-v0"])
 def test_discrete_actions_name_the_discrete_script(command_line, script, tmp_path, env_id):
     status, _, err = command_line(script, *command(script, run_dir=tmp_path / "runs", env_id=env_id))

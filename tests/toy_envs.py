@@ -80,6 +80,13 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 1.0, self.steps == 5, False, {}
 
 
+class Unavailable(gym.Env):
+    """A task that is registered but whose package is missing."""
+
+    def __init__(self):
+        raise ImportError("needs the package maps. Install it with pip")
+
+
 BOX = Box(-1, 1, (2,), np.float32)
 SPACES = {
     "toy/DictObs-v0": (Dict({"image": Box(0, 255, (2, 2), np.uint8), "goal": Discrete(3)}), BOX),
@@ -92,6 +99,7 @@ SPACES = {
 
 gym.register("Walk-v0", entry_point=Walk)
 gym.register("toy/Walk-v0", entry_point=Walk)
+gym.register("toy/Unavailable-v0", entry_point=Unavailable)
 gym.register("toy/Clock-v0", entry_point=Clock)
 for name, (observations, actions) in SPACES.items():
     gym.register(name, entry_point=Spaces, kwargs={"observation_space": observations, "action_space": actions})
