@@ -1038,21 +1038,25 @@ def train(args: Args) -> Path:
 
             # ---- Update ----------------------------------------------------------------------------------------
             sketch_generator.manual_seed(derived_seed(args.seed, iteration))
-            steps = chunks[:, :-1]
-            chunk_obs = b_obs.flatten(0, 1)[chunks]  # (C, L+1, D); the other arrays are (C, L, ...)
-            chunk_actions, chunk_logprobs = b_actions.flatten(0, 1)[steps], logprobs.flatten()[steps]
-            chunk_rewards, chunk_returns = b_rewards.flatten()[steps], returns.flatten()[steps]
-            chunk_valid, chunk_discounts = b_valid.flatten()[steps], args.gamma * (1 - b_terminated.flatten()[steps])
-            operator = gae_operator(b_ended.flatten()[steps], chunk_valid, args.gamma, args.gae_lambda)
+            rows = chunks[:, :-1]
+            chunk_valid, chunk_ended, chunk_terminated = (x.flatten()[rows] for x in (b_valid, b_ended, b_terminated))
+            arrays = [
+                b_obs.flatten(0, 1)[chunks],  # (C, L + 1, D), with the observation that a chunk bootstraps from
+                *(x.flatten(0, 1)[rows] for x in (b_actions, logprobs, b_rewards, returns)),
+                chunk_valid,
+                args.gamma * (1 - chunk_terminated),
+                gae_operator(chunk_ended, chunk_valid, args.gamma, args.gae_lambda),
+            ]
             fallbacks, nested_time, response_time = torch.zeros((), device=device), 0.0, 0.0
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                for batch in torch.randperm(len(chunks)).to(device).view(args.num_minibatches, -1):
+                order = torch.randperm(len(chunks)).to(device)
+                minibatches = zip(*(array[order].chunk(args.num_minibatches) for array in arrays))
+                for mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_valid, mb_discounts, mb_operator in minibatches:
                     nested_start = time.perf_counter()
-                    obs_rows = chunk_obs[batch].flatten(0, 1)  # (n, D), chunk after chunk, with bootstrap rows
-                    weights = chunk_valid[batch] / chunk_valid[batch].sum()  # mean over the transitions
-                    row_weights = nn.functional.pad(weights, (0, 1)).flatten()
-                    row_returns = nn.functional.pad(chunk_returns[batch], (0, 1)).flatten()
+                    obs_rows = mb_obs.flatten(0, 1)  # (n, D), chunk after chunk, with the bootstrap rows
+                    weights = mb_valid / mb_valid.sum()  # mean over the transitions
+                    row_weights, row_returns = (nn.functional.pad(x, (0, 1)).flatten() for x in (weights, mb_returns))
 
                     if epoch == args.update_epochs - 1 and len(statistics) == args.num_minibatches - 1:
                         before = CriticJacobian(agent.critic, obs_rows)
@@ -1067,14 +1071,12 @@ def train(args: Args) -> Path:
                     leader_start = time.perf_counter()
 
                     # The leader's objective, with the advantages of the critic that has just answered.
-                    logratio = agent.logprob(chunk_obs[batch][:, :-1], chunk_actions[batch]) - chunk_logprobs[batch]
+                    logratio = agent.logprob(mb_obs[:, :-1], mb_actions) - mb_logprobs
                     ratio = logratio.exp()
                     response_start = time.perf_counter()
                     jacobian = CriticJacobian(agent.critic, obs_rows)
-                    new_values = jacobian.values.view(len(batch), -1)
-                    batch_operator, discounts = operator[batch], chunk_discounts[batch]
-                    new_returns = lambda_returns(new_values, chunk_rewards[batch], discounts, batch_operator)
-                    advantages = new_returns - new_values[:, :-1]
+                    new_values = jacobian.values.view(len(mb_obs), -1)
+                    advantages = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator) - new_values[:, :-1]
                     if args.norm_adv:
                         advantages = normalised(advantages, weights)
                     surrogate = clipped_surrogate(ratio, advantages, args.clip_coef)
@@ -1083,7 +1085,7 @@ def train(args: Args) -> Path:
                     z = torch.zeros_like(weights)
                     if args.ihvp != "none":
                         slopes = weights * surrogate_slope(ratio.detach(), advantages, args.clip_coef)
-                        b = jacobian.vjp(lambda_returns_vjp(slopes, discounts, batch_operator).view(1, -1))[0]
+                        b = jacobian.vjp(lambda_returns_vjp(slopes, mb_discounts, mb_operator).view(1, -1))[0]
                         curvature = GaussNewton(jacobian, row_weights)
                         if args.ihvp == "nystrom":
                             v = nystrom_ihvp(curvature, b, args.damping, args.nystrom_rank, sketch_generator)
@@ -1091,7 +1093,7 @@ def train(args: Args) -> Path:
                             v = cg_ihvp(curvature, b, args.damping, args.cg_iterations)
                         else:
                             v = exact_ihvp(curvature, b, args.damping)
-                        response = jacobian.jvp(v[None]).view(len(batch), -1)
+                        response = jacobian.jvp(v[None]).view(len(mb_obs), -1)
                         finite = torch.isfinite(response).all()  # if not, this step falls back to the direct gradient
                         z = torch.where(finite, response[:, :-1], 0.0)
                         fallbacks += ~finite

@@ -1221,24 +1221,29 @@ def train(args: Args) -> Path:
             # ---- Update ----------------------------------------------------------------------------------------
             sketch_generator.manual_seed(derived_seed(args.seed, iteration))
             control_generator.manual_seed(derived_seed(args.seed + 1, iteration))
-            steps = chunks[:, :-1]
-            chunk_obs = b_obs.flatten(0, 1)[chunks]  # (C, L+1, D); the other arrays are (C, L, ...)
-            chunk_actions, chunk_logprobs = b_actions.flatten(0, 1)[steps], logprobs.flatten()[steps]
-            chunk_rewards, chunk_returns = b_rewards.flatten()[steps], returns.flatten()[steps]
-            chunk_valid, chunk_discounts = b_valid.flatten()[steps], args.gamma * (1 - b_terminated.flatten()[steps])
-            chunk_ended = b_ended.flatten()[steps]
-            operator = gae_operator(chunk_ended, chunk_valid, args.gamma, leader_lambda)
-            mixed_operator = gae_operator(chunk_ended, chunk_valid, mixed_discount, 1.0)
+            rows = chunks[:, :-1]
+            chunk_valid, chunk_ended, chunk_terminated = (x.flatten()[rows] for x in (b_valid, b_ended, b_terminated))
+            arrays = [
+                b_obs.flatten(0, 1)[chunks],  # (C, L + 1, D), with the observation that a chunk bootstraps from
+                *(x.flatten(0, 1)[rows] for x in (b_actions, logprobs, b_rewards, returns)),
+                chunk_valid,
+                args.gamma * (1 - chunk_terminated),
+                gae_operator(chunk_ended, chunk_valid, args.gamma, leader_lambda),
+                gae_operator(chunk_ended, chunk_valid, mixed_discount, 1.0),
+            ]
             fallbacks, nested_time, response_time = torch.zeros((), device=device), 0.0, 0.0
             for epoch in range(args.update_epochs):
                 sketch = None
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                for batch in torch.randperm(len(chunks)).to(device).view(args.num_minibatches, -1):
+                order = torch.randperm(len(chunks)).to(device)
+                minibatches = zip(*(array[order].chunk(args.num_minibatches) for array in arrays))
+                for minibatch in minibatches:
+                    mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_valid, mb_discounts, *operators = minibatch
+                    mb_operator, mb_mixed_operator = operators
                     nested_start = time.perf_counter()
-                    obs_rows = chunk_obs[batch].flatten(0, 1)  # (n, D), chunk after chunk, with bootstrap rows
-                    weights = chunk_valid[batch] / chunk_valid[batch].sum()  # mean over the transitions
-                    row_weights = nn.functional.pad(weights, (0, 1)).flatten()
-                    row_returns = nn.functional.pad(chunk_returns[batch], (0, 1)).flatten()
+                    obs_rows = mb_obs.flatten(0, 1)  # (n, D), chunk after chunk, with the bootstrap rows
+                    weights = mb_valid / mb_valid.sum()  # mean over the transitions
+                    row_weights, row_returns = (nn.functional.pad(x, (0, 1)).flatten() for x in (weights, mb_returns))
 
                     if epoch == args.update_epochs - 1 and len(statistics) == args.num_minibatches - 1:
                         before = CriticJacobian(agent.critic, obs_rows)
@@ -1253,14 +1258,12 @@ def train(args: Args) -> Path:
                     leader_start = time.perf_counter()
 
                     # The leader's objective, with the advantages of the critic that has just answered.
-                    logratio = agent.logprob(chunk_obs[batch][:, :-1], chunk_actions[batch]) - chunk_logprobs[batch]
+                    logratio = agent.logprob(mb_obs[:, :-1], mb_actions) - mb_logprobs
                     ratio = logratio.exp()
                     response_start = time.perf_counter()
                     jacobian = CriticJacobian(agent.critic, obs_rows)
-                    new_values = jacobian.values.view(len(batch), -1)
-                    batch_operator, discounts = operator[batch], chunk_discounts[batch]
-                    new_returns = lambda_returns(new_values, chunk_rewards[batch], discounts, batch_operator)
-                    advantages = new_returns - new_values[:, :-1]
+                    new_values = jacobian.values.view(len(mb_obs), -1)
+                    advantages = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator) - new_values[:, :-1]
                     if args.norm_adv:
                         advantages = normalised(advantages, weights)
                     surrogate = clipped_surrogate(ratio, advantages, args.clip_coef)
@@ -1269,7 +1272,7 @@ def train(args: Args) -> Path:
                     z = torch.zeros_like(weights)
                     if args.ihvp != "none":
                         slopes = weights * surrogate_slope(ratio.detach(), advantages, args.clip_coef)
-                        u = lambda_returns_vjp(slopes, discounts, batch_operator)
+                        u = lambda_returns_vjp(slopes, mb_discounts, mb_operator)
                         if args.leader == "released":
                             u[:, :-1] -= slopes  # here V(s_t) of A = G - V moves as well
                         b = jacobian.vjp(u.view(1, -1))[0]
@@ -1291,12 +1294,12 @@ def train(args: Args) -> Path:
                             v = preconditioned_cg_ihvp(curvature, b, args.damping, args.cg_iterations, *sketch)
                         else:
                             v = exact_ihvp(curvature, b, args.damping)
-                        response = jacobian.jvp(v[None]).view(len(batch), -1)
+                        response = jacobian.jvp(v[None]).view(len(mb_obs), -1)
                         finite = torch.isfinite(response).all()  # if not, this step falls back to the direct gradient
                         z = torch.where(finite, response[:, :-1], 0.0)
                         fallbacks += ~finite
                         if args.mixed_term == "trajectory":
-                            z = (z[:, None, :] @ mixed_operator[batch])[:, 0, :]
+                            z = (z[:, None, :] @ mb_mixed_operator)[:, 0, :]
                         z = controlled(z, weights, args.correction_control, control_generator)
                     actor_start = time.perf_counter()
 
@@ -1305,12 +1308,12 @@ def train(args: Args) -> Path:
                     correction = (weights * 2 * z * surrogate).sum()  # its gradient is -(grad_theta,omega L) v
                     if args.leader == "released" and args.ihvp != "none":
                         response = -torch.where(finite, response, 0.0)  # the released code minimises f = -J
-                        returns_dot = lambda_returns(response, torch.zeros_like(weights), discounts, batch_operator)
-                        rows = released_mixed_weights(
+                        returns_dot = lambda_returns(response, torch.zeros_like(weights), mb_discounts, mb_operator)
+                        row_slopes = released_mixed_weights(
                             ratio.detach(), advantages, returns_dot - response[:, :-1],
-                            chunk_returns[batch] - new_values[:, :-1], response[:, :-1], args.clip_f,
+                            mb_returns - new_values[:, :-1], response[:, :-1], args.clip_f,
                         )  # fmt: skip
-                        correction = (chunk_valid[batch] * rows * ratio).sum()
+                        correction = (mb_valid * row_slopes * ratio).sum()
                     entropy = gaussian_entropy(agent.actor_logstd)
                     loss = -direct - correction - args.ent_coef * entropy
                     if epoch == args.update_epochs - 1:

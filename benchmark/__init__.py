@@ -1,1 +1,1 @@
-"""Measurements of the scripts: speed, and the studies that launch, aggregate and plot their runs."""
+"""Measurements of the scripts, and the results they gave; each module says how to run it."""

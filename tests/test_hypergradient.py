@@ -39,14 +39,13 @@ def recompute(seen, leader="lambda-return"):
     recorded minibatch in float64 with plain autograd."""
     agent = blpo.Agent(seen["obs_dim"], seen["action_dim"]).double()
     agent.load_state_dict({name: x.double() for name, x in seen["actor_weights"].items()})
-    batch, chunks, clip = seen["batch"], seen["chunk_obs"][seen["batch"]].double(), seen["args"].clip_coef
-    rewards, discounts = seen["chunk_rewards"][batch].double(), seen["chunk_discounts"][batch].double()
-    weights, operator = seen["weights"].double(), seen["operator"][batch].double()
-    old_logprobs, actions = seen["chunk_logprobs"][batch].double(), seen["chunk_actions"][batch].double()
+    names = ("mb_obs", "mb_rewards", "mb_discounts", "weights", "mb_operator", "mb_logprobs", "mb_actions")
+    chunks, rewards, discounts, weights, operator, old_logprobs, actions = (seen[name].double() for name in names)
+    clip = seen["args"].clip_coef
     omega = torch.cat([parameter.detach().flatten() for parameter in seen["critic"].parameters()])
 
     def values(w):
-        return laboratory.flat_call(seen["critic"], w, chunks.flatten(0, 1)).view(len(batch), -1)
+        return laboratory.flat_call(seen["critic"], w, chunks.flatten(0, 1)).view(len(chunks), -1)
 
     def advantages(w):
         v = values(w)
