@@ -39,11 +39,13 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -165,16 +167,18 @@ def make_envs(
         reason = "is not installed" if envpool is None else f"does not have {env_id!r}"
         raise BadInput(f"--env-backend envpool: EnvPool {reason}; use --env-backend gymnasium")
     if backend != "gymnasium" and has_envpool:
-        envs = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads)
-        observation_space, action_space = envs.observation_space, envs.action_space
+        with warnings.catch_warnings():  # of float64 boxes that become float32
+            warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
+            envs = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads)
+            observation_space, action_space = envs.observation_space, envs.action_space
     else:
         try:
             envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync")
-        except (gym.error.Error, ImportError) as error:
-            known = list(gym.registry) + (envpool.list_all_envs() if envpool is not None else [])
+        except (gym.error.Error, ImportError, ValueError) as error:
+            known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
             near = difflib.get_close_matches(env_id, known, n=3)
             hint = f"; the nearest known names are {', '.join(near)}" if near else ""
-            raise BadInput(f"--env-id {env_id!r} cannot be made: {str(error).splitlines()[0].rstrip('.')}{hint}") from error
+            raise BadInput(f"--env-id {env_id!r} cannot be made: {first_sentence(error)}{hint}") from error
         if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         envs.reset(seed=seed)
@@ -556,6 +560,11 @@ class BadInput(Exception):
     """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
 
 
+def first_sentence(error: Exception) -> str:
+    """The first sentence of an error's text, without its full stop."""
+    return re.split(r"[.?!]\s|\n", str(error))[0].rstrip(".")
+
+
 def check_ranges(args) -> None:
     """Raise BadInput for the first number of `args` outside the interval that its line in Args states."""
     body = ast.parse(textwrap.dedent(inspect.getsource(type(args)))).body[0].body
@@ -575,8 +584,9 @@ def check_ranges(args) -> None:
 
 def nearest_divisors(number: int, near: int) -> str:
     """The divisors of `number` on both sides of `near`, in words."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return " or ".join(str(d) for d in sorted({max(d for d in divisors if d <= max(near, 1)), min(d for d in divisors if d >= min(near, number))}))
+    divisors = {d for i in range(1, math.isqrt(number) + 1) if number % i == 0 for d in (i, number // i)}
+    below, above = max(d for d in divisors if d <= near), min(d for d in divisors if d >= min(near, number))
+    return " or ".join(str(d) for d in sorted({below, above}))
 
 
 def parse_args(cls, argv: list[str] | None = None):
@@ -588,16 +598,19 @@ def parse_args(cls, argv: list[str] | None = None):
             saved = json.loads((args.resume / "args.json").read_text())
             result = args.resume / "result.json"
             finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
-        except (OSError, ValueError) as error:
+            made_by, old = saved["script"], dict(saved["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"--resume {args.resume} is not a run folder: {error}") from error
-        if saved["script"] != SCRIPT:
-            raise BadInput(f"--resume {args.resume} is a run of {saved['script']}, not of {SCRIPT}")
+        if made_by != SCRIPT:
+            raise BadInput(f"--resume {args.resume} is a run of {made_by}, not of {SCRIPT}")
         if finished:
             raise BadInput(f"--resume {args.resume} has nothing left to do: that run has finished")
         known = {field.name: field.type for field in fields(cls)}
-        old = {name: value for name, value in saved["args"].items() if name in known}
+        old = {name: value for name, value in old.items() if name in known}
         old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
         args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
+        if args.device == "auto":
+            args.device = old["device"]
         for name in known.keys() - ANY_TIME - {"run_dir"}:
             if getattr(args, name) != old.get(name, getattr(args, name)):
                 raise BadInput(
@@ -696,7 +709,7 @@ def set_rng_state(state: dict) -> None:
 def load_checkpoint(folder: Path) -> dict:
     """The checkpoint.pt of a run folder. Raises BadInput if it is missing, damaged or of another script."""
     try:
-        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
             raise BadInput(f"--resume {folder}: its checkpoint.pt is one of {checkpoint['script']}, not of {SCRIPT}")
     except FileNotFoundError as error:
@@ -731,16 +744,23 @@ class Run:
                 raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
         else:
             self.folder = args.resume
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
             for csv_name in ("metrics.csv", "episodes.csv"):
                 self.cut_csv(csv_name, self.global_step)
         self.wandb = None
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name, dir=self.folder,
-                id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
-            )  # fmt: skip
+            try:
+                self.wandb = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name, dir=self.folder,
+                    id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
+                )  # fmt: skip
+            except Exception as error:
+                if checkpoint is None:
+                    shutil.rmtree(self.folder)
+                reason = first_sentence(error)
+                raise BadInput(f"--track: W&B does not start: {reason}; log in, set WANDB_MODE=offline or leave it out") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if checkpoint else None)
         self.csv_files = {name: open(self.folder / name, "a", newline="") for name in ("metrics.csv", "episodes.csv")}
         if self.csv_files["episodes.csv"].tell() == 0:
@@ -769,16 +789,18 @@ class Run:
             self.close("failed", error=f"{kind.__name__}: {error}")
 
     def write_json(self, name: str, content: dict) -> None:
+        """Write or replace a json file of the folder."""
         write_atomically(self.folder / name, lambda new: new.write_text(json.dumps(content, indent=1, default=str) + "\n"))
 
     def write_rows(self, name: str, rows: list) -> None:
+        """Append rows to a csv file of the folder, past Python's buffer."""
         csv.writer(self.csv_files[name]).writerows(rows)
         self.csv_files[name].flush()
 
     def cut_csv(self, name: str, last_step: int) -> None:
         """Drop the rows after `last_step`, and a last line that a kill cut short."""
         path = self.folder / name
-        header, *rows = csv.reader(path.read_text().splitlines()) if path.exists() else [[]]
+        header, *rows = [*csv.reader(path.read_text().splitlines() if path.exists() else [])] or [[]]
         rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= last_step]
         if name == "episodes.csv":
             self.episodes = [(int(row[0]), float(row[3])) for row in rows]
@@ -822,7 +844,9 @@ class Run:
 
     def close(self, status: str, **extra) -> None:
         """Write result.json, last and atomically."""
-        last = [value for step, value in self.episodes if step > 0.9 * self.args.total_timesteps]
+        batch_size = self.args.num_envs * self.args.num_steps
+        end = self.args.total_timesteps // batch_size * batch_size
+        last = [value for step, value in self.episodes if step > 0.9 * end]
         for file in self.csv_files.values():
             file.close()
         self.tensorboard.close()
@@ -855,11 +879,14 @@ def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
-    """Undiscounted returns of one episode in each of `episodes` fresh environments (seeds unlike the training's)."""
+    """Undiscounted returns of one episode in each of `episodes` fresh environments (seeds unlike the training's).
+    Where a task has no time limit, an episode counts up to its 100,000th step."""
     envs, *_ = make_envs(args.env_id, episodes, derived_seed(args.seed, 2**40), args.env_backend, args.env_threads)
     obs, _ = envs.reset()
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    while running.any():
+    for _ in range(100_000):
+        if not running.any():
+            break
         obs, rewards, terminated, truncated, _ = envs.step(policy(obs.astype(np.float32)))
         returns += np.where(running, rewards, 0.0)
         running &= ~(terminated | truncated)
@@ -920,12 +947,12 @@ def check_batch_shape(args: Args) -> None:
 def train(args: Args) -> Path:
     """Train and return the run folder. Raises BadInput before anything is created."""
     batch_size = args.num_envs * args.num_steps
-    check_batch_shape(args)
     if args.total_timesteps < batch_size:
         raise BadInput(
             f"--total-timesteps {args.total_timesteps} is less than one rollout of num-envs x num-steps = "
             f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
         )
+    check_batch_shape(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
