@@ -20,6 +20,7 @@ saved with the model. Environments step in EnvPool where it has them, else in Gy
 
 # ---- Imports (shared) ------------------------------------------------------------------------------------------
 import ast
+import contextlib
 import csv
 import difflib
 import importlib.metadata
@@ -410,10 +411,14 @@ def provenance() -> dict:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
     new = path.with_name(path.name + ".new")
-    write(new)
-    with open(new, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        write(new)
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:  # a full disk should not stay full of half a file
+        new.unlink(missing_ok=True)
+        raise
 
 
 def make_folder(path: Path) -> Path:
@@ -530,7 +535,8 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if error is not None and not isinstance(error, SystemExit):
-            self.close("failed", error=f"{kind.__name__}: {error}")
+            with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
+                self.close("failed", error=f"{kind.__name__}: {error}")
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder."""
@@ -603,6 +609,8 @@ class Run:
             "final_return": float(np.mean(last)) if last else None,
         }
         self.write_json("result.json", result | extra)
+        mean = "" if result["final_return"] is None else f", final return {result['final_return']:.1f}"
+        print(f"{status} after {self.global_step:,} steps{mean}: {self.folder}", flush=True)
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if status == "finished" else 1)
 

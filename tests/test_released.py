@@ -166,6 +166,20 @@ def test_the_released_correction_is_not_that_of_algorithm_1():
     assert torch.cosine_similarity(step - direct, poster - direct, dim=0) < -0.999
 
 
+def test_presets_fill_what_is_left_at_its_default():
+    import blpo_continuous_ablations as laboratory
+
+    args = laboratory.parse_args(laboratory.Args, ["--preset", "released-halfcheetah", "--nested-updates", "5"])
+    assert (args.env_id, args.leader, args.ihvp_bound, args.clip_f) == ("HalfCheetah-v4", "released", 1.4, 0.7)
+    assert (args.nystrom_rank, args.damping, args.core_ridge, args.columns) == (5, 50.0, 1.0, "fixed")
+    assert (args.num_envs, args.num_steps, args.chunk_length, args.num_minibatches) == (32, 640, 640, 32)
+    assert args.nested_updates == 5 and not args.anneal_lr and not args.norm_adv
+    assert laboratory.parse_args(laboratory.Args, []).leader == "lambda-return"
+    for name in laboratory.PRESETS:
+        laboratory.check_batch_shape(laboratory.Args(preset=name))
+        laboratory.check_ranges(laboratory.Args(preset=name))
+
+
 if __name__ == "__main__":
     made = make_batch()
     numbers = {k: v.tolist() for k, v in released_by_hand(made).items()}
