@@ -28,7 +28,9 @@ kept; where the authors' released code differs (docs/blpo.md), `blpo_continuous_
 import ast
 import contextlib
 import csv
+import ctypes
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -47,7 +49,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -344,16 +346,20 @@ class CriticJacobian:
     """
 
     def __init__(self, critic: nn.Sequential, obs: Tensor):
-        """One forward and one backward pass at obs (n, D); keeps the values (n,)."""
-        linears = [layer for layer in critic if isinstance(layer, nn.Linear)]
+        """One forward pass at obs (n, D); keeps the values (n,) and the inputs of each layer (n, inputs)."""
+        self.linears, self.inputs = [layer for layer in critic if isinstance(layer, nn.Linear)], [obs]
         with torch.no_grad():
-            self.inputs = [obs]  # of each layer, (n, inputs)
-            for linear in linears[:-1]:
-                self.inputs.append(torch.tanh(linear(self.inputs[-1])))
-            self.values = linears[-1](self.inputs[-1]).squeeze(-1)
-            self.deltas = [torch.ones_like(self.values)[None, :]]  # of each layer, (outputs, n)
-            for linear, hidden in zip(linears[:0:-1], self.inputs[:0:-1]):
-                self.deltas.insert(0, (linear.weight.T @ self.deltas[0]) * (1 - hidden * hidden).T.contiguous())
+            for linear in self.linears[:-1]:  # tanh x = 2 sigmoid(2 x) - 1: torch.tanh takes three times as long
+                self.inputs.append(torch.sigmoid(2 * linear(self.inputs[-1])).mul_(2).sub_(1))
+            self.values = self.linears[-1](self.inputs[-1]).squeeze(-1)
+
+    @functools.cached_property
+    def deltas(self) -> list[Tensor]:
+        """The derivative of V by the outputs of each layer (outputs, n): one backward pass."""
+        deltas = [torch.ones_like(self.values)[None, :]]
+        for linear, hidden in zip(self.linears[:0:-1], self.inputs[:0:-1]):
+            deltas.insert(0, (linear.weight.detach().T @ deltas[0]) * (1 - hidden * hidden).T.contiguous())
+        return deltas
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u for q vectors at once: (q, n) -> (q, P)."""
@@ -393,7 +399,7 @@ class GaussNewton:
     def __init__(self, jacobian: CriticJacobian, weights: Tensor):
         self.jacobian, self.root = jacobian, torch.sqrt(2 * weights)
 
-    @property
+    @functools.cached_property
     def features(self) -> Tensor:
         """The columns of R that belong to the last layer (n, width + 1): its inputs and 1, scaled."""
         last = self.jacobian.inputs[-1]
@@ -427,14 +433,15 @@ def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[T
     core = (core + core.T).double() / 2
     eigenvalues, vectors = torch.linalg.eigh(core)
     kept = eigenvalues > floor * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    factors = (vectors * torch.where(kept, eigenvalues.abs().rsqrt(), 0.0)).T @ columns.double()
-    inner = factors @ factors.T + damping * torch.eye(len(core), dtype=torch.float64, device=core.device)
+    scaled, columns = vectors * torch.where(kept, eigenvalues.abs().rsqrt(), 0.0), columns.double()  # E D^-1/2
+    inner = scaled.T @ (columns @ columns.T) @ scaled
+    inner.diagonal().add_(damping)
     cholesky = torch.linalg.cholesky_ex(inner)[0]
 
     def solve(b: Tensor) -> Tensor:
         right = b.double()
-        small = torch.cholesky_solve((factors @ right)[:, None], cholesky)[:, 0]
-        return ((right - small @ factors) / damping).to(b.dtype)
+        small = torch.cholesky_solve((scaled.T @ (columns @ right))[:, None], cholesky)[:, 0]
+        return ((right - (scaled @ small) @ columns) / damping).to(b.dtype)
 
     return solve
 
@@ -457,7 +464,7 @@ def nystrom_ihvp(curvature: GaussNewton, b: Tensor, damping: float, rank: int, g
 
     R P = Phi P costs next to nothing, so one backward pass for `rank` vectors gives all columns H P = R^T (R P).
     """
-    images = (curvature.features @ feature_directions(curvature, rank, generator)).T
+    images = feature_directions(curvature, rank, generator).T @ curvature.features.T
     return nystrom_solver(curvature.up(images), images @ images.T, damping)(b)
 
 
@@ -499,6 +506,23 @@ def exact_ihvp(curvature: GaussNewton, b: Tensor, damping: float) -> Tensor:
     right = curvature.down(b[None]).double()
     inner = torch.cholesky_solve(right.T, torch.linalg.cholesky_ex(kernel)[0]).T
     return (b - curvature.up(inner.to(b.dtype))[0]) / damping
+
+
+def flat_view(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
+    """One vector (P,) that the parameters, and their gradients, become views of: theta or omega as the paper has it.
+
+    An optimiser then steps one tensor, which matters with K + 1 steps a minibatch. Gradients accumulate in place:
+    zero them with `.grad.zero_()`, never by setting them to None.
+    """
+    parameters = list(parameters)
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad, start = torch.zeros_like(flat), 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        parameter.data = flat.data[start:end].view_as(parameter)
+        parameter.grad = flat.grad[start:end].view_as(parameter)
+        start = end
+    return flat
 
 
 def surrogate_slope(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -686,6 +710,15 @@ def make_folder(path: Path) -> Path:
             return folder
         except FileExistsError:
             continue
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
+    the next minibatch pays page faults to get them again (a tenth of BLPO's update at 640 rows; docs/speed.md)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def rng_state() -> dict:
@@ -968,6 +1001,7 @@ def train(args: Args) -> Path:
     device = torch.device(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
+        keep_freed_memory()
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     start = checkpoint["global_step"] if checkpoint else 0
@@ -980,14 +1014,14 @@ def train(args: Args) -> Path:
     agent = Agent(obs_dim, action_dim, args.actor_width, args.critic_width).to(device)
 
     # ---- Optimisers --------------------------------------------------------------------------------------------
-    theta, omega = agent.actor_parameters(), list(agent.critic.parameters())
-    num_omega = sum(parameter.numel() for parameter in omega)
-    if args.nystrom_rank > num_omega:
+    theta, omega = flat_view(agent.actor_parameters()), flat_view(agent.critic.parameters())
+    if args.nystrom_rank > omega.numel():
         raise BadInput(
-            f"--nystrom-rank {args.nystrom_rank} is more than the {num_omega} parameters of the critic; ask for at most that"
+            f"--nystrom-rank {args.nystrom_rank} is more than the {omega.numel()} parameters of the critic; "
+            "ask for at most that"
         )
-    actor_optimiser = torch.optim.Adam(theta, lr=args.learning_rate, eps=1e-5, fused=True)
-    critic_optimiser = torch.optim.Adam(omega, lr=args.critic_learning_rate, eps=1e-5, fused=True)
+    actor_optimiser = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
+    critic_optimiser = torch.optim.Adam([omega], lr=args.critic_learning_rate, eps=1e-5, fused=True)
     optimisers = [actor_optimiser, critic_optimiser]
     chunks = chunk_indices(args.num_steps, args.num_envs, args.chunk_length).to(device)
     sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
@@ -1100,13 +1134,14 @@ def train(args: Args) -> Path:
                     # The follower: K steps on L = mean (G - V)^2.
                     for _ in range(args.nested_updates):
                         critic_loss = (row_weights * (agent.critic(obs_rows).squeeze(-1) - row_returns) ** 2).sum()
-                        critic_optimiser.zero_grad()
+                        omega.grad.zero_()
                         critic_loss.backward()
                         critic_optimiser.step()
                     leader_start = time.perf_counter()
 
                     # The leader's objective, with the advantages of the critic that has just answered.
-                    logratio = agent.logprob(mb_obs[:, :-1], mb_actions) - mb_logprobs
+                    pairs = mb_obs[:, :-1].flatten(0, 1), mb_actions.flatten(0, 1)
+                    logratio = agent.logprob(*pairs).view_as(mb_logprobs) - mb_logprobs
                     ratio = logratio.exp()
                     response_start = time.perf_counter()
                     jacobian = CriticJacobian(agent.critic, obs_rows)
@@ -1135,22 +1170,23 @@ def train(args: Args) -> Path:
                     actor_start = time.perf_counter()
 
                     # The leader's step along the hypergradient.
-                    direct = (weights * surrogate).sum()  # J
-                    correction = (weights * 2 * z * surrogate).sum()  # its gradient is -(grad_theta,omega L) v
                     entropy = gaussian_entropy(agent.actor_logstd)
-                    loss = -direct - correction - args.ent_coef * entropy
+                    loss = -(weights * (1 + 2 * z) * surrogate).sum() - args.ent_coef * entropy
                     if epoch == args.update_epochs - 1:
                         with torch.no_grad():
                             clipped = (weights * ((ratio - 1).abs() > args.clip_coef)).sum()
                             kl, old_kl = (weights * ((ratio - 1) - logratio)).sum(), -(weights * logratio).sum()
-                            statistics.append(torch.stack([critic_loss, -direct, entropy, old_kl, kl, clipped]))
+                            policy_loss = -(weights * surrogate).sum()
+                            statistics.append(torch.stack([critic_loss, policy_loss, entropy, old_kl, kl, clipped]))
                         if len(statistics) == args.num_minibatches:  # the last minibatch of the rollout
-                            diagnostics = leader_diagnostics(theta, direct, correction, weights, z)
+                            direct = (weights * surrogate).sum()  # J
+                            correction = (weights * 2 * z * surrogate).sum()  # its gradient: -(grad_theta,omega L) v
+                            diagnostics = leader_diagnostics(agent.actor_parameters(), direct, correction, weights, z)
                             diagnostics["inner_gradient_norm_before"] = gradient_norm_before
                             diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(jacobian, row_weights, row_returns)
                             if args.ihvp != "none":
                                 diagnostics |= solver_diagnostics(curvature, b, v, args.damping)
-                    actor_optimiser.zero_grad()
+                    theta.grad.zero_()
                     loss.backward()
                     actor_optimiser.step()
                     nested_time += leader_start - nested_start
