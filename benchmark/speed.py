@@ -343,7 +343,7 @@ def pcg_ihvp(
     curvature: blpo.GaussNewton, b: Tensor, damping: float, rank: int, iterations: int, generator: torch.Generator
 ) -> Tensor:
     """The laboratory's preconditioned conjugate gradients, its Nystrom sketch (the same as nystrom_ihvp's) included."""
-    images = (curvature.features @ blpo.feature_directions(curvature, rank, generator)).T
+    images = blpo.feature_directions(curvature, rank, generator).T @ curvature.features.T
     return ablations.preconditioned_cg_ihvp(curvature, b, damping, iterations, curvature.up(images), images @ images.T)
 
 
@@ -398,7 +398,10 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
     discounts = torch.full((chunks, length), blpo_args.gamma)
     obs_rows = obs.flatten(0, 1)
     adam = partial(torch.optim.Adam, lr=0.0, eps=1e-5, fused=True)
-    joint, actor, critic = adam(agent.parameters()), adam(agent.actor_parameters()), adam(agent.critic.parameters())
+    baseline = copy.deepcopy(agent)
+    theta, omega = blpo.flat_view(agent.actor_parameters()), blpo.flat_view(agent.critic.parameters())
+    baseline_parameters = list(baseline.parameters())
+    joint, actor, critic = adam(baseline_parameters), adam([theta]), adam([omega])
 
     flat = obs[:, :-1].flatten(0, 1), actions.flatten(0, 1), logprobs.flatten(), rewards.flatten()
     batch = torch.randperm(chunks * length)
@@ -406,20 +409,20 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
     def ppo_update() -> None:
         flat_obs, flat_actions, flat_logprobs, flat_advantages = (x[batch] for x in flat)
         old_values, returns = flat[2][batch], flat[3][batch]
-        ratio = (agent.logprob(flat_obs, flat_actions) - flat_logprobs).exp()
+        ratio = (baseline.logprob(flat_obs, flat_actions) - flat_logprobs).exp()
         advantages = (flat_advantages - flat_advantages.mean()) / (flat_advantages.std() + 1e-8)
         loss = -ppo.clipped_surrogate(ratio, advantages, ppo_args.clip_coef).mean()
-        values = agent.critic(flat_obs).squeeze(-1)
-        loss = loss - ppo_args.ent_coef * ppo.gaussian_entropy(agent.actor_logstd)
+        values = baseline.critic(flat_obs).squeeze(-1)
+        loss = loss - ppo_args.ent_coef * ppo.gaussian_entropy(baseline.actor_logstd)
         loss = loss + ppo_args.vf_coef * ppo.value_loss(values, old_values, returns, ppo_args.clip_coef)
         joint.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(agent.parameters(), ppo_args.max_grad_norm)
+        nn.utils.clip_grad_norm_(baseline_parameters, ppo_args.max_grad_norm)
         joint.step()
 
     def critic_step() -> None:
         loss = (row_weights * (agent.critic(obs_rows).squeeze(-1) - row_returns) ** 2).sum()
-        critic.zero_grad()
+        omega.grad.zero_()
         loss.backward()
         critic.step()
 
@@ -428,7 +431,6 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
             critic_step()
 
     jacobian = blpo.CriticJacobian(agent.critic, obs_rows)
-    curvature = blpo.GaussNewton(jacobian, row_weights)
 
     def right_hand_side() -> Tensor:
         values = jacobian.values.view(chunks, -1)
@@ -440,9 +442,10 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
     b = right_hand_side()
 
     def actor_step() -> None:
-        ratio = (agent.logprob(obs[:, :-1], actions) - logprobs).exp()
+        pairs = obs[:, :-1].flatten(0, 1), actions.flatten(0, 1)
+        ratio = (agent.logprob(*pairs).view_as(logprobs) - logprobs).exp()
         loss = -(weights * blpo.clipped_surrogate(ratio, rewards, blpo_args.clip_coef)).sum()
-        actor.zero_grad()
+        theta.grad.zero_()
         loss.backward()
         actor.step()
 
@@ -450,11 +453,13 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
         "PPO update": ppo_update,
         "critic step": critic_step,
         f"nested critic, K = {blpo_args.nested_updates}": nested_critic,
-        "CriticJacobian": lambda: blpo.CriticJacobian(agent.critic, obs_rows),
+        "CriticJacobian": lambda: blpo.CriticJacobian(agent.critic, obs_rows).deltas,
         "lambda-returns and b": right_hand_side,
     }
     for (family, number), solve in solvers((1, 10, 100), (10, 20, 50)).items():
-        parts[f"v by {solver_name(family, number)}"] = partial(solve, curvature, b, damping)
+        parts[f"v by {solver_name(family, number)}"] = partial(
+            lambda solve: solve(blpo.GaussNewton(jacobian, row_weights), b, damping), solve
+        )
     return parts | {"z = J v": lambda: jacobian.jvp(b[None]), "actor step": actor_step}
 
 
@@ -678,6 +683,7 @@ def main(args: Args) -> None:
     if min(args.rounds, args.micro_rounds) < 1:
         sys.exit("error: --rounds and --micro-rounds must be at least 1")
     torch.set_num_threads(1)
+    blpo.keep_freed_memory()  # as `train` does
     output = args.output or (ROOT / "runs/speed" if args.quick else ROOT / "benchmark/results/speed")
     output.mkdir(parents=True, exist_ok=True)
     if args.quick:
