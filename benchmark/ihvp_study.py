@@ -109,8 +109,10 @@ def main(args: Args) -> None:
         f"| {damping:g} | " + " | ".join(f"{max(worst[solver, damping]):.2g}" for solver in solvers) + " |" for damping in DAMPINGS
     ]
     (args.output / "summary.md").write_text("\n".join(lines) + "\n")
-    provenance = blpo.provenance() | {"seed": args.seed, "seconds": round(time.time() - started)}
-    (args.output / "study.json").write_text(json.dumps(provenance | {"command": "python -m benchmark.ihvp_study"}, indent=1) + "\n")
+    provenance = blpo.provenance() | {"script": "benchmark/ihvp_study.py", "command": "python -m benchmark.ihvp_study"}
+    del provenance["argv"]
+    provenance |= {"seed": args.seed, "seconds": round(time.time() - started)}
+    (args.output / "study.json").write_text(json.dumps(provenance, indent=1) + "\n")
     print("\n".join(lines))
 
 
