@@ -714,7 +714,7 @@ def make_folder(path: Path) -> Path:
 
 def keep_freed_memory() -> None:
     """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again (a tenth of BLPO's update at 640 rows; docs/speed.md)."""
+    the next minibatch pays page faults to get them again."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

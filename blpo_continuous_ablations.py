@@ -771,7 +771,7 @@ def make_folder(path: Path) -> Path:
 
 def keep_freed_memory() -> None:
     """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again (a tenth of BLPO's update at 640 rows; docs/speed.md)."""
+    the next minibatch pays page faults to get them again."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -1199,6 +1199,8 @@ def train(args: Args) -> Path:
         )
     if args.ihvp == "exact" and args.curvature == "hessian":
         raise BadInput("--ihvp exact solves with --curvature gauss-newton alone; for the Hessian use --ihvp cg")
+    if args.leader == "released" and (args.mixed_term, args.correction_control) != ("timestep", "none"):
+        raise BadInput("--leader released has a mixed term of its own; leave out --mixed-term and --correction-control")
     leader_lambda = args.gae_lambda if args.leader_lambda is None else args.leader_lambda
     mixed_discount = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
     actor_optimiser = torch.optim.Adam([theta], lr=args.learning_rate, eps=1e-5, fused=True)
@@ -1401,7 +1403,7 @@ def train(args: Args) -> Path:
                     theta.grad.zero_()
                     if args.leader == "released":
                         parameters = agent.actor_parameters()
-                        parts = (torch.autograd.grad(x, parameters, retain_graph=True) for x in (-direct, correction))
+                        parts = (torch.autograd.grad(x, parameters, retain_graph=True) for x in (-direct - args.ent_coef * entropy, correction))
                         for parameter, gradient in zip(parameters, bounded(*parts, args.ihvp_bound)):
                             parameter.grad.copy_(gradient)
                     else:

@@ -2,7 +2,7 @@
 
 tests/data/released_batch.json holds a small minibatch (one sequence with a termination, a truncation and a reset row),
 networks, and the v, correction, scale and direction that `released_by_hand` gave for it: loops, plain double-backward
-autograd, the released formula for v as it is written (sections 2.2 to 2.6 of the notes in docs/blpo.md), float64.
+autograd, the released formula for v as it is written (docs/blpo.md, the column 'released code'), float64.
 `python tests/test_released.py` writes it anew.
 """
 
