@@ -24,6 +24,7 @@ import contextlib
 import copy
 import csv
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -78,7 +79,7 @@ class Args:
     """what to measure"""
     env_ids: tuple[str, ...] = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4")
     """environments of the part loops; the first one serves parts, residual and launch"""
-    rounds: int = 3
+    rounds: int = 5
     """turns of each competitor in loops and launch, in [1, inf)"""
     micro_rounds: int = 15
     """turns of each competitor in the other parts, in [1, inf)"""
@@ -180,15 +181,61 @@ def script_loop(script, words: list[str], rollout_done: Callable[[dict[str, floa
     script.train(script.parse_args(script.Args, words))
 
 
-def environment_loop(args, rollout_done: Callable[[dict[str, float]], None]) -> None:
-    """The environments alone, with random actions drawn and clipped beforehand: the limit of every loop on them."""
+class Recorder:
+    """Environments that keep the actions they were sent in the list `sent`."""
+
+    def __init__(self, envs, sent: list[np.ndarray]):
+        self.envs, self.sent = envs, sent
+
+    def __getattr__(self, name: str):
+        return getattr(self.envs, name)
+
+    def step(self, actions: np.ndarray):
+        self.sent.append(actions.copy())
+        return self.envs.step(actions)
+
+
+class Enough(Exception):
+    """Ends a training run."""
+
+
+def actions_of_ppo(words: list[str], rollouts: int) -> list[np.ndarray]:
+    """The actions (N, A) of every step of PPO's first rollouts with these words: a CPU run repeats bitwise."""
+    sent, make_envs, done = [], ppo.make_envs, []
+
+    def make_recorder(*settings):
+        envs, *spaces = make_envs(*settings)
+        return Recorder(envs, sent), *spaces
+
+    def rollout_done(seconds):
+        done.append(seconds)
+        if len(done) == rollouts:
+            raise Enough
+
+    ppo.make_envs = make_recorder
+    with contextlib.suppress(Enough):
+        script_loop(ppo, words, rollout_done)
+    ppo.make_envs = make_envs
+    return sent
+
+
+def environment_loop(words: list[str], rollouts: int | None, rollout_done: Callable[[dict[str, float]], None]) -> None:
+    """The environments alone, with actions drawn and clipped beforehand: the limit of every loop on them.
+
+    What a step costs depends on the state (contacts, resets). So there are two limits: with random actions, and with
+    the actions of PPO's first `rollouts` rollouts, whose environments then go through the very states of the PPO loop.
+    """
+    args = ppo.parse_args(ppo.Args, words)
     envs, _, space = ppo.make_envs(args.env_id, args.num_envs, args.seed, args.env_backend, args.env_threads)
-    actions = np.random.default_rng(args.seed).standard_normal((args.num_steps, args.num_envs, *space.shape))
-    actions = actions.clip(space.low, space.high).astype(np.float32)
+    if rollouts is None:
+        actions = np.random.default_rng(args.seed).standard_normal((args.num_steps, args.num_envs, *space.shape))
+        actions = list(actions.clip(space.low, space.high).astype(np.float32))
+    else:
+        actions = actions_of_ppo(words, rollouts)
     envs.reset()
-    while True:
+    for first in itertools.cycle(range(0, len(actions), args.num_steps)):
         start = time.perf_counter()
-        for action in actions:
+        for action in actions[first : first + args.num_steps]:
             envs.step(action)
         rollout_done({"env": time.perf_counter() - start, "policy": 0.0, "update": 0.0})
 
@@ -294,17 +341,23 @@ def measure_loops(args: Args) -> dict[str, list[Row]]:
             with tempfile.TemporaryDirectory() as folder:
                 words = ["--env-id", env_id, "--run-dir", folder, "--device", "cpu", *shape]
                 parsed = ppo.parse_args(ppo.Args, words)
+                # A rollout of the default shape takes a fraction of a second: four of them make a turn.
+                rollouts = 4 if shape is DEFAULT_SHAPE and not args.quick else 1
                 loops: dict[str, Loop] = {
-                    "environment only": partial(environment_loop, parsed),
+                    "environment only, random actions": partial(environment_loop, words, None),
+                    "environment only, PPO's actions": partial(environment_loop, words, 1 + rollouts * args.rounds),
                     "PPO": partial(script_loop, ppo, words),
                     "reference PPO": partial(reference_loop, parsed),
                 }
                 loops |= {name: partial(script_loop, blpo, words + extra.split()) for name, extra in BLPO_SOLVERS.items()}
-                # A rollout of the default shape takes a fraction of a second: two of them make a turn.
-                samples = loops_in_turns(loops, args.rounds, 2 if shape is DEFAULT_SHAPE and not args.quick else 1)
+                samples = loops_in_turns(loops, args.rounds, rollouts)
             steps = parsed.num_envs * parsed.num_steps
             seconds = {name: [turn["rollout"] for turn in turns] for name, turns in samples.items()}
             for name, turns in samples.items():
+                # What BLPO's ratio would be if its policy had led the environments through PPO's states.
+                pairs = zip(turns, samples["PPO"])
+                same_env = [turn["rollout"] - turn["env"] + of_ppo["env"] for turn, of_ppo in pairs]
+                same_env = ratios(same_env, seconds["PPO"]) if name.startswith("BLPO") else ""
                 rows.append(
                     {
                         "env_id": env_id,
@@ -312,8 +365,9 @@ def measure_loops(args: Args) -> dict[str, list[Row]]:
                         "env_threads": parsed.env_threads,
                         "loop": name,
                         "steps_per_s": [steps / each for each in seconds[name]],
-                        "of_environment_only": ratios(seconds["environment only"], seconds[name]),
+                        "of_environment_only": ratios(seconds["environment only, PPO's actions"], seconds[name]),
                         "time_vs_ppo": ratios(seconds[name], seconds["PPO"]),
+                        "time_vs_ppo_at_its_env_time": same_env,
                     }
                     | {f"{part}_s": [turn[part] for turn in turns] for part in ("env", "policy", "update")}
                 )
