@@ -108,7 +108,7 @@ class Args:
     """parallel environments, in [1, 65536]"""
     num_steps: int = 256
     """steps of each environment in a rollout, in [2, inf)"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 7e-4
     """Adam step size of the actor, in (0, inf)"""
     critic_learning_rate: float | None = None
     """Adam step size of the critic, in (0, inf); default: learning_rate"""
@@ -122,7 +122,7 @@ class Args:
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
     num_minibatches: int = 16
     """minibatches in an epoch, in [1, inf)"""
-    update_epochs: int = 10
+    update_epochs: int = 4
     """passes over a rollout, in [1, inf)"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
