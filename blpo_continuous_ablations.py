@@ -114,9 +114,9 @@ class Args:
     """parallel environments, in [1, 65536]"""
     num_steps: int = 256
     """steps of each environment in a rollout, in [2, inf)"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 7e-4
     """Adam step size of the actor (leader), in (0, inf)"""
-    critic_learning_rate: float = 1.2e-3
+    critic_learning_rate: float = 2.8e-3
     """Adam step size of the critic (follower), in (0, inf)"""
     anneal_lr: bool = True
     """lower both step sizes linearly to 0"""
@@ -128,9 +128,9 @@ class Args:
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
     chunk_length: int = 64
     """consecutive steps of one environment that stay together; the lambda-return bootstraps at their end, in [2, inf)"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches of whole chunks in an epoch, in [1, inf)"""
-    update_epochs: int = 10
+    update_epochs: int = 4
     """passes over a rollout, in [1, inf)"""
     nested_updates: int = 3
     """K, critic steps before each actor step, in [1, inf)"""

@@ -87,6 +87,18 @@ class Unavailable(gym.Env):
         raise ImportError("needs the package maps. Install it with pip")
 
 
+class Broken(Clock):
+    """A task that raises an error in its hundredth step."""
+
+    steps = 0
+
+    def step(self, action):
+        Broken.steps += 1
+        if Broken.steps == 100:
+            raise RuntimeError("the hundredth step breaks")
+        return super().step(action)
+
+
 BOX = Box(-1, 1, (2,), np.float32)
 SPACES = {
     "toy/DictObs-v0": (Dict({"image": Box(0, 255, (2, 2), np.uint8), "goal": Discrete(3)}), BOX),
@@ -101,5 +113,6 @@ gym.register("Walk-v0", entry_point=Walk)
 gym.register("toy/Walk-v0", entry_point=Walk)
 gym.register("toy/Unavailable-v0", entry_point=Unavailable)
 gym.register("toy/Clock-v0", entry_point=Clock)
+gym.register("toy/Broken-v0", entry_point=Broken)
 for name, (observations, actions) in SPACES.items():
     gym.register(name, entry_point=Spaces, kwargs={"observation_space": observations, "action_space": actions})
