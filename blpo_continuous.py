@@ -136,7 +136,7 @@ class Args:
     """K, critic steps before each actor step, in [1, inf)"""
     ihvp: Literal["nystrom", "cg", "exact", "none"] = "nystrom"
     """solver of the damped system; none: the nested control, without the hypergradient"""
-    damping: float = 3.0
+    damping: float = 1.0
     """alpha, added to the curvature of the critic's loss, in (0, inf)"""
     nystrom_rank: int = 10
     """q, directions in the Nystrom approximation, in [1, inf); more than critic_width + 1 add nothing"""

@@ -27,6 +27,12 @@ class Run:
     """the job folders are created in {run_dir}/{suite}"""
     workers: int = 1
     """runs at a time on this machine, in [1, 1024]; the cores are dealt out to them"""
+    methods: tuple[str, ...] = ()
+    """only these methods; default: all of the suite"""
+    environments: tuple[str, ...] = ()
+    """only these environments"""
+    seeds: tuple[int, ...] = ()
+    """only these seeds"""
     dry_run: bool = False
     """print the jobs and where they stand, start nothing"""
     engine: Literal["local", "slurm"] = "local"
@@ -47,7 +53,7 @@ class Run:
     """further options of sbatch, as KEY VALUE pairs: account my_account qos high"""
 
     def __call__(self) -> int:
-        suite = load_suite(self.suite)
+        suite = load_suite(self.suite).only(self.methods, self.environments, self.seeds)
         if not 1 <= self.workers <= 1024:
             raise BadSuite(f"--workers is {self.workers}, it must be in [1, 1024]")
         from benchmark import launch

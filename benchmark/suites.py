@@ -41,7 +41,7 @@ import json
 import re
 import sys
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,26 @@ class Suite:
     baselines: tuple[str, ...]
     aggregate: bool
     claims: tuple[Claim, ...]
+
+    def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
+        """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
+        known = {job.seed for job in self.jobs()}
+        for words, asked, there in (
+            ("--methods", methods, self.methods), ("--environments", environments, self.environments), ("--seeds", seeds, known),
+        ):  # fmt: skip
+            for each in asked:
+                if each not in there:
+                    raise BadSuite(f"{words} names {each}, which {self.name} does not have{nearest(str(each), there)}")
+        chosen = {
+            name: replace(
+                method,
+                environments=tuple(each for each in method.environments if not environments or each in environments),
+                seeds=tuple(seed for seed in method.seeds if not seeds or seed in seeds),
+            )
+            for name, method in self.methods.items()
+            if not methods or name in methods
+        }
+        return replace(self, methods=chosen)
 
     def jobs(self) -> list[Job]:
         """Every run: seeds outermost, so that a suite that is cut short has every method at the same seeds."""

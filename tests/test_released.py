@@ -173,11 +173,13 @@ def test_presets_fill_what_is_left_at_its_default():
     assert (args.env_id, args.leader, args.ihvp_bound, args.clip_f) == ("HalfCheetah-v4", "released", 1.4, 0.7)
     assert (args.nystrom_rank, args.damping, args.core_ridge, args.columns) == (5, 50.0, 1.0, "fixed")
     assert (args.num_envs, args.num_steps, args.chunk_length, args.num_minibatches) == (32, 640, 640, 32)
+    assert (args.learning_rate, args.critic_learning_rate) == (3e-4, 1.2e-3)
     assert args.nested_updates == 5 and not args.anneal_lr and not args.norm_adv
     assert laboratory.parse_args(laboratory.Args, []).leader == "lambda-return"
     for name in laboratory.PRESETS:
         laboratory.check_batch_shape(laboratory.Args(preset=name))
         laboratory.check_ranges(laboratory.Args(preset=name))
+        assert laboratory.Args(preset=name, total_timesteps=1_000_000).total_timesteps == 1_000_000
 
 
 if __name__ == "__main__":

@@ -1,0 +1,374 @@
+"""benchmark/: suite files, the local launcher through kills and failures, and what collect makes of run folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import REPO, environment, read_csv, wait_for
+
+from benchmark import __main__ as command_line
+from benchmark import launch
+from benchmark.collect import Mixed, collect
+from benchmark.suites import BadSuite, known_suites, load_suite
+
+SUITE = """
+description = "tiny runs"
+environments = ["toy_envs:Walk-v0"]
+seeds = [1, 2]
+grid = 256
+diagnostics = ["bilevel/cosine"]
+baselines = ["ppo"]
+
+[arguments]
+num-envs = 2
+num-steps = 32
+total-timesteps = 1024
+num-minibatches = 2
+update-epochs = 1
+checkpoint-every = 2
+device = "cpu"
+
+[methods.ppo]
+label = "PPO"
+script = "ppo_continuous.py"
+
+[methods.blpo]
+label = "BLPO"
+script = "blpo_continuous.py"
+arguments = { chunk-length = 8, nystrom-rank = 3 }
+"""
+
+
+@pytest.fixture(autouse=True)
+def toys(toy_envs, monkeypatch):
+    """The toy tasks, here and in every child process."""
+    monkeypatch.setenv("PYTHONPATH", str(REPO / "tests"))
+
+
+def write(folder: Path, *changes: tuple[str, str], text: str = SUITE) -> str:
+    """The suite with pieces replaced, as a file; returns its path."""
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "tiny.toml"
+    path.write_text(text)
+    return str(path)
+
+
+# ---- Suite files -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", known_suites())
+def test_the_suites_of_the_repository_are_sound(name):
+    suite = load_suite(name)
+    assert suite.jobs() and suite.description
+
+
+def test_jobs_are_every_combination_once_in_a_stable_order(tmp_path):
+    suite = load_suite(write(tmp_path))
+    names = [job.name for job in suite.jobs()]
+    assert names == [f"toy_envs_Walk-v0__{method}__{seed}" for seed in (1, 2) for method in ("ppo", "blpo")]
+    assert names == [job.name for job in load_suite(write(tmp_path)).jobs()]
+    command = suite.jobs()[1].command
+    assert command[:7] == ["blpo_continuous.py", "--env-id", "toy_envs:Walk-v0", "--seed", "1", "--exp-name", "blpo"]
+    assert command[-4:] == ["--chunk-length", "8", "--nystrom-rank", "3"]
+
+
+def test_a_method_may_have_its_own_seeds_environments_and_arguments_by_environment(tmp_path):
+    more = 'seeds = [2, 7]\nenvironments = ["toy/Clock-v0"]\n[methods.ppo.arguments-by-environment."toy/Clock-v0"]\nnorm-adv = false'
+    suite = load_suite(write(tmp_path, ('script = "ppo_continuous.py"', f'script = "ppo_continuous.py"\n{more}')))
+    ppo = [job for job in suite.jobs() if job.method == "ppo"]
+    assert [(job.environment, job.seed) for job in ppo] == [("toy/Clock-v0", 2), ("toy/Clock-v0", 7)]
+    assert all(job.command[-1] == "--no-norm-adv" for job in ppo)
+    assert not any("--no-norm-adv" in job.command for job in suite.jobs() if job.method == "blpo")
+
+
+def test_a_part_of_a_suite_can_be_chosen(tmp_path, capsys):
+    suite = load_suite(write(tmp_path))
+    assert [(job.method, job.seed) for job in suite.only(("blpo",), (), (2,)).jobs()] == [("blpo", 2)]
+    assert suite.only((), ("toy_envs:Walk-v0",), ()).jobs() == suite.jobs()
+    assert command_line.main(["run", write(tmp_path), "--dry-run", "--methods", "blbo"]) == 2
+    assert capsys.readouterr().err == "error: --methods names blbo, which tiny does not have; the nearest are blpo\n"
+
+
+BAD = [
+    ([("[1, 2]", "[]")], "tiny.toml: seeds is empty"),
+    ([("[1, 2]", "[1, 1]")], "seeds holds 1 twice, which would make the same job twice"),
+    ([("[1, 2]", "[-1]")], "seeds holds -1"),
+    ([("[1, 2]", '"one"')], "seeds must be a list"),
+    ([('["toy_envs:Walk-v0"]', '["toy_envs:Walk-v0", "toy_envs:Walk-v0"]')], "environments holds toy_envs:Walk-v0 twice"),
+    ([('["toy_envs:Walk-v0"]', '["Hoper-v4"]')], "'Hoper-v4' cannot be made"),
+    ([('["toy_envs:Walk-v0"]', '["CartPole-v1"]')], "has discrete actions"),
+    ([("ppo_continuous.py", "ppo_continous.py")], "methods.ppo: there is no script 'ppo_continous.py'; the nearest are ppo_"),
+    ([("nystrom-rank", "nystrom-rnk")], "methods.blpo: blpo_continuous.py has no argument 'nystrom-rnk'; the nearest are nystrom"),
+    ([("nystrom-rank = 3", "nystrom-rank = 0")], "--nystrom-rank is 0, it must be in [1, inf)"),
+    ([("nystrom-rank = 3", 'nystrom-rank = "many"')], "cannot read the arguments"),
+    ([("num-minibatches = 2", "num-minibatches = 3")], "--num-minibatches 3 does not divide"),
+    ([("device", "seed = 3\ndevice")], "the argument seed is the launcher's own"),
+    ([("grid = 256", "grid = 0")], "grid is 0, it must be at least 1"),
+    ([("grid = 256", "gird = 256")], "the key 'gird' is unknown; the nearest are grid"),
+    ([('label = "PPO"\n', "")], "methods.ppo: the key 'label' is missing"),
+    ([('baselines = ["ppo"]', 'baselines = ["sac"]')], "baselines names 'sac', which is no method of the suite"),
+    ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
+    ([("[arguments]", "[arguments")], "this is no TOML"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD, ids=[words[:40] for _, words in BAD])
+def test_a_bad_suite_is_one_sentence_and_creates_nothing(tmp_path, capsys, changes, words):
+    path = write(tmp_path, *changes)
+    status = command_line.main(["run", path, "--run-dir", str(tmp_path / "runs")])
+    said = capsys.readouterr().err
+    assert status == 2 and said.startswith("error: tiny.toml") and words in said, said
+    assert said.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_suite_names_the_nearest(capsys):
+    assert command_line.main(["run", "smok"]) == 2
+    assert capsys.readouterr().err == "error: there is no suite 'smok'; the nearest are smoke\n"
+
+
+def test_dry_run_prints_the_jobs_and_creates_nothing(tmp_path, capsys):
+    words = ["run", write(tmp_path), "--run-dir", str(tmp_path / "runs"), "--dry-run"]
+    assert command_line.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[-1] == "4 jobs" and not (tmp_path / "runs").exists()
+    assert lines[0].startswith("waiting     toy_envs_Walk-v0__ppo__1: python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1")
+
+
+# ---- The launcher ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, toy_envs):
+    """The tiny suite, run to its end with two workers: (path of the suite, run_dir, exit status). Read only."""
+    folder = tmp_path_factory.mktemp("launched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPO / "tests"))
+        path = write(folder)
+        return path, folder / "runs", command_line.main(["run", path, "--run-dir", str(folder / "runs"), "--workers", "2"])
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """When every file below was last changed."""
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_job_has_a_folder_log_exit_code_and_provenance(launched):
+    path, run_dir, status = launched
+    assert status == 0
+    jobs = load_suite(path).jobs()
+    assert sorted(each.name for each in (run_dir / "tiny").iterdir()) == sorted(job.name for job in jobs)
+    for job in jobs:
+        folder = run_dir / "tiny" / job.name
+        assert (folder / "exit_code").read_text() == "0\n" and "finished after 1,024 steps" in (folder / "log.txt").read_text()
+        made = json.loads((folder / "job.json").read_text())
+        assert made["command"] == job.command and len(made["attempts"]) == 1
+        assert made["attempts"][0]["commit"] and made["attempts"][0]["versions"]["torch"] and made["attempts"][0]["host"]
+        assert launch.job_status(folder) == "finished" and len(launch.run_folders(folder)) == 1
+
+
+def test_workers_get_cores_of_their_own():
+    cores = sorted(os.sched_getaffinity(0))
+    assert sum(launch.split_cores(1), []) == cores
+    shares = launch.split_cores(len(cores))
+    assert shares == [[core] for core in cores]
+    assert [len(share) for share in launch.split_cores(len(cores) + 3)] == [1] * (len(cores) + 3)
+
+
+def test_what_has_finished_is_not_touched_again(launched):
+    path, run_dir, _ = launched
+    before = snapshot(run_dir)
+    assert command_line.main(["run", path, "--run-dir", str(run_dir)]) == 0
+    assert snapshot(run_dir) == before
+
+
+def test_a_folder_of_other_arguments_is_not_overwritten(launched, tmp_path, capsys):
+    path, run_dir, _ = launched
+    changed = write(tmp_path, ("update-epochs = 1", "update-epochs = 2"))
+    before = snapshot(run_dir)
+    assert command_line.main(["run", changed, "--run-dir", str(run_dir)]) == 2
+    assert "was made with other arguments" in capsys.readouterr().err and snapshot(run_dir) == before
+
+
+LONG = [("[1, 2]", "[1]"), ("total-timesteps = 1024", "total-timesteps = 38400")]
+
+
+def start_launcher(path: str, run_dir: Path, workers: int = 2) -> subprocess.Popen:
+    """`python -m benchmark run` in a process of its own."""
+    words = [sys.executable, "-m", "benchmark", "run", path, "--run-dir", str(run_dir), "--workers", str(workers)]
+    return subprocess.Popen(words, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    return list(run_dir.glob("tiny/*/*/checkpoint.pt"))
+
+
+def assert_complete(path: str, run_dir: Path, resumed: bool) -> None:
+    """Every job has finished in one run folder whose csv files have every step once."""
+    for job in load_suite(path).jobs():
+        folder = run_dir / "tiny" / job.name
+        (run,) = launch.run_folders(folder)
+        steps = [int(row["global_step"]) for row in read_csv(run / "metrics.csv")]
+        assert steps == list(range(64, 38401, 64))
+        assert launch.job_status(folder) == "finished"
+        attempts = json.loads((folder / "job.json").read_text())["attempts"]
+        assert any(attempt["resumed"] for attempt in attempts) == resumed
+
+
+def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
+    path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
+    first = start_launcher(path, run_dir)
+    wait_for(first, lambda: len(checkpoints(run_dir)) == 2)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 143 and out.count("paused") == 2 and not err, (out, err)
+    assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"interrupted"}
+    second = start_launcher(path, run_dir)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0 and out.count("(resumed)") == 2, (out, err)
+    assert_complete(path, run_dir, resumed=True)
+
+
+def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_path):
+    path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
+    first = start_launcher(path, run_dir)
+    wait_for(first, lambda: len(checkpoints(run_dir)) == 2)
+    first.kill()
+    first.communicate()
+    assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"running"}
+    second = start_launcher(path, run_dir)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0 and "start" not in out, (out, err)
+    assert_complete(path, run_dir, resumed=False)
+
+
+def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
+    path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
+    launcher = start_launcher(path, run_dir)
+    wait_for(launcher, lambda: len(checkpoints(run_dir)) == 2)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for child in map(int, children):
+        os.kill(child, signal.SIGKILL)
+    out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0 and out.count("exit status -9, once more") == 2, (out, err)
+    assert_complete(path, run_dir, resumed=True)
+
+
+def test_a_job_that_fails_is_tried_twice_and_listed(tmp_path, capsys):
+    path = write(tmp_path, ("toy_envs:Walk-v0", "toy_envs:toy/Broken-v0"), ("[1, 2]", "[1]"))
+    path = write(tmp_path, ("[methods.blpo]", "[methods.blpo]\nenvironments = [\"toy_envs:Walk-v0\"]"), text=Path(path).read_text())
+    assert command_line.main(["run", path, "--run-dir", str(tmp_path / "runs")]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "exit status 1, once more" in out and "1 failed" in out and "done toy_envs_Walk-v0__blpo__1" in out
+    folder = tmp_path / "runs" / "tiny" / "toy_envs_toy_Broken-v0__ppo__1"
+    assert launch.job_status(folder) == "failed" and (folder / "exit_code").read_text() == "1\n"
+    assert len(json.loads((folder / "job.json").read_text())["attempts"]) == 2
+    assert (folder / "log.txt").read_text().count("RuntimeError: the hundredth step breaks") == 2
+
+
+def test_a_job_is_never_run_twice_at_once(tmp_path):
+    suite = load_suite(write(tmp_path, *LONG))
+    folder = launch.prepare(suite, tmp_path / "runs")[0]
+    running = launch.Attempt(folder)
+    try:
+        assert launch.attempt(folder) == launch.ELSEWHERE
+        with pytest.raises(launch.Elsewhere):
+            launch.Attempt(folder)
+    finally:
+        running.process.kill()
+        running.wait()
+    assert launch.job_status(folder) == "failed"
+
+
+# ---- Collect ---------------------------------------------------------------------------------------------------
+def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
+    path, run_dir, _ = launched
+    suite = load_suite(path, check=False)
+    content = collect(suite, run_dir, tmp_path, allow_mixed=True)
+    assert len(content["runs"]) == 4 and content["missing"] == []
+    for job in suite.jobs():
+        rows = read_csv(tmp_path / "tiny" / f"{job.name}.csv")
+        (run,) = launch.run_folders(run_dir / "tiny" / job.name)
+        episodes = read_csv(run / "episodes.csv")
+        assert [int(row["global_step"]) for row in rows] == [256, 512, 768, 1024]
+        assert sum(int(row["episodes"]) for row in rows) == len(episodes)
+        second = [float(e["episodic_return"]) for e in episodes if 256 < int(e["global_step"]) <= 512]
+        assert float(rows[1]["episodic_return"]) == pytest.approx(sum(second) / len(second), abs=1e-3)
+        metrics = read_csv(run / "metrics.csv")
+        assert float(rows[-1]["wall_time_s"]) == pytest.approx(float(metrics[-1]["wall_time_s"]), abs=0.01)
+        if job.method == "blpo":
+            cosines = [float(m["bilevel/cosine"]) for m in metrics if 256 < int(m["global_step"]) <= 512]
+            assert float(rows[1]["bilevel/cosine"]) == pytest.approx(sum(cosines) / len(cosines), rel=1e-3)
+        else:
+            assert "bilevel/cosine" not in rows[0]
+    made = content["runs"][0]
+    assert made["command"].startswith("python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1") and made["commit"]
+    assert made["versions"]["torch"] and made["wall_time_s"] > 0 and made["steps"] == 1024
+
+
+def test_collect_names_what_is_missing_and_keeps_what_was_collected_before(launched, tmp_path):
+    path, run_dir, _ = launched
+    more = write(tmp_path, ("[1, 2]", "[1, 2, 3]"))
+    content = collect(load_suite(more, check=False), run_dir, tmp_path / "results", allow_mixed=True)
+    assert content["missing"] == ["toy_envs_Walk-v0__ppo__3", "toy_envs_Walk-v0__blpo__3"]
+    again = collect(load_suite(more, check=False), tmp_path / "nothing here", tmp_path / "results", allow_mixed=True)
+    assert again["runs"] == content["runs"] and again["missing"] == content["missing"]
+    fewer = load_suite(write(tmp_path, ("[1, 2]", "[2]")), check=False)
+    assert len(collect(fewer, run_dir, tmp_path / "results", allow_mixed=True)["runs"]) == 2
+    assert len(list((tmp_path / "results" / "tiny").glob("*.csv"))) == 2
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def clean(made: dict) -> None:
+    """As if run from a committed tree, which the tree under test need not be."""
+    for attempt in made["attempts"]:
+        attempt["dirty"] = False
+
+
+@pytest.fixture
+def copied(launched, tmp_path):
+    """A copy of the tiny suite's runs, of committed code."""
+    subprocess.run(["cp", "-r", str(launched[1]), str(tmp_path / "runs")], check=True)
+    for path in (tmp_path / "runs").glob("tiny/*/job.json"):
+        edit_json(path, clean)
+    return load_suite(launched[0], check=False), tmp_path / "runs"
+
+
+def test_collect_refuses_mixed_commits_arguments_and_uncommitted_code(copied, tmp_path):
+    suite, run_dir = copied
+    results = tmp_path / "results"
+    collect(suite, run_dir, results)
+    first = run_dir / "tiny" / "toy_envs_Walk-v0__ppo__1"
+    before, saved = snapshot(results), (first / "job.json").read_text()
+
+    def refused(words: str) -> None:
+        with pytest.raises(Mixed, match=words):
+            collect(suite, run_dir, results)
+        assert snapshot(results) == before
+        assert collect(suite, run_dir, tmp_path / "other", allow_mixed=True)["mixed"]
+        (first / "job.json").write_text(saved)
+
+    edit_json(first / "job.json", lambda made: made["attempts"][0].update(commit="0" * 40))
+    refused("the commits 0000000000, ")
+    edit_json(first / "job.json", lambda made: made["attempts"][0].update(dirty=True))
+    refused("uncommitted code .toy_envs_Walk-v0__ppo__1.")
+    edit_json(first / "job.json", lambda made: made["command"].append("--no-norm-adv"))
+    refused("a run with other arguments than the suite's now")
+    (run,) = launch.run_folders(first)
+    edit_json(run / "args.json", lambda made: made["args"].update(gamma=0.9))
+    refused("runs of ppo on toy_envs:Walk-v0 with different gamma")
+
+
+def test_collect_on_the_command_line(copied, tmp_path, capsys):
+    suite, run_dir = copied
+    words = ["collect", str(suite.path), "--run-dir", str(run_dir), "--results", str(tmp_path / "results")]
+    assert command_line.main(words) == 0
+    assert capsys.readouterr().out == f"4 runs in {tmp_path / 'results' / 'tiny'}\n"
+    assert tomllib.loads(suite.path.read_text())["seeds"] == [1, 2]
