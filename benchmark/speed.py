@@ -525,7 +525,7 @@ def measure_parts(args: Args) -> dict[str, list[Row]]:
     obs = curvature.jacobian.inputs[0]
     obs = obs.view(-1, 65, obs.shape[1])
     rows: list[Row] = []
-    for chunks in (4, 10):
+    for chunks in (2, 10):
         samples = milliseconds(minibatch_parts(obs[:chunks], *action_space.shape, damping), args.micro_rounds)
         nested = next(name for name in samples if name.startswith("nested"))
         whole = [nested, "CriticJacobian", "lambda-returns and b", "v by nystrom 10", "z = J v", "actor step"]

@@ -1,0 +1,415 @@
+"""Figures of a suite, from its committed results alone (`benchmark/results/SUITE/runs.json` and one csv a run).
+
+Every band and bar is a 95 % interval, stratified bootstrap over seeds (`benchmark/statistics.py`). The same results and the
+same matplotlib give bitwise the same files. A method has one colour, dash and hatch in all figures of all suites: STYLES.
+"""
+
+import csv
+import json
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from benchmark import statistics
+from benchmark.reference import load_reference, normalise
+from benchmark.suites import Suite
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too faint for a line on white.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
+SOLID, DASHED, DOTTED, DASHDOT = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
+HATCHES = {SOLID: None, DASHED: "////", DOTTED: "....", DASHDOT: "xxxx"}
+STYLES = {  # method -> colour, dash. A new method gets a line here as soon as its figures are shown to anybody.
+    "ppo": (BLUE, SOLID),
+    "nested": (ORANGE, SOLID),
+    "blpo": (GREEN, SOLID),
+    "authors": (VERMILION, SOLID),
+    "blpo-cg": (PURPLE, SOLID),
+    "blpo-exact": (SKY, SOLID),
+    "blpo-pcg": (BLACK, SOLID),
+    "ppo-critic-lr": (SKY, DASHED),
+    "ppo-equal-steps": (BLACK, DASHED),
+    "permuted": (PURPLE, DASHED),
+    "constant": (VERMILION, DASHED),
+    "one-step": (ORANGE, DASHED),
+    "trajectory": (GREEN, DASHED),
+    "reversed": (BLUE, DASHED),
+}
+FALLBACKS = [(colour, dash) for dash in (DOTTED, DASHDOT) for colour in COLOURS]
+
+SETTINGS = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8.5,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
+    "legend.frameon": False, "hatch.linewidth": 0.6, "pdf.fonttype": 42, "pdf.compression": 6, "savefig.dpi": 130,
+}  # fmt: skip
+PNG_METADATA = {"Software": None}
+PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
+TIME_POINTS = 200  # of a curve against time
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Results:
+    """What is committed of a suite's runs."""
+
+    runs: dict[tuple[str, str], list[dict]]
+    """(method, environment) -> its entries of runs.json, by seed; those of jobs the suite has"""
+    curves: dict[str, dict[str, np.ndarray]]
+    """job -> columns global_step, wall_time_s, episodic_return, each (grid points,); nan where no episode had ended yet"""
+    missing: list[str]
+    """jobs of the suite without a run, in the suite's order"""
+    ignored: list[str]
+    """runs whose job the suite does not have any more"""
+
+
+def load_results(suite: Suite, results: Path) -> Results:
+    """Read `results/SUITE/`; without that folder every job is missing."""
+    folder = results / suite.name
+    path = folder / "runs.json"
+    made = {run["job"]: run for run in json.loads(path.read_text())["runs"]} if path.exists() else {}
+    runs: dict[tuple[str, str], list[dict]] = {}
+    curves, missing = {}, []
+    for job in suite.jobs():  # by seed
+        if job.name in made:
+            runs.setdefault((job.method, job.environment), []).append(made.pop(job.name))
+            curves[job.name] = load_curve(folder / f"{job.name}.csv")
+        else:
+            missing.append(job.name)
+    return Results(runs, curves, missing, sorted(made))
+
+
+def load_curve(path: Path) -> dict[str, np.ndarray]:
+    """The curve of one run, a bin without the end of an episode filled with the value before it."""
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    columns = {}
+    for name in ("global_step", "wall_time_s", "episodic_return"):
+        columns[name] = np.array([float(row[name]) if row[name] else math.nan for row in rows])
+    values = columns["episodic_return"]
+    last = np.maximum.accumulate(np.where(np.isnan(values), -1, np.arange(len(values))))
+    columns["episodic_return"] = np.where(last < 0, math.nan, values[last])
+    return columns
+
+
+def final_returns(results: Results, method: str, environment: str) -> np.ndarray:
+    """Final returns (n,) of the runs that have one: no episode may have ended in the last tenth of a run."""
+    values = [run["final_return"] for run in results.runs.get((method, environment), [])]
+    return np.array([value for value in values if value is not None and math.isfinite(value)])
+
+
+def compared_environments(suite: Suite) -> list[str]:
+    """The environments of at least two methods (of the only one, if the suite has one): only those can be pooled."""
+    least = min(2, len(suite.methods))
+    methods = suite.methods.values()
+    return [each for each in suite.environments if sum(each in method.environments for method in methods) >= least]
+
+
+def pooled_methods(suite: Suite, results: Results) -> list[str]:
+    """The methods with a final return on every compared environment: an aggregate over fewer would be of other tasks."""
+    environments = compared_environments(suite)
+    return [name for name in suite.methods if all(len(final_returns(results, name, each)) for each in environments)]
+
+
+def is_aggregated(suite: Suite) -> bool:
+    """Whether tables and figures pool the environments."""
+    return suite.aggregate and len(compared_environments(suite)) > 1
+
+
+def normalised_scores(results: Results, method: str, environments: list[str], levels: dict) -> list[np.ndarray]:
+    """Normalised final returns, one array (runs,) an environment."""
+    return [normalise(each, final_returns(results, method, each), levels) for each in environments]
+
+
+def time_pairs(results: Results, method: str, baseline: str, environment: str) -> np.ndarray:
+    """Ratios (pairs,) of wall-clock time, method over baseline, of the runs with the same environment and seed."""
+    base = {run["seed"]: run["wall_time_s"] for run in results.runs.get((baseline, environment), [])}
+    mine = results.runs.get((method, environment), [])
+    return np.array([run["wall_time_s"] / base[run["seed"]] for run in mine if run["seed"] in base])
+
+
+def time_ratio(ratios: list[np.ndarray]) -> statistics.Interval:
+    """Geometric mean with interval of ratios, one array (pairs,) an environment; every environment weighs the same."""
+    interval = statistics.stratified_bootstrap(statistics.mean, [np.log(each) for each in ratios])
+    return statistics.Interval(*(math.exp(value) for value in interval))
+
+
+# ---- Looks -----------------------------------------------------------------------------------------------------
+def styles(suite: Suite) -> dict[str, tuple]:
+    """Method -> (colour, dash): from STYLES, else one that its name decides, or the next one that is free in this suite."""
+    taken = {STYLES[name] for name in suite.methods if name in STYLES}
+    chosen = {}
+    for name in suite.methods:
+        if name in STYLES:
+            chosen[name] = STYLES[name]
+            continue
+        first = zlib.crc32(name.encode())
+        slots = [FALLBACKS[(first + offset) % len(FALLBACKS)] for offset in range(len(FALLBACKS))]
+        chosen[name] = next((slot for slot in slots if slot not in taken), slots[0])
+        taken.add(chosen[name])
+    return chosen
+
+
+def count(numbers: list[int]) -> str:
+    """n=5, or n=3-5 where it differs."""
+    return f"n={min(numbers)}" if min(numbers) == max(numbers) else f"n={min(numbers)}-{max(numbers)}"
+
+
+def panels(number: int, width: float, height: float) -> tuple[Figure, list]:
+    """A figure with so many axes, at most four in a row; `width` and `height` of one, in inches."""
+    columns = number if number <= 3 else min(4, math.ceil(number / 2))
+    rows = math.ceil(number / columns)
+    figure = Figure(figsize=(max(width * columns, 4.6), height * rows), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for spare in axes[number:]:
+        spare.remove()
+    return figure, list(axes[:number])
+
+
+def add_legend(figure: Figure, handles: dict[str, object]) -> None:
+    """One legend for all axes, under them, with as many columns as fit; label -> what it names. The figure grows by it."""
+    width, height = figure.get_size_inches()
+    inches = 0.6 + 0.068 * max(map(len, handles))  # of the widest entry: its line, its text, the gap
+    columns = max(1, min(len(handles), int(width / inches)))
+    figure.set_size_inches(width, height + 0.2 + 0.19 * math.ceil(len(handles) / columns))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=2.6)
+
+
+def short_steps(value: float, _=None) -> str:
+    """1500000 -> 1.5M."""
+    for unit, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
+
+
+def step_axis(axes) -> None:
+    """Label and ticks of an axis of environment steps."""
+    axes.set_xlabel("environment steps")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(short_steps))
+
+
+def draw_band(axes, x: np.ndarray, interval: statistics.Interval, style: tuple):
+    """A line with its band; returns the line."""
+    colour, dash = style
+    axes.fill_between(x, interval.low, interval.high, color=colour, alpha=0.15, linewidth=0)
+    return axes.plot(x, interval.estimate, color=colour, linestyle=dash, linewidth=1.4)[0]
+
+
+# ---- Curves on a common grid -----------------------------------------------------------------------------------
+def on_steps(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (points,) and returns (runs, points) from the first to the last step that every run has a value for.
+
+    A run that has no row at another one's step has there the value before it.
+    """
+    known = [(each["global_step"], each["episodic_return"]) for each in curves]
+    known = [(steps[~np.isnan(values)], values[~np.isnan(values)]) for steps, values in known]
+    if any(len(steps) == 0 for steps, _ in known):
+        return np.zeros(0), np.zeros((len(curves), 0))
+    grid = np.unique(np.concatenate([steps for steps, _ in known]))
+    grid = grid[(grid >= max(steps[0] for steps, _ in known)) & (grid <= min(steps[-1] for steps, _ in known))]
+    return grid, np.array([values[np.searchsorted(steps, grid, side="right") - 1] for steps, values in known])
+
+
+def on_minutes(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Minutes (points,) and returns (runs, points), linear between the rows, while every run has values."""
+    known = [(each["wall_time_s"] / 60, each["episodic_return"]) for each in curves]
+    known = [(minutes[~np.isnan(values)], values[~np.isnan(values)]) for minutes, values in known]
+    if any(len(minutes) == 0 for minutes, _ in known):
+        return np.zeros(0), np.zeros((len(curves), 0))
+    grid = np.linspace(max(minutes[0] for minutes, _ in known), min(minutes[-1] for minutes, _ in known), TIME_POINTS)
+    return grid, np.array([np.interp(grid, minutes, values) for minutes, values in known])
+
+
+# ---- The figures -----------------------------------------------------------------------------------------------
+def return_curves(suite: Suite, results: Results, against: str = "steps") -> Figure:
+    """Mean episodic return with interval, one panel an environment, against "steps" or wall-clock "minutes".
+
+    Against minutes a method's curve ends where its shortest run does.
+    """
+    environments = [each for each in suite.environments if any((name, each) in results.runs for name in suite.methods)]
+    figure, axes = panels(len(environments), 3.3, 2.6)
+    looks, lines, numbers = styles(suite), {}, {}
+    for panel, environment in zip(axes, environments):
+        for name in suite.methods:
+            runs = results.runs.get((name, environment), [])
+            if not runs:
+                continue
+            curves = [results.curves[run["job"]] for run in runs]
+            x, returns = on_steps(curves) if against == "steps" else on_minutes(curves)
+            lines[name] = draw_band(panel, x, statistics.curve(statistics.mean, [returns]), looks[name])
+            numbers.setdefault(name, []).append(len(runs))
+        panel.set_title(environment)
+        if against == "steps":
+            step_axis(panel)
+        else:
+            panel.set_xlabel("wall-clock minutes")
+    for panel in axes:
+        if panel.get_subplotspec().is_first_col():
+            panel.set_ylabel("episodic return")
+    shown = [name for name in suite.methods if name in lines]
+    add_legend(figure, {f"{suite.methods[name].label} ({count(numbers[name])})": lines[name] for name in shown})
+    return figure
+
+
+def aggregate_curves(suite: Suite, results: Results) -> Figure:
+    """Interquartile mean of normalised returns over environments and seeds, with interval, against steps.
+
+    This and the next two figures need a method with runs on every compared environment.
+    """
+    figure, (axes,) = panels(1, 5.8, 3.4)
+    looks, lines, levels = styles(suite), {}, load_reference()
+    environments = compared_environments(suite)
+    for name in pooled_methods(suite, results):
+        tasks, numbers = [], []
+        for environment in environments:
+            runs = results.runs[name, environment]
+            steps, returns = on_steps([results.curves[run["job"]] for run in runs])
+            tasks.append([
+                {"global_step": steps, "episodic_return": row} for row in normalise(environment, returns, levels)
+            ])  # fmt: skip
+            numbers.append(len(runs))
+        steps, returns = on_steps([curve for task in tasks for curve in task])
+        per_task = np.split(returns, np.cumsum(numbers)[:-1])
+        line = draw_band(axes, steps, statistics.curve(statistics.iqm, per_task), looks[name])
+        lines[f"{suite.methods[name].label} ({count(numbers)})"] = line
+    step_axis(axes)
+    axes.set_ylabel("normalised return, IQM")
+    axes.set_title(f"{len(environments)} environments")
+    add_legend(figure, lines)
+    return figure
+
+
+def performance_profiles(suite: Suite, results: Results) -> Figure:
+    """Fraction of runs with a normalised final return above tau, with interval."""
+    figure, (axes,) = panels(1, 5.8, 3.4)
+    looks, lines, levels = styles(suite), {}, load_reference()
+    environments = compared_environments(suite)
+    scores = {name: normalised_scores(results, name, environments, levels) for name in pooled_methods(suite, results)}
+    everything = np.concatenate([task for tasks in scores.values() for task in tasks])
+    margin = 0.03 * max(np.ptp(everything), 0.1)
+    taus = np.linspace(min(0.0, everything.min() - margin), everything.max() + margin, 201)
+    for name, tasks in scores.items():
+        line = draw_band(axes, taus, statistics.performance_profile(tasks, taus), looks[name])
+        lines[f"{suite.methods[name].label} ({count([len(task) for task in tasks])})"] = line
+    axes.set_xlabel("normalised final return τ")
+    axes.set_ylabel("fraction of runs above τ")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_title(f"{len(environments)} environments")
+    add_legend(figure, lines)
+    return figure
+
+
+def improvement(suite: Suite, results: Results) -> Figure:
+    """Probability that a run of a method ends above a run of the baseline, with interval; one panel a baseline.
+
+    The rows' names carry n, so this figure has no legend.
+    """
+    pooled = pooled_methods(suite, results)
+    baselines = [name for name in suite.baselines if name in pooled]
+    figure, axes = panels(len(baselines), 4.6, 0.9 + 0.28 * len(pooled))
+    looks, levels = styles(suite), load_reference()
+    environments = compared_environments(suite)
+    scores = {name: normalised_scores(results, name, environments, levels) for name in pooled}
+    numbers = {name: count([len(task) for task in scores[name]]) for name in pooled}
+    for panel, baseline in zip(axes, baselines):
+        others = [name for name in pooled if name != baseline]
+        for row, name in enumerate(others):
+            interval = statistics.stratified_bootstrap(statistics.probability_of_improvement, scores[name], scores[baseline])
+            colour, dash = looks[name]
+            # A dashed bar would hide where the interval ends: the dot tells two methods of one colour apart instead.
+            panel.plot(interval[1:], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
+            inside = colour if dash == SOLID else "white"
+            panel.plot(interval.estimate, row, "o", color=colour, markersize=6, markerfacecolor=inside)
+        panel.axvline(0.5, color="0.5", linewidth=0.8, zorder=1)
+        panel.set_yticks(range(len(others)), [f"{suite.methods[name].label} ({numbers[name]})" for name in others])
+        panel.set_ylim(len(others) - 0.4, -0.6)
+        panel.set_xlim(-0.02, 1.02)
+        panel.grid(axis="y", visible=False)
+        panel.set_xlabel(f"P(above {suite.methods[baseline].label}, {numbers[baseline]})")
+    return figure
+
+
+def runtime(suite: Suite, results: Results) -> Figure:
+    """Wall-clock time over that of the first baseline, geometric mean over the pairs of equal environment and seed."""
+    baseline, looks = suite.baselines[0], styles(suite)
+    others = [name for name in suite.methods if name != baseline]
+    pairs = {}
+    for name in others:
+        by_environment = {each: time_pairs(results, name, baseline, each) for each in suite.environments}
+        pairs[name] = {each: ratios for each, ratios in by_environment.items() if len(ratios)}
+    others = [name for name in others if pairs[name]]
+    environments = [each for each in suite.environments if any(each in pairs[name] for name in others)]
+    groups = [*environments, "all"] if len(environments) > 1 else environments
+    width = min(0.8 / len(others), 0.3)
+    figure, (axes,) = panels(1, min(max(4.6, 1.2 + 0.16 * len(others) * len(groups) + 0.75 * len(groups)), 13.0), 3.0)
+    bars = {}
+    for index, name in enumerate(others):
+        colour, dash = looks[name]
+        shared = [environment for environment in environments if environment in pairs[name]]
+        places = {each: [pairs[name][each]] for each in shared}
+        if len(environments) > 1 and shared == environments:  # a mean over fewer environments would not compare
+            places["all"] = [pairs[name][each] for each in environments]
+        intervals = [time_ratio(ratios) for ratios in places.values()]
+        heights = np.array([interval.estimate for interval in intervals])
+        ends = np.abs(np.array([interval[1:] for interval in intervals]).T - heights)
+        x = [groups.index(group) + (index - (len(others) - 1) / 2) * width for group in places]
+        drawn = axes.bar(
+            x, heights, 0.92 * width, yerr=ends, color=colour, hatch=HATCHES[dash], edgecolor="white", linewidth=0,
+            error_kw={"elinewidth": 0.9, "ecolor": "0.25", "capsize": min(2.5, 20 * width)},
+        )  # fmt: skip
+        bars[f"{suite.methods[name].label} ({count([len(pairs[name][each]) for each in shared])})"] = drawn
+    line = axes.axhline(1, color=looks[baseline][0], linestyle=looks[baseline][1], linewidth=1.2)
+    numbers = [len(results.runs[baseline, each]) for each in environments]
+    bars = {f"{suite.methods[baseline].label} = 1 ({count(numbers)})": line} | bars
+    crowded = len(groups) > 3
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_xticks(range(len(groups)), groups, rotation=20 if crowded else 0, ha="right" if crowded else "center")
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel(f"time / {suite.methods[baseline].label}")
+    add_legend(figure, bars)
+    return figure
+
+
+def figures(suite: Suite, results: Results) -> dict[str, Figure]:
+    """File name without suffix -> figure: those that the suite's kind and the runs it has allow."""
+    if not results.runs:
+        return {}
+    made = {"returns_steps": return_curves(suite, results), "returns_minutes": return_curves(suite, results, "minutes")}
+    pooled = pooled_methods(suite, results)
+    if is_aggregated(suite) and pooled:
+        made["aggregate"] = aggregate_curves(suite, results)
+        made["profile"] = performance_profiles(suite, results)
+        if len(pooled) > 1 and any(name in pooled for name in suite.baselines):
+            made["improvement"] = improvement(suite, results)
+    if suite.baselines and any(
+        len(time_pairs(results, name, suite.baselines[0], each))
+        for name in suite.methods
+        if name != suite.baselines[0]
+        for each in suite.environments
+    ):
+        made["runtime"] = runtime(suite, results)
+    return made
+
+
+def plot(suite: Suite, results: Path) -> list[Path]:
+    """Write every figure of the suite as PNG and PDF into `results/SUITE/`; returns the files."""
+    written = []
+    # matplotlib's defaults first, so that nobody's matplotlibrc changes a committed figure.
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        for name, figure in figures(suite, load_results(suite, results)).items():
+            for suffix, metadata in (("png", PNG_METADATA), ("pdf", PDF_METADATA)):
+                written.append(results / suite.name / f"{name}.{suffix}")
+                figure.savefig(written[-1], metadata=metadata)
+    return written

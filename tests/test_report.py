@@ -1,0 +1,153 @@
+"""benchmark/report.py on synthetic results: the three verdicts, what is missing, and identical bytes."""
+
+import json
+
+import numpy as np
+import pytest
+from test_figures import ENVIRONMENTS, make_results, make_suite
+
+from benchmark import figures, report
+from benchmark.suites import Claim
+
+RETURN = Claim("BLPO at least as good as PPO", "blpo", "ppo")
+TIME = Claim("BLPO takes less time than PPO", "blpo", "ppo", "time")
+
+
+def judge(suite, folder, claim) -> report.Verdict:
+    return report.verdict(suite, figures.load_results(suite, folder), claim, figures.load_reference())
+
+
+@pytest.mark.parametrize(
+    "better, noise, said",
+    [(("blpo",), 0.05, "holds"), (("ppo",), 0.05, "does not hold"), ((), 3.0, "undecided at n = 4 seeds")],
+)
+@pytest.mark.parametrize("environments", [1, 3])
+def test_return_claims_are_judged_each_of_three_ways(tmp_path, better, noise, said, environments):
+    suite = make_suite(seeds=4, environments=environments)
+    make_results(suite, tmp_path, better=better, noise=noise)
+    judged = judge(suite, tmp_path, RETURN)
+    assert judged.said == said
+    assert judged.n.startswith("4 seeds, Hopper-v4") and judged.missing == []
+
+
+def test_equal_returns_hold_and_a_loss_just_beyond_the_margin_does_not(tmp_path):
+    suite = make_suite(seeds=2, environments=1)
+    make_results(suite, tmp_path, noise=0.0)
+    path = tmp_path / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    zero, one = (figures.load_reference()["Hopper-v4"][key] for key in ("random", "reference"))
+    for loss, said in ((0.0, "holds"), (0.049, "holds"), (0.051, "does not hold")):
+        for run in made["runs"]:
+            run["final_return"] = zero + (one - zero) * (1 - loss * (run["method"] == "blpo"))
+        path.write_text(json.dumps(made))
+        assert judge(suite, tmp_path, RETURN).said == said
+
+
+@pytest.mark.parametrize("slower, said", [(("ppo",), "holds"), (("blpo",), "does not hold")])
+def test_time_claims_are_judged_by_pairs(tmp_path, slower, said):
+    suite = make_suite(seeds=3)
+    make_results(suite, tmp_path, slower=slower, leave_out=("Hopper-v4__ppo__2",))
+    judged = judge(suite, tmp_path, TIME)
+    assert (judged.said, judged.missing) == (said, ["Hopper-v4__ppo__2"])
+    assert judged.n == "2-3 pairs, Hopper-v4, HalfCheetah-v4"
+
+
+def test_time_is_undecided_when_the_pairs_disagree(tmp_path):
+    suite = make_suite(seeds=2, environments=1)
+    make_results(suite, tmp_path)
+    path = tmp_path / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    for run in made["runs"]:
+        run["wall_time_s"] = 100.0 if run["method"] == "ppo" else (50.0, 200.0)[run["seed"] - 1]
+    path.write_text(json.dumps(made))
+    judged = judge(suite, tmp_path, TIME)
+    assert (judged.said, judged.evidence) == ("undecided at n = 2 pairs", "ratio = 1.00 [0.50, 2.00]")
+
+
+def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
+    suite = make_suite(seeds=1, claims=(RETURN, TIME))
+    make_results(suite, tmp_path, better=("blpo",), slower=("ppo",))
+    for claim in suite.claims:
+        judged = judge(suite, tmp_path, claim)
+        assert judged.said.startswith("undecided at n = 1") and judged.evidence.endswith("no interval")
+    report.report([suite], tmp_path, tmp_path / "results.md")
+    assert "undecided at n = 1 seeds" in (tmp_path / "results.md").read_text()
+
+
+def test_an_environment_without_runs_leaves_the_claim_undecided(tmp_path):
+    suite = make_suite(seeds=2)
+    gone = tuple(f"HalfCheetah-v4__blpo__{seed}" for seed in (1, 2))
+    make_results(suite, tmp_path, better=("blpo",), leave_out=gone)
+    judged = judge(suite, tmp_path, RETURN)
+    assert (judged.said, judged.missing) == ("undecided at n = 0 seeds", list(gone))
+
+
+def test_the_page_has_every_table_and_names_what_is_missing(tmp_path):
+    suite = make_suite(methods=4, seeds=4, claims=(RETURN, TIME), baselines=("ppo", "nested"))
+    make_results(suite, tmp_path / "results", leave_out=("HalfCheetah-v4__blpo__3",))
+    (tmp_path / "results" / suite.name / "returns_steps.png").touch()  # the page links the figures that are there
+    out = tmp_path / "docs" / "results.md"
+    report.report([suite], tmp_path / "results", out)
+    text = out.read_text()
+    for heading in (
+        "### Claims", "### Final return", "### Difference to PPO", "### Difference to nested control",
+        "### All environments together", "### Wall-clock time", "### Beside the paper", "### Figures",
+        "### Where it comes from",
+    ):  # fmt: skip
+        assert text.count(heading) == 1, heading
+    assert "Missing runs: HalfCheetah-v4__blpo__3." in text
+    assert "](../results/synthetic/returns_steps.png)" in text and "runtime.png" not in text
+    assert "31 runs; seeds 1, 2, 3, 4;" in text
+    assert "commits 0123456789;" in text and "a processor" in text and "torch 2.13.0" in text
+    assert str(tmp_path) not in text
+    returns = figures.final_returns(figures.load_results(suite, tmp_path / "results"), "ppo", "Hopper-v4")
+    assert f"| PPO | {returns.mean():.0f} ± {np.std(returns, ddof=1):.0f} (4), IQM " in text
+
+
+def test_two_reports_have_the_same_bytes(tmp_path):
+    suite = make_suite(claims=(RETURN, TIME))
+    make_results(suite, tmp_path)
+    report.report([suite], tmp_path, tmp_path / "one.md")
+    report.report([suite], tmp_path, tmp_path / "two.md")
+    assert (tmp_path / "one.md").read_bytes() == (tmp_path / "two.md").read_bytes()
+
+
+def test_ratios_of_negative_returns_are_not_shown():
+    assert report.ratio(-100.0, -50.0) == report.ratio(100.0, -50.0) == report.ratio(None, 3.0) == "-"
+    assert report.ratio(3.0, 2.0) == "1.50"
+
+
+def test_a_suite_without_runs_says_so(tmp_path):
+    suite = make_suite(seeds=1, claims=(RETURN,))
+    report.report([suite], tmp_path, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "No run of this suite has been collected." in text
+    assert "**undecided at n = 0 seeds**" in text and "Missing runs: Hopper-v4__ppo__1, " in text
+
+
+def test_a_run_without_a_final_return_is_named_and_left_out(tmp_path):
+    suite = make_suite(environments=1)
+    make_results(suite, tmp_path)
+    path = tmp_path / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    made["runs"][0]["final_return"] = None
+    path.write_text(json.dumps(made))
+    report.report([suite], tmp_path, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert f"no episode ended in the last 10 % of training: {made['runs'][0]['job']}." in text
+    assert judge(suite, tmp_path, RETURN).n == "2-3 seeds, Hopper-v4"
+
+
+def test_paper_and_reference_files_are_complete():
+    levels, paper = figures.load_reference(), json.loads(report.PAPER.read_text())
+    for environment in (*ENVIRONMENTS, "InvertedPendulum-v4", "CartPole-v1", "Acrobot-v1"):
+        entry = levels[environment]
+        assert entry["random"] < entry["reference"] and entry["random_source"] and entry["reference_source"]
+        assert paper["final_return"][environment]
+    with pytest.raises(ValueError, match="no levels of Nowhere-v0"):
+        figures.normalise("Nowhere-v0", np.zeros(1), levels)
+
+
+@pytest.mark.parametrize("value, text", [(2383.4, "2383"), (41.54, "41.5"), (-0.123, "-0.12"), (-0.001, "0.00")])
+def test_numbers_have_as_many_digits_as_say_something(value, text):
+    assert report.number(value) == text
