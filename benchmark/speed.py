@@ -475,7 +475,8 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
         joint.step()
 
     def critic_step() -> None:
-        loss = (row_weights * (agent.critic(obs_rows).squeeze(-1) - row_returns) ** 2).sum()
+        errors = row_returns - agent.critic(obs_rows).squeeze(-1)
+        loss = row_weights @ (errors * errors)
         omega.grad.zero_()
         loss.backward()
         critic.step()
@@ -728,7 +729,8 @@ def write_csv(path: Path, rows: list[Row]) -> None:
             line |= {} if samples is None else {f"{name}_min": min(samples), f"{name}_max": max(samples)}
         lines.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in line.items()})
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
+        names = dict.fromkeys(name for line in lines for name in line)  # some columns are empty in some rows
+        writer = csv.DictWriter(file, list(names))
         writer.writeheader()
         writer.writerows(lines)
 
