@@ -372,6 +372,7 @@ def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None
         for number, handler in handlers.items():
             signal.signal(number, handler)
     failed = {folder: codes for folder, codes in state.failures.items() if finished_run(folder) is None}
+    console.print(", ".join(f"{number} {status}" for status, number in state.counts().items() if number))
     if failed:
         console.print(failure_table(failed))
     if state.stop_signal:

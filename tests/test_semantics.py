@@ -165,3 +165,12 @@ def test_v4_and_v5_run_on_both_backends(env_id, backend, tmp_path):
     folder = train(SCRIPTS[0], env_id=env_id, env_backend=backend, num_steps=64, run_dir=tmp_path)
     with open(folder / "episodes.csv") as file:
         assert len(list(csv.DictReader(file))) > 2  # returns are logged with either
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "expected"), [({0, 1}, 2, 0), ({0, 1}, 1, -1), ({2, 3}, 2, 2), ({5}, 1, 5), ({0, 2}, 2, -1), ({0, 1}, 3, 0)]
+)
+def test_threads_are_pinned_only_where_they_fill_neighbouring_cores(script, monkeypatch, cores, threads, expected):
+    module = load(script)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda process: cores)
+    assert module.first_core(threads) == expected
