@@ -50,6 +50,7 @@ from typing import Literal
 
 import gymnasium as gym
 import numpy as np
+import threadpoolctl
 import torch
 import torch.nn as nn
 import tyro
@@ -233,13 +234,100 @@ class RunningNormaliser:
 
 
 # ---- Networks (shared) -----------------------------------------------------------------------------------------
+class NumpyTanh(torch.autograd.Function):
+    """tanh by numpy's vectorised kernel: torch.tanh takes five times as long, longer than a layer's matrix product.
+
+    The backward pass is torch.tanh's own.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """x of any shape -> tanh(x), in the memory of x."""
+        np.tanh(x.numpy(), out=x.numpy())
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> Tensor:
+        """The slope times 1 - tanh(x)^2."""
+        return torch.ops.aten.tanh_backward(slope, *ctx.saved_tensors)
+
+
+class Tanh(nn.Module):
+    """tanh, element by element: `NumpyTanh` on the CPU, torch.tanh elsewhere and under the transforms of torch.func."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape -> tanh(x); x, the output of a layer, may be overwritten."""
+        in_numpy = x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+        return NumpyTanh.apply(x) if in_numpy else torch.tanh(x)
+
+
 def mlp(inputs: int, width: int, outputs: int, gain: float) -> nn.Sequential:
     """Two hidden tanh layers; orthogonal weights (gain sqrt 2, `gain` at the output), zero biases."""
-    layers = [nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, outputs)]
+    layers = [nn.Linear(inputs, width), Tanh(), nn.Linear(width, width), Tanh(), nn.Linear(width, outputs)]
     for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain)):
         nn.init.orthogonal_(layer.weight, layer_gain)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
+
+
+def numpy_mlp(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
+    """The network as it is now, in numpy: x (n, inputs) -> (n, outputs). For the few rows of a step, PyTorch takes four
+    times as long, and a GPU longer still."""
+    parameters = [parameter.detach().cpu().numpy() for parameter in network.parameters()]
+    *hidden, output = zip(parameters[::2], parameters[1::2])
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for weight, bias in hidden:
+            x = np.tanh(x @ weight.T + bias)
+        return x @ output[0].T + output[1]
+
+    return forward
+
+
+def flat_view(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
+    """One vector (P,) that the parameters, and their gradients, become views of: theta or omega as the paper has it.
+
+    An optimiser then steps one tensor instead of six, a fifth of the time. A weight lies in memory with its longer side
+    contiguous: for 11 observations the gradient of the first layer takes a third of the time that way. Gradients
+    accumulate in place: zero them with `.grad.zero_()`, never by setting them to None.
+    """
+    parameters = list(parameters)
+    flat, start = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters])), 0
+    flat.grad = torch.zeros_like(flat)
+    for parameter in parameters:
+        end = start + parameter.numel()
+        data, grad = (vector[start:end].view(sorted(parameter.shape)) for vector in (flat.data, flat.grad))
+        if data.shape != parameter.shape:
+            data, grad = data.T, grad.T
+        parameter.data, parameter.grad, start = data.copy_(parameter.data), grad, end
+    return flat
+
+
+class FlatAdam(torch.optim.Adam):
+    """torch.optim.Adam on flat vectors. `update` runs PyTorch's fused kernel and nothing else; what `step` does around
+    it takes six times as long as the kernel. Give it parameter groups with `params`, a flat vector, and `lr`."""
+
+    def __init__(self, *groups: dict):
+        super().__init__(groups, eps=1e-5, fused=True)
+        for group in self.param_groups:
+            for vector in group["params"]:
+                zeros = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[vector] = {"step": torch.zeros((), device=vector.device)} | zeros
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step along the vectors' gradients (Kingma and Ba 2015, alg. 1), bitwise that of `step`."""
+        for group in self.param_groups:
+            vectors, (beta1, beta2) = group["params"], group["betas"]
+            grads, states = [vector.grad for vector in vectors], [self.state[vector] for vector in vectors]
+            means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            torch._fused_adam_(
+                vectors, grads, means, squares, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+                weight_decay=0.0, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 class Agent(nn.Module):
@@ -731,6 +819,7 @@ def train(args: Args) -> Path:
     device = torch.device(args.device)
     if args.device == "cpu":
         torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
+        threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy
         keep_freed_memory()
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
@@ -744,15 +833,10 @@ def train(args: Args) -> Path:
     agent = Agent(obs_dim, action_dim, args.actor_width, args.critic_width).to(device)
 
     # ---- Optimisers --------------------------------------------------------------------------------------------
-    optimiser = torch.optim.Adam(
-        [
-            {"params": agent.actor_parameters(), "lr": args.learning_rate},
-            {"params": agent.critic.parameters(), "lr": args.critic_learning_rate or args.learning_rate},
-        ],
-        eps=1e-5,
-        fused=True,
-    )
-    optimisers, parameters = [optimiser], list(agent.parameters())
+    theta, omega = flat_view(agent.actor_parameters()), flat_view(agent.critic.parameters())
+    critic_lr = args.critic_learning_rate or args.learning_rate
+    optimiser = FlatAdam({"params": theta, "lr": args.learning_rate}, {"params": omega, "lr": critic_lr})
+    optimisers = [optimiser]
 
     # ---- Training: buffers and the loop (shared) ---------------------------------------------------------------
     step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
@@ -794,10 +878,10 @@ def train(args: Args) -> Path:
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
             noise = torch.randn(*shape, action_dim).to(device)
-            scaled_noise = noise * agent.actor_logstd.detach().exp()
+            deviations = (noise * agent.actor_logstd.detach().exp()).cpu().numpy()
+            actor_mean = numpy_mlp(agent.actor_mean)
             for t in range(args.num_steps):
-                with torch.inference_mode():
-                    actions[t] = (agent.actor_mean(torch.from_numpy(obs[t]).to(device)) + scaled_noise[t]).cpu().numpy()
+                actions[t] = actor_mean(obs[t]) + deviations[t]
                 env_start = time.perf_counter()
                 raw_obs, reward, ends, cut, _ = envs.step(np.minimum(np.maximum(actions[t], low), high))
                 env_time += time.perf_counter() - env_start
@@ -853,10 +937,11 @@ def train(args: Args) -> Path:
                     critic_loss = value_loss(new_values, mb_values, mb_returns, vloss_clip)
                     entropy = gaussian_entropy(agent.actor_logstd)
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
-                    optimiser.zero_grad()
+                    theta.grad.zero_()
+                    omega.grad.zero_()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    optimiser.step()
+                    nn.utils.clip_grad_norm_([theta, omega], args.max_grad_norm)
+                    optimiser.update()
                     if epoch == args.update_epochs - 1 or args.target_kl is not None:
                         with torch.no_grad():
                             clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()

@@ -44,24 +44,25 @@ class Args:
 
 
 def captured_systems(env_id: str, args: Args) -> list[tuple[int, blpo.GaussNewton, torch.Tensor]]:
-    """(iteration, curvature, right-hand side) of the last minibatch of some rollouts of a real run."""
-    systems, seen, original = [], 0, blpo.solver_diagnostics
+    """(iteration, curvature, u with b = J^T u) of the last minibatch of some rollouts of a real run."""
+    systems, solves, original = [], 0, blpo.exact_ihvp
+    per_rollout = blpo.Args.update_epochs * blpo.Args.num_minibatches
 
-    def keep(curvature, b, v, damping):
-        nonlocal seen
-        seen += 1
-        if seen in args.iterations:
-            systems.append((seen, curvature, b))
-        return original(curvature, b, v, damping)
+    def keep(curvature, u, damping):
+        nonlocal solves
+        solves += 1
+        if solves % per_rollout == 0 and solves // per_rollout in args.iterations:
+            systems.append((solves // per_rollout, curvature, u))
+        return original(curvature, u, damping)
 
     with TemporaryDirectory() as folder:
         words = f"--env-id {env_id} --seed {args.seed} --ihvp exact --run-dir {folder} --device cpu".split()
         words += ["--total-timesteps", str(args.total_timesteps)]
-        blpo.solver_diagnostics = keep
+        blpo.exact_ihvp = keep
         try:
             blpo.train(blpo.parse_args(blpo.Args, words))
         finally:
-            blpo.solver_diagnostics = original
+            blpo.exact_ihvp = original
     return systems
 
 
@@ -74,12 +75,12 @@ def main(args: Args) -> None:
     """Capture, solve, write."""
     rows, worst, started = [], defaultdict(list), time.time()
     for env_id in args.env_ids:
-        for iteration, curvature, b in captured_systems(env_id, args):
+        for iteration, curvature, u in captured_systems(env_id, args):
             kernel = curvature.jacobian.kernel() * curvature.root[:, None] * curvature.root
             top = float(torch.linalg.eigvalsh(kernel.double())[-1])
             for damping in DAMPINGS:
-                solved = {"exact": [blpo.exact_ihvp(curvature, b, damping)]}
-                solved |= {f"cg {k}": [blpo.cg_ihvp(curvature, b, damping, k)] for k in (2, 5, 10)}
+                b, v = blpo.exact_ihvp(curvature, u, damping)
+                solved = {"exact": [v]} | {f"cg {k}": [blpo.cg_ihvp(curvature, u, damping, k)[1]] for k in (2, 5, 10)}
                 for columns in COLUMNS:
                     solved[columns] = []
                     for draw in range(DRAWS):

@@ -377,11 +377,11 @@ def measure_loops(args: Args) -> dict[str, list[Row]]:
 
 
 # ---- Solvers and the systems they solve ------------------------------------------------------------------------
-Solver = Callable[[blpo.GaussNewton, Tensor, float], Tensor]
+Solver = Callable[[blpo.GaussNewton, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def solvers(ranks: tuple[int, ...], iterations: tuple[int, ...]) -> dict[tuple[str, int], Solver]:
-    """Every solver of the scripts by (family, its number): v = (H + damping I)^-1 b of (curvature, b, damping)."""
+    """Every solver of the scripts by (family, its number): (curvature, u, damping) to b = J^T u, (H + damping I)^-1 b."""
     generator = torch.Generator().manual_seed(0)
     table: dict[tuple[str, int], Solver] = {}
     for rank in ranks:
@@ -394,11 +394,13 @@ def solvers(ranks: tuple[int, ...], iterations: tuple[int, ...]) -> dict[tuple[s
 
 
 def pcg_ihvp(
-    curvature: blpo.GaussNewton, b: Tensor, damping: float, rank: int, iterations: int, generator: torch.Generator
-) -> Tensor:
+    curvature: blpo.GaussNewton, u: Tensor, damping: float, rank: int, iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """The laboratory's preconditioned conjugate gradients, its Nystrom sketch (the same as nystrom_ihvp's) included."""
     images = blpo.feature_directions(curvature, rank, generator).T @ curvature.features.T
-    return ablations.preconditioned_cg_ihvp(curvature, b, damping, iterations, curvature.up(images), images @ images.T)
+    b, *columns = curvature.jacobian.vjp(torch.cat([u[None], images * curvature.root]))
+    sketch = torch.stack(columns), images @ images.T
+    return b, ablations.preconditioned_cg_ihvp(curvature, b, damping, iterations, *sketch)
 
 
 def solver_name(family: str, number: int) -> str:
@@ -406,22 +408,23 @@ def solver_name(family: str, number: int) -> str:
 
 
 def capture_systems(env_id: str, iterations: int) -> list[tuple[blpo.GaussNewton, Tensor]]:
-    """(curvature, b) of the last minibatch of every rollout of a short run with the exact solver, without the first."""
-    systems, original = [], blpo.solver_diagnostics
+    """(curvature, u) of the last minibatch of every rollout of a short run with the exact solver, without the first."""
+    systems, original = [], blpo.exact_ihvp
 
-    def keep(curvature, b, v, damping):
-        systems.append((curvature, b))
-        return original(curvature, b, v, damping)
+    def keep(curvature, u, damping):
+        systems.append((curvature, u))
+        return original(curvature, u, damping)
 
-    blpo.solver_diagnostics = keep
+    blpo.exact_ihvp = keep
     try:
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
             words = ["--env-id", env_id, "--run-dir", folder, "--device", "cpu", "--ihvp", "exact", *CAPTURE_SHAPE]
             with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
                 blpo.train(blpo.parse_args(blpo.Args, [*words, "--total-timesteps", str(2560 * iterations)]))
     finally:
-        blpo.solver_diagnostics = original
-    return systems[1:]
+        blpo.exact_ihvp = original
+    per_rollout = blpo.Args.update_epochs * int(CAPTURE_SHAPE[CAPTURE_SHAPE.index("--num-minibatches") + 1])
+    return systems[2 * per_rollout - 1 :: per_rollout]
 
 
 def relative_residual(curvature: blpo.GaussNewton, b: Tensor, v: Tensor, damping: float) -> float:
@@ -446,16 +449,18 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
     with torch.no_grad():
         logprobs = agent.logprob(obs[:, :-1], actions) + 0.1 * torch.randn(chunks, length)
     weights = torch.full((chunks, length), 1 / (chunks * length))
-    row_weights, row_returns = (nn.functional.pad(x, (0, 1)).flatten() for x in (weights, torch.randn(chunks, length)))
+    row_weights, targets = nn.functional.pad(weights, (0, 1)).flatten(), torch.randn(chunks * length)
+    error_weights = 2 * weights.flatten()
     no_ends, all_valid = torch.zeros(chunks, length), torch.ones(chunks, length)
     operator = blpo.gae_operator(no_ends, all_valid, blpo_args.gamma, blpo_args.gae_lambda)
     discounts = torch.full((chunks, length), blpo_args.gamma)
-    obs_rows = obs.flatten(0, 1)
-    adam = partial(torch.optim.Adam, lr=0.0, eps=1e-5, fused=True)
+    states, obs_rows = obs[:, :-1].flatten(0, 1), obs.flatten(0, 1)
     baseline = copy.deepcopy(agent)
     theta, omega = blpo.flat_view(agent.actor_parameters()), blpo.flat_view(agent.critic.parameters())
-    baseline_parameters = list(baseline.parameters())
-    joint, actor, critic = adam(baseline_parameters), adam([theta]), adam([omega])
+    baseline_parameters = [blpo.flat_view(each) for each in (baseline.actor_parameters(), baseline.critic.parameters())]
+    joint, actor, critic = (
+        blpo.FlatAdam({"params": vectors, "lr": 0.0}) for vectors in (baseline_parameters, theta, omega)
+    )
 
     flat = obs[:, :-1].flatten(0, 1), actions.flatten(0, 1), logprobs.flatten(), rewards.flatten()
     batch = torch.randperm(chunks * length)
@@ -469,17 +474,17 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
         values = baseline.critic(flat_obs).squeeze(-1)
         loss = loss - ppo_args.ent_coef * ppo.gaussian_entropy(baseline.actor_logstd)
         loss = loss + ppo_args.vf_coef * ppo.value_loss(values, old_values, returns, ppo_args.clip_coef)
-        joint.zero_grad()
+        for vector in baseline_parameters:
+            vector.grad.zero_()
         loss.backward()
         nn.utils.clip_grad_norm_(baseline_parameters, ppo_args.max_grad_norm)
-        joint.step()
+        joint.update()
 
     def critic_step() -> None:
-        errors = row_returns - agent.critic(obs_rows).squeeze(-1)
-        loss = row_weights @ (errors * errors)
+        errors = agent.critic(states).squeeze(-1) - targets
         omega.grad.zero_()
-        loss.backward()
-        critic.step()
+        errors.backward(error_weights * errors.detach())
+        critic.update()
 
     def nested_critic() -> None:
         for _ in range(blpo_args.nested_updates):
@@ -487,35 +492,35 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
 
     jacobian = blpo.CriticJacobian(agent.critic, obs_rows)
 
-    def right_hand_side() -> Tensor:
+    def slopes_of_the_values() -> Tensor:
         values = jacobian.values.view(chunks, -1)
         advantages = blpo.lambda_returns(values, rewards, discounts, operator) - values[:, :-1]
         advantages = blpo.normalised(advantages, weights)
         slopes = weights * blpo.surrogate_slope(all_valid, advantages, blpo_args.clip_coef)  # a ratio of 1 throughout
-        return jacobian.vjp(blpo.lambda_returns_vjp(slopes, discounts, operator).view(1, -1))[0]
+        return blpo.lambda_returns_vjp(slopes, discounts, operator).flatten()
 
-    b = right_hand_side()
+    u = slopes_of_the_values()
+    v = torch.randn(1, omega.numel())
 
     def actor_step() -> None:
-        pairs = obs[:, :-1].flatten(0, 1), actions.flatten(0, 1)
-        ratio = (agent.logprob(*pairs).view_as(logprobs) - logprobs).exp()
+        ratio = (agent.logprob(states, actions.flatten(0, 1)).view_as(logprobs) - logprobs).exp()
         loss = -(weights * blpo.clipped_surrogate(ratio, rewards, blpo_args.clip_coef)).sum()
         theta.grad.zero_()
         loss.backward()
-        actor.step()
+        actor.update()
 
     parts: dict[str, Callable[[], object]] = {
         "PPO update": ppo_update,
         "critic step": critic_step,
         f"nested critic, K = {blpo_args.nested_updates}": nested_critic,
         "CriticJacobian": lambda: blpo.CriticJacobian(agent.critic, obs_rows).deltas,
-        "lambda-returns and b": right_hand_side,
+        "lambda-returns and u": slopes_of_the_values,
     }
     for (family, number), solve in solvers((1, 10, 100), (10, 20, 50)).items():
-        parts[f"v by {solver_name(family, number)}"] = partial(
-            lambda solve: solve(blpo.GaussNewton(jacobian, row_weights), b, damping), solve
+        parts[f"b and v by {solver_name(family, number)}"] = partial(
+            lambda solve: solve(blpo.GaussNewton(jacobian, row_weights), u, damping), solve
         )
-    return parts | {"z = J v": lambda: jacobian.jvp(b[None]), "actor step": actor_step}
+    return parts | {"z = J v": lambda: jacobian.jvp(v), "actor step": actor_step}
 
 
 def measure_parts(args: Args) -> dict[str, list[Row]]:
@@ -529,7 +534,7 @@ def measure_parts(args: Args) -> dict[str, list[Row]]:
     for chunks in (2, 10):
         samples = milliseconds(minibatch_parts(obs[:chunks], *action_space.shape, damping), args.micro_rounds)
         nested = next(name for name in samples if name.startswith("nested"))
-        whole = [nested, "CriticJacobian", "lambda-returns and b", "v by nystrom 10", "z = J v", "actor step"]
+        whole = [nested, "CriticJacobian", "lambda-returns and u", "b and v by nystrom 10", "z = J v", "actor step"]
         samples["BLPO minibatch with nystrom 10 (sum)"] = [sum(turn) for turn in zip(*(samples[name] for name in whole))]
         for name, times in samples.items():
             rows.append(
@@ -553,12 +558,12 @@ def measure_residual(args: Args) -> dict[str, list[Row]]:
     for damping in (blpo.Args().damping, blpo.Args().damping / 100):
         table = solvers(numbers if args.quick else (*numbers, 100), numbers)
 
-        def solve_all(solve: Solver) -> list[Tensor]:
-            return [solve(curvature, b, damping) for curvature, b in systems]
+        def solve_all(solve: Solver) -> list[tuple[Tensor, Tensor]]:
+            return [solve(curvature, u, damping) for curvature, u in systems]
 
         samples = milliseconds({key: partial(solve_all, solve) for key, solve in table.items()}, args.micro_rounds)
         for (family, number), solve in table.items():
-            left = [relative_residual(*system, v, damping) for system, v in zip(systems, solve_all(solve))]
+            left = [relative_residual(curvature, *bv, damping) for (curvature, _), bv in zip(systems, solve_all(solve))]
             times = [each / len(systems) for each in samples[family, number]]
             row: Row = {"env_id": args.env_ids[0], "damping": damping, "solver": family, "number": number}
             rows.append(row | {"ms": times, "relative_residual": left})
@@ -610,8 +615,8 @@ def one_hypergradient(solve: Solver, rows: int, width: int, damping: float) -> C
 
     def compute() -> Tensor:
         jacobian = blpo.CriticJacobian(critic, obs)
-        b = jacobian.vjp(blpo.lambda_returns_vjp(weights, discounts, operator).view(1, -1))[0]
-        return jacobian.jvp(solve(blpo.GaussNewton(jacobian, row_weights), b, damping)[None])
+        u = blpo.lambda_returns_vjp(weights, discounts, operator).flatten()
+        return jacobian.jvp(solve(blpo.GaussNewton(jacobian, row_weights), u, damping)[1][None])
 
     return compute
 

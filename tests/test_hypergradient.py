@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(tmp
     words = ["--num-envs", "4", "--total-timesteps", "4096", "--save-model", "--run-dir", str(tmp_path)]
     nested = blpo.train(blpo.parse_args(blpo.Args, [*words, "--ihvp", "none"]))
     bilevel = blpo.train(blpo.parse_args(blpo.Args, words))
-    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda curvature, b, *rest: 0 * _nystrom(curvature, b, *rest))
+    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda *system: tuple(0 * x for x in _nystrom(*system)))
     zero = blpo.train(blpo.parse_args(blpo.Args, words))
     weights = [torch.load(run / "model.pt", weights_only=True)["agent"] for run in (nested, zero, bilevel)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -140,7 +141,7 @@ _nystrom = blpo.nystrom_ihvp
 def test_a_non_finite_response_falls_back_to_the_direct_gradient_and_is_counted(tmp_path, monkeypatch):
     words = ["--num-envs", "4", "--total-timesteps", "2048", "--save-model", "--run-dir", str(tmp_path)]
     nested = blpo.train(blpo.parse_args(blpo.Args, [*words, "--ihvp", "none"]))
-    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda curvature, b, *rest: b * float("nan"))
+    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda *system: tuple(math.nan * x for x in _nystrom(*system)))
     broken = blpo.train(blpo.parse_args(blpo.Args, words))
     weights = [torch.load(run / "model.pt", weights_only=True)["agent"] for run in (nested, broken)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -276,9 +277,8 @@ def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_aga
     u = blpo.lambda_returns_vjp(slopes, data.discounts, operator)
     if leader == "gae":  # the authors' leader: A = G - V with V(s_t) moving as well
         u[:, :-1] -= slopes
-    b = jacobian.vjp(u.view(1, -1))[0]
     curvature = blpo.GaussNewton(jacobian, nn.functional.pad(data.weights, (0, 1)).flatten())
-    v = blpo.exact_ihvp(curvature, b, damping)
+    _, v = blpo.exact_ihvp(curvature, u.flatten(), damping)
     z = jacobian.jvp(v[None]).view(len(data.weights), -1)[:, :-1]
     if mixed_term == "trajectory":
         z = (z[:, None, :] @ blpo.gae_operator(data.terminated, data.valid, GAMMA, 1.0))[:, 0, :]
@@ -323,9 +323,9 @@ def test_one_step_leader_with_the_trajectory_term_is_the_policy_gradient_of_the_
     new_values = jacobian.values.view(len(data.weights), -1)
     advantages = blpo.lambda_returns(new_values, data.rewards, data.discounts, operator) - new_values[:, :-1]
     surrogate = blpo.clipped_surrogate(data.ratio(theta), advantages, 0.2)
-    b = jacobian.vjp(blpo.lambda_returns_vjp(data.weights, data.discounts, operator).view(1, -1))[0]
+    u = blpo.lambda_returns_vjp(data.weights, data.discounts, operator).flatten()
     curvature = blpo.GaussNewton(jacobian, nn.functional.pad(data.weights, (0, 1)).flatten())
-    z = jacobian.jvp(blpo.exact_ihvp(curvature, b, 1e-9)[None]).view(len(data.weights), -1)[:, :-1]
+    z = jacobian.jvp(blpo.exact_ihvp(curvature, u, 1e-9)[1][None]).view(len(data.weights), -1)[:, :-1]
     z = (z[:, None, :] @ blpo.gae_operator(data.terminated, data.valid, GAMMA, 1.0))[:, 0, :]
     hypergradient = torch.autograd.grad((data.weights * (1 + 2 * z) * surrogate).sum(), theta)[0]
     expected = torch.autograd.grad((data.distribution * state_values(policy(theta))).sum(), theta)[0]
