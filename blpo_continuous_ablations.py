@@ -590,12 +590,15 @@ def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[T
     breaks down where M is singular or slightly indefinite, so M is symmetrised and its eigenvalues below 1e-8 (in
     float32: 1e-6) of the largest are dropped: H_q = F F^T with F = C E D^-1/2, and
         v = (b - F (alpha I + F^T F)^-1 F^T b) / alpha,   0 < v.b <= |b|^2 / alpha.
-    The small system is solved in float64.
+    The small system is solved in float64. v is nan where anything in the system is not finite.
     """
     floor = max(1e-8, 10 * torch.finfo(core.dtype).eps)
-    eigenvalues, vectors = torch.linalg.eigh((core + core.T).double() / 2)
+    try:
+        eigenvalues, vectors = torch.linalg.eigh((core + core.T).double() / 2)
+    except torch.linalg.LinAlgError:  # M is not finite
+        return lambda b: b * math.nan
     smallest = floor * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    scales = torch.where(eigenvalues > smallest, eigenvalues, math.inf).rsqrt()  # D^-1/2, 0 where dropped
+    scales = torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # D^-1/2, 0 where dropped
     factor = (vectors * scales).T @ columns.double()  # F^T
     inner = factor @ factor.T
     inner.diagonal().add_(damping)

@@ -304,6 +304,16 @@ def test_nystrom_without_curvature_divides_by_the_damping():
     assert torch.allclose(blpo.nystrom_solver(zeros, torch.zeros(3, 3, dtype=DOUBLE), 4.0)(b), b / 4, atol=1e-15)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_system_that_is_not_finite_gives_nan_and_no_error(broken):
+    matrix, b = psd()
+    columns, core = matrix[:5].clone(), matrix[:5, :5].clone()
+    core[2, 2] = broken
+    assert torch.isnan(blpo.nystrom_solver(columns, core, 1.0)(b)).all()
+    columns[1, 7] = broken
+    assert torch.isnan(blpo.nystrom_solver(columns, matrix[:5, :5], 1.0)(b)).all()
+
+
 def test_an_identity_on_the_core_is_the_released_formula():
     """b/rho - C^T (M + I + C C^T / rho)^-1 C b / rho^2 with C the rows: the released code, float32 in the original."""
     matrix, b = psd()
