@@ -958,6 +958,7 @@ def train(args: Args) -> Path:
                     first_loss, first_gradients = critic_loss.item(), gradients
                 with torch.no_grad():
                     torch._foreach_add_(omega, gradients, alpha=-args.critic_learning_rate)
+            gradients = torch.autograd.grad(value_loss(agent.critic(b_obs).squeeze(-1), returns), omega)  # what is left of it
 
             # ---- Training: log and checkpoint ------------------------------------------------------------------
             direct, total, before, after = (

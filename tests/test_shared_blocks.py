@@ -131,7 +131,22 @@ def test_stac_has_the_shared_blocks_and_definitions_of_ppo():
     assert {name for name in common if ppo[name] != stac[name]} == STAC_DIFFERS_IN
 
 
-def test_stac_documents_itself_and_stands_alone():
-    test_every_public_function_and_class_has_a_docstring("stac.py")
-    test_docstring_names_a_command_that_runs_this_script("stac.py")
-    test_no_script_imports_another("stac.py")
+def test_the_laboratory_of_stac_differs_in_these_definitions_and_blocks_alone():
+    method, laboratory = definitions("stac.py"), definitions("stac_ablations.py")
+    different = {name for name in method.keys() | laboratory.keys() if method.get(name) != laboratory.get(name)}
+    added = {"released_weights", "timestep_weights", "controlled"}
+    assert different == {"Args", "conjugate_gradient", "train"} | added and not added & method.keys()
+    method, laboratory = blocks("stac.py"), blocks("stac_ablations.py")
+    assert [name for name in laboratory if name != "Other estimators and controls"] == list(method)
+    different = {name for name in method if method[name] != laboratory[name]}
+    assert different == {
+        "Docstring", "Arguments", "Stackelberg mathematics", "Training: set-up", "Follower: m plain gradient steps",
+        "Leader: the weight of each trajectory (Proposition 1)", "Leader: one plain gradient step", "Training: log and checkpoint",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["stac.py", "stac_ablations.py"])
+def test_stac_documents_itself_and_stands_alone(script):
+    test_every_public_function_and_class_has_a_docstring(script)
+    test_docstring_names_a_command_that_runs_this_script(script)
+    test_no_script_imports_another(script)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import stac
+import stac_ablations
 import torch
 from stackelberg_toy import equilibrium_conditions, is_equilibrium, total_gradient
 from torch.func import grad, hessian, jacrev
@@ -332,6 +333,9 @@ def test_trajectory_weights_are_an_unbiased_estimate_of_the_mixed_term(task, the
 
 
 # ---- The step of a batch against its double-backward form ------------------------------------------------------
+TRAJECTORIES = [(0, 2, 0), (4, 8, 0), (10, 11, 0), (0, 11, 1), (0, 5, 2), (7, 11, 2)]  # first row, last row, environment
+
+
 def batch(discrete: bool):
     """A rollout of 3 environments and 12 steps with resets, in float64, and an agent."""
     torch.manual_seed(3)
@@ -368,7 +372,7 @@ def test_the_step_is_that_of_the_double_backward_form(discrete, gamma):
 
     # g = (2/B) sum_i (G_i0 - V(s_i0)) sum_t gamma^t log pi_it A_it, trajectory by trajectory
     variable, surrogate = omega.clone().requires_grad_(), 0.0
-    for first, last, column in [(0, 2, 0), (4, 8, 0), (10, 11, 0), (0, 11, 1), (0, 5, 2), (7, 11, 2)]:
+    for first, last, column in TRAJECTORIES:
         index = torch.arange(first, last + 1) * 3 + column
         scores, _ = agent.logprob(obs[index], actions[index])
         residual = returns[index[:1]] - stac.critic_values(agent.critic, variable, obs[index[:1]])
@@ -395,6 +399,8 @@ def test_the_released_step_is_a_multiple_of_the_plain_one_and_this_step_is_not()
     by_omega = torch.autograd.grad(surrogate, variable, create_graph=True)[0]
     released = direct - flat(torch.autograd.grad(by_omega @ x, theta, retain_graph=True))
     multiplier = 1 + 2 * stac.directional_derivative(agent.critic, omega, obs[:1], x)
+    everywhere = stac.directional_derivative(agent.critic, omega, obs, x).view(12, 3)
+    assert torch.equal(stac_ablations.released_weights(everywhere), multiplier.expand(12, 3))
     assert abs(torch.cosine_similarity(released, direct, 0)) > 1 - 1e-6
     assert relative(released, multiplier * direct) < 1e-12 and abs(multiplier - 1) > 0.1
 
@@ -403,6 +409,44 @@ def test_the_released_step_is_a_multiple_of_the_plain_one_and_this_step_is_not()
     weights = stac.trajectory_weights(starts, slopes).flatten()
     own = flat(torch.autograd.grad(stac.policy_objective(logprobs, advantages, weights), theta))
     assert abs(torch.cosine_similarity(own, direct, 0)) < 1 - 1e-5
+
+
+def test_timestep_weights_give_the_step_of_their_surrogate():
+    """g = (2/B) sum_k log pi_k A_k e_k with e_k = sum_{t <= k} gamma^(k-t) (G_t - V(s_t)) within a trajectory."""
+    gamma = 0.8
+    agent, valid, obs, actions, advantages, returns, omega, x = batch(True)
+    rows, theta = valid.flatten().nonzero().squeeze(-1), agent.actor_parameters()
+    slopes = torch.zeros(36, dtype=F64)
+    slopes[rows] = stac_ablations.directional_derivative(agent.critic, omega, obs[rows], x)
+    starts = stac_ablations.episode_starts(valid)
+    weights = stac_ablations.timestep_weights(starts, slopes.view(12, 3), gamma).flatten()[rows]
+    logprobs, _ = agent.logprob(obs[rows], actions[rows])
+    direct, total = (
+        flat(torch.autograd.grad(stac.policy_objective(logprobs, advantages[rows], w), theta, retain_graph=True))
+        for w in (torch.ones_like(weights), weights)
+    )
+    variable, surrogate = omega.clone().requires_grad_(), 0.0
+    for first, last, column in TRAJECTORIES:
+        index = torch.arange(first, last + 1) * 3 + column
+        residual = returns[index] - stac.critic_values(agent.critic, variable, obs[index])
+        for k in range(len(index)):
+            e = sum(gamma ** (k - t) * residual[t] for t in range(k + 1))
+            score, _ = agent.logprob(obs[index[k : k + 1]], actions[index[k : k + 1]])
+            surrogate = surrogate + 2 * score[0] * advantages[index[k]] * e
+    by_omega = torch.autograd.grad(surrogate / len(rows), variable, create_graph=True)[0]
+    mixed = flat(torch.autograd.grad(by_omega @ x, theta))
+    assert relative(total, direct - mixed) < 1e-12
+    assert relative(total, direct) > 0.1
+
+
+def test_controls_keep_the_plain_direction():
+    total, direct = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([0.0, 1.0]), torch.tensor([0.0])]
+    multipliers = [1.0]
+    assert stac_ablations.controlled(total, direct, "none", multipliers) == total and multipliers == [1.0, 5.0]
+    got = stac_ablations.controlled(total, direct, "step-length", multipliers)
+    assert [each.tolist() for each in got] == [[0.0, 5.0], [0.0]]
+    got = stac_ablations.controlled(total, direct, "mean-multiplier", multipliers)
+    assert [each.tolist() for each in got] == [[0.0, 4.0], [0.0]]  # the mean of 1, 5, 5, 5
 
 
 def test_episode_starts_and_discounts():
@@ -489,6 +533,16 @@ def test_guard_keeps_the_iterate_before_the_direction_of_negative_curvature():
     assert stopped
     torch.testing.assert_close(x, (b @ b) / (b @ A @ b) * b, rtol=1e-12, atol=0)
     assert x @ b > 0 > torch.linalg.solve(A, b) @ b
+
+
+def test_without_its_guard_the_solver_goes_on_to_the_saddle_point():
+    A, b = torch.diag(torch.tensor([4.0, 1.0, -0.5], dtype=F64)), torch.tensor([1.0, 1.0, 1.0], dtype=F64)
+    x, met = stac_ablations.conjugate_gradient(A.__matmul__, b, 10, guard=False)
+    assert met and relative(x, torch.linalg.solve(A, b)) < 1e-12
+    x, met = stac_ablations.conjugate_gradient(A.abs().__matmul__, b, 10, guard=False)
+    assert not met and relative(x, torch.linalg.solve(A.abs(), b)) < 1e-12
+    guarded = stac_ablations.conjugate_gradient(A.__matmul__, b, 10)
+    assert guarded[1] and torch.equal(guarded[0], stac.conjugate_gradient(A.__matmul__, b, 10)[0])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
