@@ -5,7 +5,9 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -226,6 +228,16 @@ def test_resume_refuses_another_algorithm(tmp_path, monkeypatch):
     folder = str(next(tmp_path.iterdir()))
     with pytest.raises(stac.BadInput, match="--regularisation is 2.0, but the run to --resume has 0.0"):
         stac.parse_args(stac.Args, ["--resume", folder, "--regularisation", "2"])
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch):
+    after_iteration(monkeypatch, SCRIPT, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        train(run_dir=tmp_path, checkpoint_every=1000)
+    folder = next(tmp_path.iterdir())
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == 128
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------
