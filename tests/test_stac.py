@@ -344,3 +344,20 @@ def test_learns_to_balance_the_pole(tmp_path, algorithm):
 
 def test_the_script_is_where_the_tests_look():
     assert (REPO / SCRIPT).samefile(stac.__file__)
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_a_reset_right_after_an_episodes_end_leaves_no_second_one(backend):
+    """A rollout may end with the end of an episode; the next rollout's first step must then be a transition."""
+    envs, *_ = stac.make_envs("CartPole-v0", 1, 3, backend)
+    envs.reset()
+    ended = np.array([False])
+    while not ended[0]:
+        _, _, terminated, truncated, _ = envs.step(np.array([1]))
+        ended = terminated | truncated
+    first, _ = envs.reset()
+    first = np.array(first)
+    second, reward, *_ = envs.step(np.array([1]))
+    assert reward[0] == 1
+    np.testing.assert_allclose(second[0, 0], first[0, 0] + 0.02 * first[0, 1], rtol=1e-4, atol=1e-6)  # x + dt v
+    envs.close()
