@@ -1037,7 +1037,7 @@ def draw_curve(axes, rows: list[dict], method: str, column: str, single: bool) -
         axes.plot(steps, values, color=COLOURS[method], alpha=0.25, linewidth=0.7)
     else:
         axes.fill_between(steps, values.amin(1), values.amax(1), color=COLOURS[method], alpha=0.12, linewidth=0)
-    axes.plot(steps, values.median(1).values, color=COLOURS[method], linewidth=1.5, label=method)
+    axes.plot(steps, values.quantile(0.5, dim=1), color=COLOURS[method], linewidth=1.5, label=method)
 
 
 def draw_figures(folder: Path, rows: list[dict]) -> None:
@@ -1054,7 +1054,7 @@ def draw_figures(folder: Path, rows: list[dict]) -> None:
     if of("synthetic", "m-sobirl"):
         figure, panels = plt.subplots(1, 2, figsize=(8, 3), constrained_layout=True)
         for axes, column, label in zip(
-            panels, ("estimate_norm", "upper_value"), ("norm of the estimated hypergradient", "upper-level value")
+            panels, ("estimate_norm", "upper_value"), ("|h|, estimated", "upper-level value")
         ):
             for method in ("m-sobirl", "x-only"):
                 if of("synthetic", method):

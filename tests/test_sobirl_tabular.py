@@ -84,7 +84,8 @@ def test_optimal_values_satisfy_the_consistency_conditions(problem):
     values, q, policy, _ = solved(problem, point(problem))
     rewards = problem.reward(point(problem))
     scale = values.abs().max()
-    assert (sobirl.soft_bellman(values, rewards, problem.transitions, problem.gamma, problem.tau) - values).abs().max() < 1e-13 * scale
+    again = sobirl.soft_bellman(values, rewards, problem.transitions, problem.gamma, problem.tau)
+    assert (again - values).abs().max() < 1e-13 * scale
     assert (((q - values.unsqueeze(-1)) / problem.tau).exp() - policy).abs().max() < 1e-12
     of_policy = sobirl.soft_policy_values(policy, rewards, problem.transitions, problem.gamma, problem.tau)
     assert (of_policy - values).abs().max() < 1e-12 * scale
