@@ -547,6 +547,21 @@ def test_baseline_lowers_the_variance():
     assert spread[True] < 0.5 * spread[False]
 
 
+def test_baseline_leaves_a_tuple_out_of_its_own():
+    """Of two tuples each is compared with the other; the mean of both, their own included, would be biased."""
+    problem = ContractDesign([3])
+    x = point(problem)
+    sample = sample_of(problem, solved(problem, x)[2], 2)
+    first, second = problem.loss(x, sample.states, sample.actions, sample.labels)[0]
+    assert first != second
+    flow = (first - second) / 2 * (sample.visits[0, 0] - sample.visits[0, 1])
+    implicit = (flow.unsqueeze(-1) * problem.reward_jacobian(x)[0]).sum((0, 1)) / problem.tau
+    states = torch.nn.functional.one_hot(sample.states[0], 6).double().sum((1, 2)).mean(0)
+    explicit = states * torch.sigmoid(x[0]) * torch.sigmoid(-x[0])  # d l / d x: what a payment in each visited state costs
+    found = sobirl.stochastic_hypergradient(problem, x, sample, baseline=True)[0]
+    assert relative_error(found, explicit + implicit) < 1e-12
+
+
 def test_visits_are_the_difference_of_the_two_estimates():
     """`visits` times grad r, against the sums of eq. (79) written out for the same random numbers."""
     problem = PreferenceLearning([3])
