@@ -28,9 +28,9 @@ def test_hopper_is_learned_in_120k_steps(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["ppo_discrete.py", "blpo_discrete.py"])
-def test_cartpole_is_learned_in_300k_steps(script, tmp_path):
+def test_cartpole_is_learned_in_100k_steps(script, tmp_path):
     """500 is the most that an episode can return, about 20 what a policy that knows nothing gets."""
-    assert last_returns(script, tmp_path, env_id="CartPole-v1", steps=300_000) > 400
+    assert last_returns(script, tmp_path, "--seed", "101", env_id="CartPole-v1", steps=100_000) > 400
 
 
 def test_hopper_is_not_learned_with_the_sign_reversed(tmp_path):
