@@ -547,6 +547,13 @@ def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, operator: Tensor) -> T
     return u
 
 
+@functools.lru_cache(maxsize=8)
+def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor, the same one for the same arguments: allocated anew, a large intermediate result would lie
+    elsewhere in memory each time, out of the cache."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class CriticJacobian:
     """J = d V / d omega (n, P) of a Linear / tanh stack at n observations, as products with it.
 
@@ -577,11 +584,12 @@ class CriticJacobian:
         """J^T u for q vectors at once: (q, n) -> (q, P)."""
         parts, columns = [], u.T.contiguous()[:, :, None]
         for inputs, deltas in zip(self.inputs, self.deltas):
-            if deltas.shape[1] <= inputs.shape[1]:  # u goes with the smaller factor
-                scaled = (columns * deltas[:, None, :]).flatten(1)  # (n, q * outputs)
+            small = deltas if deltas.shape[1] <= inputs.shape[1] else inputs  # u goes with the smaller factor
+            buffer = workspace(len(small), len(u), small.shape[1], dtype=u.dtype, device=u.device)
+            scaled = torch.mul(columns, small[:, None, :], out=buffer).flatten(1)  # (n, q * outputs) or (n, q * inputs)
+            if small is deltas:
                 weight = (scaled.T @ inputs).view(len(u), -1)
             else:
-                scaled = (columns * inputs[:, None, :]).flatten(1)  # (n, q * inputs)
                 weight = (scaled.T @ deltas).view(len(u), inputs.shape[1], -1).mT.flatten(1)
             parts += [weight, u @ deltas]
         return torch.cat(parts, 1)

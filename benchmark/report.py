@@ -59,6 +59,18 @@ def listed(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
 
 
+def jobs_in_words(names: Iterable[str]) -> str:
+    """Jobs by environment and method: "Hopper-v4: ppo (1 2), blpo (1)" for Hopper-v4__ppo__1 and so on, or none."""
+    seeds: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        environment, method, seed = name.rsplit("__", 2)
+        seeds.setdefault(environment, {}).setdefault(method, []).append(seed)
+    return "; ".join(
+        f"{environment}: " + ", ".join(f"{method} ({' '.join(each)})" for method, each in methods.items())
+        for environment, methods in seeds.items()
+    ) or "none"  # fmt: skip
+
+
 # ---- Verdicts --------------------------------------------------------------------------------------------------
 RULE = f"""A claim compares two methods, `better` and `than`, and is judged by one rule, the same in all suites:
 
@@ -123,7 +135,7 @@ def claims_table(suite: Suite, results: Results) -> list[str]:
     for claim in suite.claims:
         judged = verdict(suite, results, claim, levels)
         compared = f"{suite.methods[claim.better].label} / {suite.methods[claim.than].label}, {claim.measure}"
-        rows.append([claim.text, compared, f"**{judged.said}**", judged.evidence, judged.n, listed(judged.missing)])
+        rows.append([claim.text, compared, f"**{judged.said}**", judged.evidence, judged.n, jobs_in_words(judged.missing)])
     return ["### Claims", *table(["claim", "better / than, measure", "verdict", "evidence", "n", "missing runs"], rows)]
 
 
@@ -338,7 +350,7 @@ def suite_lines(suite: Suite, results_root: Path, out: Path) -> list[str]:
         lines += [f"Without a final return, since no episode ended in the last 10 % of training: {', '.join(silent)}.", ""]
     if results.ignored:
         lines += [f"Left out, since the suite does not have them any more: {', '.join(results.ignored)}.", ""]
-    return [*lines, f"Missing runs: {listed(results.missing)}.", ""]
+    return [*lines, f"Missing runs, with their seeds: {jobs_in_words(results.missing)}.", ""]
 
 
 def report(suites: Iterable[Suite], results_root: Path, out: Path) -> None:

@@ -96,7 +96,7 @@ def test_the_page_has_every_table_and_names_what_is_missing(tmp_path):
         "### Where it comes from",
     ):  # fmt: skip
         assert text.count(heading) == 1, heading
-    assert "Missing runs: HalfCheetah-v4__blpo__3." in text
+    assert "Missing runs, with their seeds: HalfCheetah-v4: blpo (3)." in text
     assert "](../results/synthetic/returns_steps.png)" in text and "runtime.png" not in text
     assert "31 runs; seeds 1, 2, 3, 4;" in text
     assert "commits 0123456789;" in text and "a processor" in text and "torch 2.13.0" in text
@@ -138,7 +138,7 @@ def test_a_suite_without_runs_says_so(tmp_path):
     report.report([suite], tmp_path, tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
     assert "No run of this suite has been collected." in text
-    assert "**undecided at n = 0 seeds**" in text and "Missing runs: Hopper-v4__ppo__1, " in text
+    assert "**undecided at n = 0 seeds**" in text and "Missing runs, with their seeds: Hopper-v4: ppo (1" in text
 
 
 def test_a_run_without_a_final_return_is_named_and_left_out(tmp_path):

@@ -128,3 +128,50 @@ def test_docstring_names_a_command_that_runs_this_script(script):
     assert commands
     for words in commands:
         module.parse_args(module.Args, words.split())
+
+
+# ---- stac.py: the same blocks where they fit, the same definitions elsewhere -----------------------------------
+STAC_DIFFERS_IN = {
+    "Args", "make_envs",  # Discrete actions as well
+    "mlp", "Agent",  # categorical actors, two widths, other initial weights
+    "value_loss", "load_policy", "train",
+}  # fmt: skip
+
+
+def definitions(script: str) -> dict[str, str]:
+    """The source of the functions and classes at the top level of a script, by name."""
+    text = (REPO / script).read_text()
+    nodes = [node for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+
+
+def test_stac_has_the_shared_blocks_and_definitions_of_ppo():
+    ppo_blocks, stac_blocks = blocks("ppo_continuous.py"), blocks("stac.py")
+    shared = {name for name in stac_blocks if "(shared)" in name}
+    assert shared == {"Imports (shared)", "Entry point (shared)"}
+    assert {name for name in shared if ppo_blocks.get(name) != stac_blocks[name]} == set()
+    ppo, stac = definitions("ppo_continuous.py"), definitions("stac.py")
+    common = ppo.keys() & stac.keys()
+    assert {"Run", "parse_args", "check_ranges", "load_checkpoint", "evaluate", "film", "gae", "numpy_mlp"} <= common
+    assert {name for name in common if ppo[name] != stac[name]} == STAC_DIFFERS_IN
+
+
+def test_the_laboratory_of_stac_differs_in_these_definitions_and_blocks_alone():
+    method, laboratory = definitions("stac.py"), definitions("stac_ablations.py")
+    different = {name for name in method.keys() | laboratory.keys() if method.get(name) != laboratory.get(name)}
+    added = {"released_weights", "timestep_weights", "controlled"}
+    assert different == {"Args", "conjugate_gradient", "train"} | added and not added & method.keys()
+    method, laboratory = blocks("stac.py"), blocks("stac_ablations.py")
+    assert [name for name in laboratory if name != "Other estimators and controls"] == list(method)
+    different = {name for name in method if method[name] != laboratory[name]}
+    assert different == {
+        "Docstring", "Arguments", "Stackelberg mathematics", "Training: set-up", "Follower: m plain gradient steps",
+        "Leader: the weight of each trajectory (Proposition 1)", "Leader: one plain gradient step", "Training: log and checkpoint",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["stac.py", "stac_ablations.py"])
+def test_stac_documents_itself_and_stands_alone(script):
+    test_every_public_function_and_class_has_a_docstring(script)
+    test_docstring_names_a_command_that_runs_this_script(script)
+    test_no_script_imports_another(script)
