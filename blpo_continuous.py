@@ -157,14 +157,14 @@ class Args:
 # ---- Environments (shared) -------------------------------------------------------------------------------------
 def make_envs(
     env_id: str, num_envs: int, seed: int, backend: str = "auto", threads: int = 1
-) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.spaces.Box]:
+) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.spaces.Space]:
     """Parallel environments that reset on the step after an episode's end (Gymnasium's NEXT_STEP mode).
 
     That mode lets one loop serve both backends: at the end of an episode `step` returns its true final observation;
     the next `step` ignores the action and returns the first observation of the new episode with reward 0.
 
-    Returns the environments, already seeded, and the observation and action space of a single one, both Box and flat.
-    Raises BadInput if the task is unknown, cannot be made, or has no Box actions.
+    Returns the environments, already seeded, and the spaces of a single one: observations, a flat Box, and actions.
+    Raises BadInput if the task is unknown, cannot be made, or has spaces that this script cannot use.
     """
     has_envpool = envpool is not None and env_id in envpool.list_all_envs()
     if backend == "envpool" and not has_envpool:
@@ -190,10 +190,7 @@ def make_envs(
             envs = gym.wrappers.vector.FlattenObservation(envs)
         envs.reset(seed=seed)
         observation_space, action_space = envs.single_observation_space, envs.single_action_space
-    if isinstance(action_space, gym.spaces.Discrete):
-        raise BadInput(f"--env-id {env_id!r} has discrete actions, this script needs a Box; use {DISCRETE_SCRIPT}")
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
-        raise BadInput(f"--env-id {env_id!r} has the action space {action_space}; this script needs a flat Box")
+    check_action_space(env_id, action_space)
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
         raise BadInput(f"--env-id {env_id!r} has the observation space {observation_space}; this script needs a flat Box")
     return envs, observation_space, action_space
@@ -339,6 +336,7 @@ class FlatAdam(torch.optim.Adam):
             )  # fmt: skip
 
 
+# ---- Gaussian policy (shared) ----------------------------------------------------------------------------------
 class Agent(nn.Module):
     """Gaussian actor with a state-independent log standard deviation (starts at 0), and a critic of its own."""
 
@@ -352,9 +350,38 @@ class Agent(nn.Module):
         """theta: the weights of the mean and the log standard deviation."""
         return [*self.actor_mean.parameters(), self.actor_logstd]
 
-    def logprob(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """log pi(a|s) of unclipped actions (..., A) at observations (..., D): shape (...)."""
-        return gaussian_logprob((actions - self.actor_mean(obs)) * torch.exp(-self.actor_logstd), self.actor_logstd)
+    def logprob_and_entropy(self, obs: Tensor, actions: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) (...) of unclipped actions (..., A) at observations (..., D), and the mean entropy in nats (scalar).
+
+        The entropy is the same in every state, so the weights (...) of that mean change nothing.
+        """
+        noise = (actions - self.actor_mean(obs)) * torch.exp(-self.actor_logstd)
+        return gaussian_logprob(noise, self.actor_logstd), gaussian_entropy(self.actor_logstd)
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The most probable actions, the means, unclipped: (..., D) -> (..., A)."""
+        return self.actor_mean(obs)
+
+
+class BehaviourPolicy:
+    """pi_old, the agent's policy as it is now, for one rollout: in numpy, with the noise of all steps drawn at once."""
+
+    def __init__(self, agent: Agent, action_space: gym.spaces.Box, shape: tuple[int, int]):
+        """For a rollout of shape (steps, environments)."""
+        self.logstd, self.action_space = agent.actor_logstd.detach(), action_space
+        self.noise = torch.randn(*shape, len(self.logstd)).to(self.logstd.device)
+        self.deviations = (self.noise * self.logstd.exp()).cpu().numpy()
+        self.mean = numpy_mlp(agent.actor_mean)
+        self.actions = np.zeros(self.deviations.shape, dtype=np.float32)
+
+    def act(self, t: int, obs: np.ndarray) -> np.ndarray:
+        """The actions (N, A) of step t at observations (N, D), clipped to the box; `actions` keeps them unclipped."""
+        self.actions[t] = self.mean(obs) + self.deviations[t]
+        return task_actions(self.actions[t], self.action_space)
+
+    def logprobs(self) -> Tensor:
+        """log pi_old(a|s) of the rollout (T, N). The noise is known, so no network is asked."""
+        return gaussian_logprob(self.noise, self.logstd)
 
 
 def gaussian_logprob(noise: Tensor, logstd: Tensor) -> Tensor:
@@ -365,6 +392,31 @@ def gaussian_logprob(noise: Tensor, logstd: Tensor) -> Tensor:
 def gaussian_entropy(logstd: Tensor) -> Tensor:
     """Entropy in nats of a diagonal Gaussian: logstd (A,) -> scalar."""
     return (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def check_action_space(env_id: str, space: gym.spaces.Space) -> None:
+    """Raise BadInput unless the actions are vectors of numbers."""
+    if isinstance(space, gym.spaces.Discrete):
+        other = f"{SCRIPT.split('_')[0]}_discrete.py"
+        raise BadInput(f"--env-id {env_id!r} has discrete actions, this script needs a Box; use {other}")
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a flat Box")
+
+
+def task_actions(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """The policy's actions (..., A) as the task takes them: clipped to its box."""
+    return np.minimum(np.maximum(actions, space.low), space.high)
+
+
+def save_action_space(space: gym.spaces.Box) -> dict[str, Tensor]:
+    """What model.pt keeps of the action space: the bounds (A,) of the box."""
+    bounds = {"action_low": space.low, "action_high": space.high}
+    return {name: torch.as_tensor(bound, dtype=torch.float32) for name, bound in bounds.items()}
+
+
+def load_action_space(model: dict) -> gym.spaces.Box:
+    """The inverse of `save_action_space`."""
+    return gym.spaces.Box(model["action_low"].numpy(), model["action_high"].numpy())
 
 
 # ---- PPO mathematics (shared) ----------------------------------------------------------------------------------
@@ -683,7 +735,6 @@ def inner_gradient_norm(jacobian: CriticJacobian, weights: Tensor, targets: Tens
 
 # ---- The run: what is not the algorithm (shared) ---------------------------------------------------------------
 SCRIPT = Path(__file__).name
-DISCRETE_SCRIPT = SCRIPT.replace("continuous_ablations", "continuous").replace("continuous", "discrete")
 ANY_TIME = {"resume", "track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
 ANY_TIME |= {"checkpoint_every", "env_threads"}  # arguments that --resume may change: they leave the result as it is
 
@@ -1012,16 +1063,17 @@ class Run:
 
 
 def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The trained policy in a model.pt: raw observations (..., D) -> mean actions (..., A), clipped to the action box."""
+    """The trained policy in a model.pt: raw observations (..., D) -> the most probable actions, as the task takes them."""
     model = torch.load(path, weights_only=True)
-    obs_dim, action_dim = len(model["obs_mean"]), len(model["action_low"])
-    agent = Agent(obs_dim, action_dim, model["actor_width"], model["critic_width"])
+    action_space = load_action_space(model)
+    sizes = len(model["obs_mean"]), gym.spaces.flatdim(action_space), model["actor_width"], model["critic_width"]
+    agent = Agent(*sizes)
     agent.load_state_dict(model["agent"])
 
     def policy(obs: np.ndarray) -> np.ndarray:
         normalised = ((torch.as_tensor(obs).double() - model["obs_mean"]) / model["obs_std"]).clamp(-10, 10)
         with torch.no_grad():
-            return agent.actor_mean(normalised.float()).clamp(model["action_low"], model["action_high"]).numpy()
+            return task_actions(agent.mode(normalised.float()).numpy(), action_space)
 
     return policy
 
@@ -1118,7 +1170,7 @@ def train(args: Args) -> Path:
     )
     if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
         raise BadInput(f"--capture-video: Gymnasium cannot draw {args.env_id} here (MuJoCo needs EGL); leave it out")
-    (obs_dim,), (action_dim,) = observation_space.shape, action_space.shape
+    obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
     agent = Agent(obs_dim, action_dim, args.actor_width, args.critic_width).to(device)
 
     # ---- Optimisers --------------------------------------------------------------------------------------------
@@ -1152,9 +1204,7 @@ def train(args: Args) -> Path:
     # The rollout lives in numpy arrays (time, environment, ...); row num_steps of obs is the next rollout's first.
     shape = (args.num_steps, args.num_envs)
     obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), dtype=np.float32)
-    actions = np.zeros((*shape, action_dim), dtype=np.float32)
     rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-    low, high = action_space.low, action_space.high
     ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
     discounted_returns, episode_returns = np.zeros(args.num_envs), np.zeros(args.num_envs)
     episode_lengths = np.zeros(args.num_envs, dtype=np.int64)
@@ -1173,13 +1223,11 @@ def train(args: Args) -> Path:
             # ---- Training: collect a rollout (shared) ----------------------------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
-            noise = torch.randn(*shape, action_dim).to(device)
-            deviations = (noise * agent.actor_logstd.detach().exp()).cpu().numpy()
-            actor_mean = numpy_mlp(agent.actor_mean)
+            behaviour = BehaviourPolicy(agent, action_space, shape)
             for t in range(args.num_steps):
-                actions[t] = actor_mean(obs[t]) + deviations[t]
+                actions = behaviour.act(t, obs[t])
                 env_start = time.perf_counter()
-                raw_obs, reward, ends, cut, _ = envs.step(np.minimum(np.maximum(actions[t], low), high))
+                raw_obs, reward, ends, cut, _ = envs.step(actions)
                 env_time += time.perf_counter() - env_start
                 transition, ended = ~ended, ends | cut
                 terminated[t], truncated[t], valid[t] = ends, cut, transition
@@ -1201,9 +1249,9 @@ def train(args: Args) -> Path:
 
             # ---- Training: values, advantages and targets of the rollout (shared) ------------------------------
             update_start = time.perf_counter()
-            logprobs = gaussian_logprob(noise, agent.actor_logstd.detach())
+            logprobs, arrays = behaviour.logprobs(), (obs, behaviour.actions, rewards, terminated, truncated, valid)
             b_obs, b_actions, b_rewards, b_terminated, b_truncated, b_valid = (
-                torch.from_numpy(array).to(device) for array in (obs, actions, rewards, terminated, truncated, valid)
+                torch.from_numpy(array).to(device) for array in arrays
             )
             b_ended = torch.max(b_terminated, b_truncated)
             if not args.bootstrap_truncation:
@@ -1250,7 +1298,8 @@ def train(args: Args) -> Path:
                     leader_start = time.perf_counter()
 
                     # The leader's objective, with the advantages of the critic that has just answered.
-                    logratio = agent.logprob(states, mb_actions.flatten(0, 1)).view_as(mb_logprobs) - mb_logprobs
+                    new_logprobs, entropy = agent.logprob_and_entropy(states, mb_actions.flatten(0, 1), weights.flatten())
+                    logratio = new_logprobs.view_as(mb_logprobs) - mb_logprobs
                     ratio = logratio.exp()
                     response_start = time.perf_counter()
                     jacobian = CriticJacobian(agent.critic, obs_rows)
@@ -1279,7 +1328,6 @@ def train(args: Args) -> Path:
                     actor_start = time.perf_counter()
 
                     # The leader's step along the hypergradient.
-                    entropy = gaussian_entropy(agent.actor_logstd)
                     loss = -(weights * (1 + 2 * z) * surrogate).sum() - args.ent_coef * entropy
                     if epoch == args.update_epochs - 1:
                         with torch.no_grad():
@@ -1335,8 +1383,7 @@ def train(args: Args) -> Path:
             "critic_width": args.critic_width,
             "obs_mean": torch.as_tensor(obs_stats.mean),
             "obs_std": torch.as_tensor(obs_stats.std),
-            "action_low": torch.as_tensor(low, dtype=torch.float32),
-            "action_high": torch.as_tensor(high, dtype=torch.float32),
+            **save_action_space(action_space),
         }
         path = run.folder / "model.pt"
         if args.save_model or args.eval_episodes or args.capture_video:

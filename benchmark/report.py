@@ -258,7 +258,8 @@ def ratio(value: float | None, base: float | None) -> str:
 
 
 def paper_table(suite: Suite, results: Results) -> list[str]:
-    """The paper's ratios to its PPO beside ours, for the methods and environments that both have."""
+    """The paper's ratios to its PPO beside ours, for the methods and environments that both have; its returns beside
+    ours where the task is the same."""
     paper, rows = json.loads(PAPER.read_text()), []
     if "ppo" not in suite.methods:
         return []
@@ -266,7 +267,9 @@ def paper_table(suite: Suite, results: Results) -> list[str]:
         base = final_returns(results, "ppo", each)
         for name, method in suite.methods.items():
             mine = final_returns(results, name, each)
-            if name == "ppo" or name not in paper["columns"] or not len(base) or not len(mine):
+            if name not in paper["columns"] or not len(base) or not len(mine):
+                continue
+            if name == "ppo" and each not in paper["same_task"]:  # a ratio to itself says nothing
                 continue
             theirs = []
             for measure in ("final_return", "wall_time_s"):
@@ -274,17 +277,23 @@ def paper_table(suite: Suite, results: Results) -> list[str]:
                 theirs.append(ratio(values.get(paper["columns"][name]), values.get(paper["columns"]["ppo"])))
             if theirs == ["-", "-"]:
                 continue
+            absolute = ["-", "-"]
+            if each in paper["same_task"]:
+                absolute = [number(paper["final_return"][each][paper["columns"][name]]), number(mine.mean())]
             pairs = time_pairs(results, name, "ppo", each)
             time = f"{time_ratio([pairs]).estimate:.2f}" if len(pairs) else "-"
             returns = ratio(mine.mean(), base.mean())
-            rows.append([each, method.label, paper["columns"][name], theirs[0], returns, theirs[1], time])
+            rows.append([each, method.label, paper["columns"][name], *absolute, theirs[0], returns, theirs[1], time])
     if not rows:
         return []
-    head = ["environment", "method", "paper's name", "return / PPO, paper", "ours", "time / PPO, paper", "ours"]
+    head = ["environment", "method", "paper's name"]
+    head += [f"{quantity}{who}" for quantity in ("return, ", "return / PPO, ", "time / PPO, ") for who in ("paper", "ours")]
     lines = ["### Beside the paper", ""]
     lines += [
-        "Returns on Brax, which the paper used, are not comparable with MuJoCo's, and its times are of another machine: only "
-        "the ratios to PPO are shown, and those of returns only where both are positive. The number of steps differs too.",
+        "The paper's returns stand beside ours on classic control, whose tasks are the same but for the time limit, which "
+        "there counts as a termination. On Brax, which it used in place of MuJoCo, they are not comparable, and its times are "
+        "of another machine: of these only the ratios to PPO are shown, and those of returns only where both are positive. "
+        "On Brax the number of steps differs too.",
         "",
         f"{paper['paper']}. Returns: {paper['return_source']}. Times: {paper['time_source']}.",
     ]

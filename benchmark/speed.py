@@ -447,7 +447,7 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
     agent = blpo.Agent(obs_dim, action_dim)
     actions, rewards = torch.randn(chunks, length, action_dim), torch.randn(chunks, length)
     with torch.no_grad():
-        logprobs = agent.logprob(obs[:, :-1], actions) + 0.1 * torch.randn(chunks, length)
+        logprobs = agent.logprob_and_entropy(obs[:, :-1], actions)[0] + 0.1 * torch.randn(chunks, length)
     weights = torch.full((chunks, length), 1 / (chunks * length))
     row_weights, targets = nn.functional.pad(weights, (0, 1)).flatten(), torch.randn(chunks * length)
     error_weights = 2 * weights.flatten()
@@ -468,11 +468,12 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
     def ppo_update() -> None:
         flat_obs, flat_actions, flat_logprobs, flat_advantages = (x[batch] for x in flat)
         old_values, returns = flat[2][batch], flat[3][batch]
-        ratio = (baseline.logprob(flat_obs, flat_actions) - flat_logprobs).exp()
+        new_logprobs, entropy = baseline.logprob_and_entropy(flat_obs, flat_actions)
+        ratio = (new_logprobs - flat_logprobs).exp()
         advantages = (flat_advantages - flat_advantages.mean()) / (flat_advantages.std() + 1e-8)
         loss = -ppo.clipped_surrogate(ratio, advantages, ppo_args.clip_coef).mean()
         values = baseline.critic(flat_obs).squeeze(-1)
-        loss = loss - ppo_args.ent_coef * ppo.gaussian_entropy(baseline.actor_logstd)
+        loss = loss - ppo_args.ent_coef * entropy
         loss = loss + ppo_args.vf_coef * ppo.value_loss(values, old_values, returns, ppo_args.clip_coef)
         for vector in baseline_parameters:
             vector.grad.zero_()
@@ -503,7 +504,8 @@ def minibatch_parts(obs: Tensor, action_dim: int, damping: float) -> dict[str, C
     v = torch.randn(1, omega.numel())
 
     def actor_step() -> None:
-        ratio = (agent.logprob(states, actions.flatten(0, 1)).view_as(logprobs) - logprobs).exp()
+        new_logprobs, _ = agent.logprob_and_entropy(states, actions.flatten(0, 1))
+        ratio = (new_logprobs.view_as(logprobs) - logprobs).exp()
         loss = -(weights * blpo.clipped_surrogate(ratio, rewards, blpo_args.clip_coef)).sum()
         theta.grad.zero_()
         loss.backward()

@@ -15,8 +15,12 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
-SCRIPTS = ["ppo_continuous.py", "blpo_continuous.py", "blpo_continuous_ablations.py"]
+SCRIPTS = [
+    "ppo_continuous.py", "blpo_continuous.py", "blpo_continuous_ablations.py", "ppo_discrete.py", "blpo_discrete.py",
+]  # fmt: skip
 BLPO_SCRIPTS = [name for name in SCRIPTS if name.startswith("blpo")]
+DISCRETE_SCRIPTS = [name for name in SCRIPTS if "discrete" in name]
+CONTINUOUS_SCRIPTS = [name for name in SCRIPTS if "continuous" in name]
 
 for folder in (REPO / "tests", REPO):
     if str(folder) not in sys.path:
@@ -27,16 +31,26 @@ NUM_ENVS, NUM_STEPS, ITERATIONS = 2, 32, 6
 BATCH = NUM_ENVS * NUM_STEPS
 WALK = "toy_envs:Walk-v0"  # the module is imported by the id itself, in this process and in others
 TINY = {
-    "env_id": WALK, "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "total_timesteps": ITERATIONS * BATCH,
+    "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "total_timesteps": ITERATIONS * BATCH,
     "num_minibatches": 2, "update_epochs": 2, "actor_width": 8, "critic_width": 8, "checkpoint_every": 2, "device": "cpu",
 }  # fmt: skip
 TINY_BLPO = {"chunk_length": 8, "nystrom_rank": 3}
 
 
+def for_actions(script: str, toy: str) -> str:
+    """The toy task, or its twin with discrete actions if the script needs these."""
+    return toy.replace("-v0", "Discrete-v0") if script in DISCRETE_SCRIPTS else toy
+
+
+def pooled(script: str) -> dict[str, str]:
+    """A task of EnvPool with the actions of the script, in which a fresh policy fails after about 8 steps, or 20."""
+    return {"env_id": "CartPole-v1" if script in DISCRETE_SCRIPTS else "InvertedPendulum-v4", "env_backend": "envpool"}
+
+
 def command(script: str, **changes) -> list[str]:
     """The command line of a tiny run of `script`: TINY, changed. True, False: --flag, --no-flag; None: left out."""
-    argv = []
-    for name, value in (TINY | (TINY_BLPO if script in BLPO_SCRIPTS else {}) | changes).items():
+    argv, tiny = [], {"env_id": for_actions(script, WALK)} | TINY
+    for name, value in (tiny | (TINY_BLPO if script in BLPO_SCRIPTS else {}) | changes).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no-{flag}")

@@ -13,7 +13,9 @@ import sys
 
 import pytest
 import torch
-from conftest import BLPO_SCRIPTS, ITERATIONS, REPO, SCRIPTS, TINY, WALK, command, load, resume, run_script
+from conftest import (
+    BLPO_SCRIPTS, DISCRETE_SCRIPTS, ITERATIONS, REPO, SCRIPTS, TINY, WALK, command, for_actions, load, resume, run_script,
+)  # fmt: skip
 
 INTERVAL = re.compile(r"in (?P<left>[\[(])(?P<low>\S+), (?P<high>\S+?)(?P<right>[\])])")
 
@@ -161,24 +163,37 @@ def test_environment_that_is_registered_but_cannot_be_made(command_line, script,
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "toy_envs:toy/DiscreteActions-v0"])
-def test_discrete_actions_name_the_discrete_script(command_line, script, tmp_path, env_id):
-    status, _, err = command_line(script, *command(script, run_dir=tmp_path / "runs", env_id=env_id))
-    discrete = "ppo_discrete.py" if script == "ppo_continuous.py" else "blpo_discrete.py"
-    assert_one_sentence(status, err, "--env-id", env_id, discrete)
-    assert not (tmp_path / "runs").exists()
+OTHER_ACTIONS = {  # a script, and the one for the actions that it cannot use
+    "ppo_continuous.py": "ppo_discrete.py", "blpo_continuous.py": "blpo_discrete.py",
+    "blpo_continuous_ablations.py": "blpo_discrete.py",
+    "ppo_discrete.py": "ppo_continuous.py", "blpo_discrete.py": "blpo_continuous.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_the_other_kind_of_actions_names_the_other_script(command_line, script, tmp_path, backend):
+    tasks = {"envpool": ("CartPole-v1", "Hopper-v4"), "gymnasium": ("toy_envs:toy/DiscreteActions-v0", WALK)}
+    env_id, other = tasks[backend][script in DISCRETE_SCRIPTS], OTHER_ACTIONS[script]
+    words = command(script, run_dir=tmp_path / "runs", env_id=env_id, env_backend=backend)
+    status, _, err = command_line(script, *words)
+    assert_one_sentence(status, err, "--env-id", repr(env_id), f"use {other}")
+    assert (REPO / other).exists() and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("env_id", ["toy/MultiDiscreteActions-v0", "toy/MatrixActions-v0", "toy/SequenceObs-v0"])
 def test_spaces_the_script_cannot_use(command_line, script, tmp_path, env_id):
+    observations = "Obs" in env_id
+    env_id = for_actions(script, env_id) if observations else env_id
     status, _, err = command_line(script, *command(script, run_dir=tmp_path / "runs", env_id=f"toy_envs:{env_id}"))
-    assert_one_sentence(status, err, "--env-id", env_id, "flat Box")
+    needed = "a Discrete one" if script in DISCRETE_SCRIPTS and not observations else "a flat Box"
+    assert_one_sentence(status, err, "--env-id", env_id, f"this script needs {needed}")
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("env_id, size", [("toy/DictObs-v0", 4 + 3), ("toy/DiscreteObs-v0", 4)])
 def test_observations_that_can_be_flattened_are(command_line, script, tmp_path, env_id, size):
-    words = command(script, run_dir=tmp_path, env_id=f"toy_envs:{env_id}", save_model=True, total_timesteps=64)
+    env_id = f"toy_envs:{for_actions(script, env_id)}"
+    words = command(script, run_dir=tmp_path, env_id=env_id, save_model=True, total_timesteps=64)
     status, _, err = command_line(script, *words)
     assert status == 0, err
     (folder,) = tmp_path.iterdir()
@@ -188,7 +203,7 @@ def test_observations_that_can_be_flattened_are(command_line, script, tmp_path, 
 def test_envpool_without_the_task(command_line, script, tmp_path):
     words = command(script, run_dir=tmp_path / "runs", env_backend="envpool")
     status, _, err = command_line(script, *words)
-    assert_one_sentence(status, err, "--env-backend envpool", WALK, "gymnasium")
+    assert_one_sentence(status, err, "--env-backend envpool", for_actions(script, WALK), "gymnasium")
     assert not (tmp_path / "runs").exists()
 
 
@@ -335,7 +350,7 @@ def test_resume_of_the_checkpoint_of_another_script(command_line, script, copy):
 )
 def test_resume_with_another_argument(command_line, script, copy, name, value, old):
     err = refused(command_line, script, copy, flag(name), str(value))
-    assert f"{flag(name)} is {value}" in err and str(old) in err
+    assert f"{flag(name)} is {value}" in err and for_actions(script, str(old)) in err
 
 
 def test_resume_of_a_finished_run(command_line, script, finished):
@@ -378,6 +393,7 @@ def test_resume_may_change_what_leaves_the_result_as_it_is(script, copy):
     "script, changes, fragment",
     [("ppo_continuous.py", {"gamma": "nan"}, "--gamma is nan"),
      ("blpo_continuous.py", {"env_id": "CartPole-v1"}, "blpo_discrete.py"),
+     ("ppo_discrete.py", {"env_id": "Hopper-v4"}, "ppo_continuous.py"),
      ("ppo_continuous.py", {"capture_video": True}, "--capture-video")],  # the toy task cannot be drawn
 )  # fmt: skip
 def test_from_a_shell(tmp_path, script, changes, fragment):

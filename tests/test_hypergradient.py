@@ -10,6 +10,7 @@ import torch.nn as nn
 
 import blpo_continuous as blpo
 import blpo_continuous_ablations as laboratory
+import blpo_discrete as discrete
 
 DOUBLE = torch.float64
 
@@ -30,7 +31,8 @@ def minibatches_of(script, tmp_path, monkeypatch, *arguments):
         return original(theta, direct, correction, weights, z)
 
     monkeypatch.setattr(script, "leader_diagnostics", spy)
-    words = ["--env-id", "Hopper-v4", "--num-envs", "4", "--total-timesteps", "2048", "--run-dir", str(tmp_path)]
+    words = ["--num-envs", "4", "--total-timesteps", "2048", "--run-dir", str(tmp_path)]
+    words += [] if script is discrete else ["--env-id", "Hopper-v4"]
     script.train(script.parse_args(script.Args, [*words, *arguments]))
     return seen
 
@@ -38,8 +40,6 @@ def minibatches_of(script, tmp_path, monkeypatch, *arguments):
 def recompute(seen, leader="lambda-return"):
     """J as a function of the critic's flat parameters, and the mixed term's surrogate as one of both players', from the
     recorded minibatch in float64 with plain autograd."""
-    agent = blpo.Agent(seen["obs_dim"], seen["action_dim"]).double()
-    agent.load_state_dict({name: x.double() for name, x in seen["actor_weights"].items()})
     names = ("mb_obs", "mb_rewards", "mb_discounts", "weights", "mb_operator", "mb_logprobs", "mb_actions")
     chunks, rewards, discounts, weights, operator, old_logprobs, actions = (seen[name].double() for name in names)
     clip = seen["args"].clip_coef
@@ -54,11 +54,18 @@ def recompute(seen, leader="lambda-return"):
         return returns - (v[:, :-1] if leader == "released" else values(omega)[:, :-1].detach())
 
     def ratio(theta):
-        mean = torch.func.functional_call(agent.actor_mean, {k[11:]: x for k, x in theta.items() if "mean" in k}, (chunks[:, :-1],))
-        noise = (actions - mean) * torch.exp(-theta["actor_logstd"])
-        return torch.exp(blpo.gaussian_logprob(noise, theta["actor_logstd"]) - old_logprobs)
+        x, layers = chunks[:, :-1], [x for name, x in theta.items() if name != "actor_logstd"]
+        for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
+            x = torch.tanh(x @ weight.T + bias)
+        outputs = x @ layers[-2].T + layers[-1]
+        if "actor_logstd" not in theta:
+            return torch.exp(torch.distributions.Categorical(logits=outputs).log_prob(actions) - old_logprobs)
+        normal = torch.distributions.Normal(outputs, theta["actor_logstd"].exp())
+        return torch.exp(normal.log_prob(actions).sum(-1) - old_logprobs)
 
-    theta = {k: x.detach() for k, x in agent.named_parameters() if "actor" in k}
+    # in the order of `actor_parameters`: the layers, then the log standard deviation if there is one
+    theta = {k: x.double() for k, x in seen["actor_weights"].items() if "actor" in k}
+    theta |= {"actor_logstd": theta.pop("actor_logstd")} if "actor_logstd" in theta else {}
 
     def leader_objective(theta, w):
         a, r = advantages(w), ratio(theta)
@@ -78,16 +85,13 @@ def recompute(seen, leader="lambda-return"):
     return theta, omega, values, leader_objective, inner_surrogate
 
 
-def flat_gradient(gradients, actor):
-    return torch.cat([gradients[name].flatten() for name in actor])
+def flat_gradient(gradients, theta):
+    return torch.cat([gradients[name].flatten() for name in theta])
 
 
-ACTOR = [f"actor_mean.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")] + ["actor_logstd"]
-
-
-@pytest.mark.parametrize("script", [blpo, laboratory])
+@pytest.mark.parametrize("script", [blpo, laboratory, discrete])
 def test_train_takes_the_gradient_of_j_in_omega_and_the_mixed_term_of_algorithm_1(script, tmp_path, monkeypatch):
-    arguments = ["--ihvp", "exact", "--damping", "1.0", "--no-norm-adv"]
+    arguments = ["--ihvp", "exact", "--damping", "1.0", "--no-norm-adv", "--ent-coef", "0"]
     for seen in minibatches_of(script, tmp_path, monkeypatch, *arguments):
         theta, omega, values, leader_objective, inner_surrogate = recompute(seen)
         b = torch.func.grad(lambda w: leader_objective(theta, w))(omega)
@@ -100,9 +104,9 @@ def test_train_takes_the_gradient_of_j_in_omega_and_the_mixed_term_of_algorithm_
         assert (seen["v"].double() - v).norm() < 1e-3 * v.norm()
 
         mixed = torch.func.jvp(lambda w: torch.func.grad(lambda t: inner_surrogate(t, w))(theta), (omega,), (v,))[1]
-        correction = -flat_gradient(mixed, ACTOR)  # Algorithm 1: minus the mixed term
+        correction = -flat_gradient(mixed, theta)  # Algorithm 1: minus the mixed term
         assert (seen["gradients"][1].double() - correction).norm() < 2e-3 * correction.norm()
-        direct = flat_gradient(torch.func.grad(lambda t: leader_objective(t, omega))(theta), ACTOR)
+        direct = flat_gradient(torch.func.grad(lambda t: leader_objective(t, omega))(theta), theta)
         assert (seen["gradients"][0].double() - direct).norm() < 1e-3 * direct.norm()
 
 
@@ -112,7 +116,7 @@ def test_normalised_advantages_scale_both_parts_alike(tmp_path, monkeypatch):
         theta, omega, values, _, inner_surrogate = recompute(seen)
         v = seen["v"].double()
         mixed = torch.func.jvp(lambda w: torch.func.grad(lambda t: inner_surrogate(t, w))(theta), (omega,), (v,))[1]
-        correction = -flat_gradient(mixed, ACTOR)
+        correction = -flat_gradient(mixed, theta)
         assert (seen["gradients"][1].double() - correction).norm() < 2e-3 * correction.norm()
 
 
@@ -123,13 +127,14 @@ def test_infinite_damping_is_the_nested_control(solver, tmp_path, monkeypatch):
         assert 0 < correction.norm() < 1e-6 * direct.norm()
 
 
-def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [blpo, discrete])
+def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(script, tmp_path, monkeypatch):
     """Bitwise: the sketch draws from a generator of its own."""
     words = ["--num-envs", "4", "--total-timesteps", "4096", "--save-model", "--run-dir", str(tmp_path)]
-    nested = blpo.train(blpo.parse_args(blpo.Args, [*words, "--ihvp", "none"]))
-    bilevel = blpo.train(blpo.parse_args(blpo.Args, words))
-    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda *system: tuple(0 * x for x in _nystrom(*system)))
-    zero = blpo.train(blpo.parse_args(blpo.Args, words))
+    nested = script.train(script.parse_args(script.Args, [*words, "--ihvp", "none"]))
+    bilevel = script.train(script.parse_args(script.Args, words))
+    monkeypatch.setattr(script, "nystrom_ihvp", lambda *system: tuple(0 * x for x in _nystrom(*system)))
+    zero = script.train(script.parse_args(script.Args, words))
     weights = [torch.load(run / "model.pt", weights_only=True)["agent"] for run in (nested, zero, bilevel)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])

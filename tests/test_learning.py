@@ -12,19 +12,25 @@ from conftest import load
 pytestmark = pytest.mark.slow
 
 
-def last_returns(script: str, tmp_path, *words: str) -> float:
-    """Mean return of the episodes that end in the last 10 % of 120k steps of Hopper-v4."""
+def last_returns(script: str, tmp_path, *words: str, env_id: str = "Hopper-v4", steps: int = 120_000) -> float:
+    """Mean return of the episodes that end in the last 10 % of the steps."""
     module = load(script)
-    argv = ["--env-id", "Hopper-v4", "--total-timesteps", "120000", "--run-dir", str(tmp_path), *words]
+    argv = ["--env-id", env_id, "--total-timesteps", str(steps), "--run-dir", str(tmp_path), *words]
     folder = module.train(module.parse_args(module.Args, argv))
     with open(folder / "episodes.csv") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["global_step"]) > 108_000]
+        rows = [row for row in csv.DictReader(file) if int(row["global_step"]) > 0.9 * steps]
     return float(np.mean([float(row["episodic_return"]) for row in rows]))
 
 
 @pytest.mark.parametrize("script", ["ppo_continuous.py", "blpo_continuous.py"])
 def test_hopper_is_learned_in_120k_steps(script, tmp_path):
     assert last_returns(script, tmp_path) > 250
+
+
+@pytest.mark.parametrize("script", ["ppo_discrete.py", "blpo_discrete.py"])
+def test_cartpole_is_learned_in_100k_steps(script, tmp_path):
+    """500 is the most that an episode can return, about 20 what a policy that knows nothing gets."""
+    assert last_returns(script, tmp_path, "--seed", "101", env_id="CartPole-v1", steps=100_000) > 400
 
 
 def test_hopper_is_not_learned_with_the_sign_reversed(tmp_path):

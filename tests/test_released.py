@@ -114,7 +114,8 @@ def by_the_laboratory(batch):
     jacobian = laboratory.CriticJacobian(critic, obs)
     values = jacobian.values[None]
     advantages = laboratory.lambda_returns(values, batch["rewards"][None], discounts, operator) - values[:, :-1]
-    ratio = (agent.logprob(obs[None, :-1], batch["actions"][None]) - batch["old_logprobs"][None]).exp()
+    logprobs, _ = agent.logprob_and_entropy(obs[None, :-1], batch["actions"][None])
+    ratio = (logprobs - batch["old_logprobs"][None]).exp()
     slopes = weights * laboratory.surrogate_slope(ratio.detach(), advantages, EPS)
     u = laboratory.lambda_returns_vjp(slopes, discounts, operator)
     u[:, :-1] -= slopes

@@ -1,5 +1,6 @@
 """benchmark/report.py on synthetic results: the three verdicts, what is missing, and identical bytes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -115,6 +116,21 @@ def test_two_reports_have_the_same_bytes(tmp_path):
 def test_ratios_of_negative_returns_are_not_shown():
     assert report.ratio(-100.0, -50.0) == report.ratio(100.0, -50.0) == report.ratio(None, 3.0) == "-"
     assert report.ratio(3.0, 2.0) == "1.50"
+
+
+def test_the_papers_returns_stand_beside_ours_where_the_task_is_the_same(tmp_path):
+    """On CartPole, with PPO's own; on Hopper, which the paper has from other physics, only ratios to PPO."""
+    for environment, rows in (("CartPole-v1", ["PPO", "nested control", "BLPO"]), ("Hopper-v4", ["nested control", "BLPO"])):
+        suite = make_suite(environments=1, seeds=2)
+        methods = {name: dataclasses.replace(each, environments=(environment,)) for name, each in suite.methods.items()}
+        suite = dataclasses.replace(suite, name=environment, environments=(environment,), methods=methods)
+        make_results(suite, tmp_path)
+        results = figures.load_results(suite, tmp_path)
+        table = [line.split(" | ") for line in report.paper_table(suite, results) if line.startswith(f"| {environment}")]
+        assert [cells[1] for cells in table] == rows
+        ours = figures.final_returns(results, "blpo", environment).mean()
+        assert table[-1][3:5] == (["500", f"{ours:.0f}"] if environment == "CartPole-v1" else ["-", "-"])
+        assert table[-1][5] == ("1.18" if environment == "CartPole-v1" else "1.09")
 
 
 def test_a_suite_without_runs_says_so(tmp_path):

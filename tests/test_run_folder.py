@@ -20,12 +20,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    BATCH, ITERATIONS, NUM_ENVS, REPO, after_iteration, command, load, read_csv, resume, start, train, wait_for,
-    without_time,
+    BATCH, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, ITERATIONS, NUM_ENVS, REPO, after_iteration, command, for_actions, load,
+    pooled, read_csv, resume, start, train, wait_for, without_time,
 )  # fmt: skip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-POOLED = {"env_id": "InvertedPendulum-v4", "env_backend": "envpool"}  # a fresh policy falls after about 8 steps
 
 
 def load_checkpoint(folder: Path) -> dict:
@@ -153,7 +151,7 @@ def test_tensorboard_shows_what_metrics_csv_holds(finished):
 
 def test_an_iteration_without_an_episode_leaves_its_cells_empty(script, toy_envs, tmp_path):
     """Not 0, which would be a return; TensorBoard has no scalar there."""
-    folder = train(script, run_dir=tmp_path, env_id="toy/Clock-v0", num_steps=16)  # its episodes take 31 steps
+    folder = train(script, run_dir=tmp_path, env_id=for_actions(script, "toy/Clock-v0"), num_steps=16)  # its episodes take 31 steps
     for name in ("charts/episodic_return", "charts/episodic_length"):
         cells = [row[name] for row in read_csv(folder / "metrics.csv")]
         assert cells[::2] == [""] * ITERATIONS and all(cells[1::2])
@@ -180,12 +178,16 @@ def test_final_return_of_steps_that_are_no_whole_number_of_rollouts(script, toy_
 
 
 def policy_by_hand(model: dict, obs: np.ndarray) -> np.ndarray:
-    """The mean action in numpy: normalise, clip to +-10, two tanh layers, clip to the action box."""
+    """The most probable action in numpy: normalise, clip to +-10, two tanh layers; then the mean, clipped to the action
+    box, or the number of the largest logit, counted from the first action's."""
     weights = {name: tensor.double().numpy() for name, tensor in model["agent"].items()}
+    network = "actor_logits" if "num_actions" in model else "actor_mean"
     x = np.clip((obs.astype(np.float64) - model["obs_mean"].numpy()) / model["obs_std"].numpy(), -10, 10)
     for layer in (0, 2):
-        x = np.tanh(x @ weights[f"actor_mean.{layer}.weight"].T + weights[f"actor_mean.{layer}.bias"])
-    x = x @ weights["actor_mean.4.weight"].T + weights["actor_mean.4.bias"]
+        x = np.tanh(x @ weights[f"{network}.{layer}.weight"].T + weights[f"{network}.{layer}.bias"])
+    x = x @ weights[f"{network}.4.weight"].T + weights[f"{network}.4.bias"]
+    if network == "actor_logits":
+        return x.argmax(-1) + model["first_action"]
     return np.clip(x, model["action_low"].numpy(), model["action_high"].numpy())
 
 
@@ -198,8 +200,9 @@ def test_model_reproduces_the_actions_of_the_evaluation(script, finished):
     np.testing.assert_allclose(policy_by_hand(model, observations), actions, rtol=1e-5, atol=1e-6)
     policy = load(script).load_policy(finished.folder / "model.pt")
     np.testing.assert_allclose(policy(observations), actions, rtol=1e-5, atol=1e-6)
-    assert (actions[:, 0] == np.float32(0.1)).any()  # the clipping to the box was needed
-    assert len({tuple(action) for action in actions}) > 1
+    assert len(np.unique(actions, axis=0)) > 1
+    if script in CONTINUOUS_SCRIPTS:
+        assert (actions[:, 0] == np.float32(0.1)).any()  # the clipping to the box was needed
 
 
 def test_model_clips_what_it_has_never_seen(script, finished):
@@ -244,17 +247,22 @@ def test_evaluation_does_not_change_the_training(script, finished, tmp_path):
     assert not (folder / "model.pt").exists()
 
 
-def test_actions_reach_the_environment_clipped_to_its_box(toy_envs, finished):
-    box = toy_envs.Walk.action_space
+def test_actions_reach_the_environment_as_its_space_has_them(script, toy_envs, finished):
+    """Clipped to a box, whose ends are reached; or numbered from the first, and each of them tried."""
     actions = np.stack([action for *_, action in finished.steps])
-    assert (actions >= box.low).all() and (actions <= box.high).all()
-    assert (actions[:, 0] == box.low[0]).any() and (actions[:, 0] == box.high[0]).any()
+    if script in DISCRETE_SCRIPTS:
+        assert set(actions.tolist()) == {2, 3, 4}
+    else:
+        box = toy_envs.Walk.action_space
+        assert (actions >= box.low).all() and (actions <= box.high).all()
+        assert (actions[:, 0] == box.low[0]).any() and (actions[:, 0] == box.high[0]).any()
 
 
 # ---- The folder's name -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("env_id, safe", [("toy_envs:Walk-v0", "toy_envs_Walk-v0"), ("toy/Walk-v0", "toy_Walk-v0"),
                                           ("toy_envs:toy/Walk-v0", "toy_envs_toy_Walk-v0")])  # fmt: skip
 def test_folder_is_named_after_the_run(script, toy_envs, tmp_path, env_id, safe):
+    env_id, safe = for_actions(script, env_id), for_actions(script, safe)
     folder = train(script, run_dir=tmp_path / "a" / "b", env_id=env_id, total_timesteps=BATCH, exp_name="try", seed=7)
     assert folder.parent == tmp_path / "a" / "b" and [*folder.parent.iterdir()] == [folder]
     assert re.fullmatch(rf"{re.escape(safe)}__try__7__\d{{10}}", folder.name)
@@ -286,8 +294,9 @@ def test_folders_made_at_the_same_moment_differ(script, tmp_path):
 
 
 # ---- Repeats ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("changes", [{}, POOLED], ids=["gymnasium", "envpool"])
-def test_the_same_command_repeats_bitwise_and_another_seed_differs(script, toy_envs, tmp_path, changes):
+@pytest.mark.parametrize("backend", ["gymnasium", "envpool"])
+def test_the_same_command_repeats_bitwise_and_another_seed_differs(script, toy_envs, tmp_path, backend):
+    changes = pooled(script) if backend == "envpool" else {}
     first, second, other = (train(script, run_dir=tmp_path, seed=seed, **changes) for seed in (5, 5, 6))
     for name in ("metrics.csv", "episodes.csv"):
         rows = without_time(read_csv(first / name))
@@ -313,13 +322,14 @@ def test_random_states_survive_a_checkpoint(script, tmp_path):
 
 # ---- Backends and time limits ----------------------------------------------------------------------------------
 def test_both_backends_train_on_the_same_task(script, tmp_path):
-    """Both log the falls of a fresh policy, which come after 4 to 40 steps; the random numbers of the two differ."""
+    """Both log the falls of a fresh policy, which come after 4 to 40 steps; the random numbers of the two differ.
+    A pole on a discrete cart, which is pushed less hard, falls in twice the time."""
     lengths = {}
     for backend in ("envpool", "gymnasium"):
-        folder = train(script, run_dir=tmp_path, env_id="InvertedPendulum-v4", env_backend=backend)
+        folder = train(script, run_dir=tmp_path, **pooled(script) | {"env_backend": backend})
         assert_csv_in_order(folder)
         lengths[backend] = [int(row["episodic_length"]) for row in read_csv(folder / "episodes.csv")]
-        assert 4 < np.mean(lengths[backend]) < 20
+        assert 4 < np.mean(lengths[backend]) / (2 if script in DISCRETE_SCRIPTS else 1) < 20
     assert lengths["envpool"] != lengths["gymnasium"]
 
 
@@ -340,7 +350,7 @@ def test_episodes_of_envpool_agree_with_a_count_by_hand(script, tmp_path, monkey
         return envs, *spaces
 
     monkeypatch.setattr(module, "make_envs", recorded)
-    folder = train(script, run_dir=tmp_path, **POOLED)
+    folder = train(script, run_dir=tmp_path, **pooled(script))
     expected, rewards, fresh = [], defaultdict(list), [False] * NUM_ENVS
     for t, (reward, ended) in enumerate(records):
         for index in range(NUM_ENVS):
@@ -393,11 +403,12 @@ def test_resume_equals_resume(script, broken_off, tmp_path):
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_resume_equals_a_run_without_interruption(script, toy_envs, tmp_path, monkeypatch, iterations):
     """Where the environments have nothing to remember: everything that a run holds is in its checkpoint."""
-    whole = train(script, run_dir=tmp_path / "whole", env_id="toy/Clock-v0")
+    clock = for_actions(script, "toy/Clock-v0")
+    whole = train(script, run_dir=tmp_path / "whole", env_id=clock)
     with monkeypatch.context() as patch:
         after_iteration(patch, script, iterations, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit) as stop:
-            train(script, run_dir=tmp_path / "parts", env_id="toy/Clock-v0")
+            train(script, run_dir=tmp_path / "parts", env_id=clock)
     assert stop.value.code == 130
     parts = resume(script, next((tmp_path / "parts").iterdir()))
     for name in ("metrics.csv", "episodes.csv"):
@@ -424,7 +435,7 @@ def test_resume_equals_resume_with_envpool(script, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         after_iteration(patch, script, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as stop:
-            train(script, run_dir=tmp_path / "runs", **POOLED)
+            train(script, run_dir=tmp_path / "runs", **pooled(script))
     assert stop.value.code == 143
     (folder,) = (tmp_path / "runs").iterdir()
     assert load_checkpoint(folder)["global_step"] == 3 * BATCH
@@ -505,7 +516,7 @@ def signalled(script: str, argv: list[str], run_dir: Path, number: int, **variab
 
 def test_signals_end_a_run_with_a_checkpoint(script, tmp_path):
     """SIGTERM: exit status 143; SIGINT, to the continued run: 130. Both at the end of the iteration."""
-    words = command(script, run_dir=tmp_path, total_timesteps=10**9, checkpoint_every=10**9, **POOLED)
+    words = command(script, run_dir=tmp_path, total_timesteps=10**9, checkpoint_every=10**9, **pooled(script))
     reached = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         folder, err = signalled(script, ["--resume", str(folder)] if reached else words, tmp_path, number)
@@ -539,7 +550,7 @@ def test_signal_in_the_last_iteration(script, toy_envs, tmp_path, monkeypatch):
 def test_second_signal_ends_a_run_at_once(tmp_path):
     """For those who cannot wait for the end of an iteration, here an endless one. The code is shared: one script."""
     script = "ppo_continuous.py"
-    process = start(script, command(script, run_dir=tmp_path, num_steps=10**6, total_timesteps=10**9, **POOLED))
+    process = start(script, command(script, run_dir=tmp_path, num_steps=10**6, total_timesteps=10**9, **pooled(script)))
     try:
         wait_for(process, lambda: [path for path in tmp_path.glob("*/episodes.csv") if path.stat().st_size])
         threading.Event().wait(0.5)  # from the last file to the loop
@@ -554,7 +565,7 @@ def test_second_signal_ends_a_run_at_once(tmp_path):
 
 
 def test_a_kill_at_any_moment_leaves_a_run_that_continues(script, tmp_path, monkeypatch):
-    process = start(script, command(script, run_dir=tmp_path, total_timesteps=10**9, checkpoint_every=1, **POOLED))
+    process = start(script, command(script, run_dir=tmp_path, total_timesteps=10**9, checkpoint_every=1, **pooled(script)))
     delay = random.SystemRandom().uniform(0, 0.5)
     try:
         (path,) = wait_for(process, lambda: [*tmp_path.glob("*/checkpoint.pt")])
@@ -608,10 +619,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(script, toy_env
 # ---- Weights and Biases ----------------------------------------------------------------------------------------
 def test_wandb_continues_the_same_run(tmp_path):
     """Offline, and in processes of their own because W&B patches TensorBoard for good. Shared code: one script."""
-    words = command("blpo_continuous.py", run_dir=tmp_path / "runs", total_timesteps=10**9, track=True, **POOLED)
+    script = "blpo_continuous.py"
+    words = command(script, run_dir=tmp_path / "runs", total_timesteps=10**9, track=True, **pooled(script))
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "HOME": str(tmp_path)}
-    folder, _ = signalled("blpo_continuous.py", words, tmp_path / "runs", signal.SIGTERM, **offline)
-    again = start("blpo_continuous.py", ["--resume", str(folder)], **offline)
+    folder, _ = signalled(script, words, tmp_path / "runs", signal.SIGTERM, **offline)
+    again = start(script, ["--resume", str(folder)], **offline)
     try:
         stored = wait_for(again, lambda: (found := [*folder.glob("wandb/offline-run-*/*.wandb")])[1:] and found)
     finally:

@@ -5,13 +5,20 @@ import re
 from collections import defaultdict
 
 import pytest
-from conftest import BLPO_SCRIPTS, REPO, SCRIPTS, load
+from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, SCRIPTS, load
 
 BANNER = re.compile(r"\s*# ---- (.+?) -{3,}$")
 PPO_AND_BLPO_DIFFER_IN = {
     "Docstring", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Batch shape", "Optimisers", "Update"
 }  # fmt: skip
-SHARED_BY_SOME = {"Bilevel mathematics (shared)": BLPO_SCRIPTS}  # every other shared block is in all scripts
+CONTINUOUS_AND_DISCRETE_DIFFER_IN = {
+    "Docstring", "Arguments", "Gaussian policy (shared)", "Categorical policy (shared)"
+}  # fmt: skip
+SHARED_BY_SOME = {  # every other shared block is in all scripts
+    "Bilevel mathematics (shared)": BLPO_SCRIPTS,
+    "Gaussian policy (shared)": CONTINUOUS_SCRIPTS,
+    "Categorical policy (shared)": DISCRETE_SCRIPTS,
+}
 
 
 def blocks(script: str) -> dict[str, str]:
@@ -51,11 +58,29 @@ def test_shared_blocks_are_identical_in_all_scripts_that_have_them():
     assert not problems, "\n".join(problems)
 
 
-def test_ppo_and_blpo_differ_in_these_blocks_and_no_other():
-    ppo, blpo = blocks("ppo_continuous.py"), blocks("blpo_continuous.py")
-    different = {name for name in ppo.keys() | blpo.keys() if ppo.get(name) != blpo.get(name)}
-    assert different == PPO_AND_BLPO_DIFFER_IN
-    assert "PPO's value loss" not in blpo and "Bilevel mathematics (shared)" not in ppo
+def differing(first: str, second: str) -> set[str]:
+    """The names of the blocks that differ between two scripts, or that only one of them has."""
+    one, other = blocks(first), blocks(second)
+    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_ppo_and_blpo_differ_in_these_blocks_and_no_other(kind):
+    ppo, blpo = f"ppo_{kind}.py", f"blpo_{kind}.py"
+    assert differing(ppo, blpo) == PPO_AND_BLPO_DIFFER_IN
+    assert "PPO's value loss" not in blocks(blpo) and "Bilevel mathematics (shared)" not in blocks(ppo)
+
+
+@pytest.mark.parametrize("method", ["ppo", "blpo"])
+def test_continuous_and_discrete_differ_in_these_blocks_and_no_other(method):
+    assert differing(f"{method}_continuous.py", f"{method}_discrete.py") == CONTINUOUS_AND_DISCRETE_DIFFER_IN
+
+
+@pytest.mark.parametrize("method", ["ppo", "blpo"])
+def test_continuous_and_discrete_have_the_same_arguments(method):
+    """Their defaults differ, and the lines that speak of actions and tasks."""
+    continuous, discrete = (load(f"{method}_{kind}.py").Args.__annotations__ for kind in ("continuous", "discrete"))
+    assert list(continuous.items()) == list(discrete.items())
 
 
 @pytest.mark.parametrize("other", SCRIPTS[1:])

@@ -10,7 +10,7 @@ STEPS = []  # (instance, observation the action answers, action) of every step o
 
 class Walk(gym.Env):
     """Episodes of 2 to 11 steps that end either way. The observations have three scales; in the action box 0, the mean
-    action of a fresh policy, is too low for the first action, so a policy that is not clipped to it shows."""
+    action of a fresh policy, is too low for the first number, so a policy that is not clipped to it shows."""
 
     observation_space = Box(-np.inf, np.inf, (3,), np.float32)
     action_space = Box(np.array([0.1, -1.0], np.float32), np.array([0.4, 2.0], np.float32))
@@ -33,7 +33,7 @@ class Walk(gym.Env):
 
     def step(self, action):
         STEPS.append((self.instance, self.last.copy(), np.array(action)))
-        self.position = 0.9 * self.position + action + 0.1 * self.np_random.normal(size=2)
+        self.position = 0.9 * self.position + self.push(action) + 0.1 * self.np_random.normal(size=2)
         self.rewards.append(float(self.position[0] - 0.1 * self.position[1] ** 2))
         ended = len(self.rewards) == self.length
         terminated = ended and bool(self.np_random.random() < 0.5)
@@ -42,6 +42,18 @@ class Walk(gym.Env):
             EPISODES.append((self.instance, sum(self.rewards), self.length, how))
         self.last = self.observation()
         return self.last, self.rewards[-1], terminated, ended and not terminated, {}
+
+    def push(self, action):
+        return action
+
+
+class DiscreteWalk(Walk):
+    """The same with three actions, of which the first is number 2: a policy that counts from 0 shows."""
+
+    action_space = Discrete(3, start=2)
+
+    def push(self, action):
+        return np.array([[0.1, -1.0], [0.25, 0.5], [0.4, 2.0]])[action - 2]
 
 
 class Clock(gym.Env):
@@ -57,9 +69,21 @@ class Clock(gym.Env):
 
     def step(self, action):
         self.time += 1
-        self.position = 0.9 * self.position + float(action[0])
+        self.position = 0.9 * self.position + self.push(action)
         observation = np.array([self.time, self.position], dtype=np.float32)
         return observation, -(self.position**2), False, self.time == 31, {}
+
+    def push(self, action):
+        return float(action[0])
+
+
+class DiscreteClock(Clock):
+    """The same with the actions -1, 0 and 1."""
+
+    action_space = Discrete(3, start=-1)
+
+    def push(self, action):
+        return float(action)
 
 
 class Spaces(gym.Env):
@@ -100,19 +124,24 @@ class Broken(Clock):
 
 
 BOX = Box(-1, 1, (2,), np.float32)
-SPACES = {
-    "toy/DictObs-v0": (Dict({"image": Box(0, 255, (2, 2), np.uint8), "goal": Discrete(3)}), BOX),
-    "toy/DiscreteObs-v0": (Discrete(4), BOX),
-    "toy/SequenceObs-v0": (Sequence(Discrete(4)), BOX),
+OBSERVATIONS = {
+    "DictObs": Dict({"image": Box(0, 255, (2, 2), np.uint8), "goal": Discrete(3)}),
+    "DiscreteObs": Discrete(4),
+    "SequenceObs": Sequence(Discrete(4)),
+}
+SPACES = {f"toy/{name}-v0": (observations, BOX) for name, observations in OBSERVATIONS.items()}
+SPACES |= {f"toy/{name}Discrete-v0": (observations, Discrete(3)) for name, observations in OBSERVATIONS.items()}
+SPACES |= {
     "toy/DiscreteActions-v0": (BOX, Discrete(3)),
     "toy/MultiDiscreteActions-v0": (BOX, MultiDiscrete([2, 3])),
     "toy/MatrixActions-v0": (BOX, Box(-1, 1, (2, 2), np.float32)),
 }
 
-gym.register("Walk-v0", entry_point=Walk)
-gym.register("toy/Walk-v0", entry_point=Walk)
+for actions, walk, clock in (("", Walk, Clock), ("Discrete", DiscreteWalk, DiscreteClock)):
+    gym.register(f"Walk{actions}-v0", entry_point=walk)
+    gym.register(f"toy/Walk{actions}-v0", entry_point=walk)
+    gym.register(f"toy/Clock{actions}-v0", entry_point=clock)
 gym.register("toy/Unavailable-v0", entry_point=Unavailable)
-gym.register("toy/Clock-v0", entry_point=Clock)
 gym.register("toy/Broken-v0", entry_point=Broken)
 for name, (observations, actions) in SPACES.items():
     gym.register(name, entry_point=Spaces, kwargs={"observation_space": observations, "action_space": actions})
