@@ -525,8 +525,8 @@ def gae_operator(ended: Tensor, valid: Tensor, gamma: float, gae_lambda: float) 
     step = torch.arange(length, device=ended.device)
     powers = torch.tril((gamma * gae_lambda) ** (step[:, None] - step[None, :]).clamp(min=0).to(ended.dtype)).T
     episode = torch.cumsum(ended, -1) - ended  # a step that ends an episode still belongs to it
-    operator = powers * (episode[:, :, None] == episode[:, None, :])
-    return operator.mul_(valid[:, :, None]).mul_(valid[:, None, :])
+    rows, columns = (torch.where(valid > 0, episode, nowhere) for nowhere in (-1.0, -2.0))
+    return powers * (rows[:, :, None] == columns[:, None, :])
 
 
 def lambda_returns(values: Tensor, rewards: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
@@ -658,16 +658,16 @@ def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[T
     except torch.linalg.LinAlgError:  # M is not finite
         return lambda b: b * math.nan
     smallest = floor * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    scales = torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # D^-1/2, 0 where dropped
-    factor = (vectors * scales).T @ columns.double()  # F^T
-    inner = factor @ factor.T
+    basis = vectors * torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # E D^-1/2, 0 where dropped
+    columns = columns.double()
+    inner = basis.T @ (columns @ columns.T) @ basis  # F^T F
     inner.diagonal().add_(damping)
     cholesky = torch.linalg.cholesky_ex(inner)[0]
 
     def solve(b: Tensor) -> Tensor:
-        right = b.double()[:, None]
-        small = torch.cholesky_solve(factor @ right, cholesky)
-        return ((right - factor.T @ small) / damping)[:, 0].to(b.dtype)
+        right = b.double()
+        small = basis @ torch.cholesky_solve(basis.T @ (columns @ right)[:, None], cholesky)
+        return torch.addmv(right, columns.T, small[:, 0], alpha=-1).div_(damping).to(b.dtype)
 
     return solve
 
@@ -1527,7 +1527,7 @@ def train(args: Args) -> Path:
                         else:
                             b, v = exact_ihvp(curvature, u, args.damping)
                         response = jacobian.jvp(v[None]).view(len(mb_obs), -1)
-                        finite = torch.isfinite(response).all()  # if not, this step falls back to the direct gradient
+                        finite = response.sum().isfinite()  # if not, this step falls back to the direct gradient
                         z = torch.where(finite, response[:, :-1], 0.0)
                         fallbacks += ~finite
                         if args.mixed_term == "trajectory":
