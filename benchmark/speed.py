@@ -151,7 +151,17 @@ def loops_in_turns(loops: dict[str, Loop], rounds: int, rollouts: int) -> dict[s
 def serve_turns(loop: Loop, pipe) -> None:
     """Run `loop` by turns: for each number of rollouts received, send their mean seconds; 0 ends it."""
     os.chdir(tempfile.gettempdir())  # MuJoCo writes its log where it is
-    todo, start, done = pipe.recv(), time.perf_counter(), []
+    parent = os.getppid()
+
+    def next_turn() -> int:
+        while not pipe.poll(1.0):
+            if os.getppid() != parent:  # it was killed; its end of the pipe lives on in the other loops' processes
+                return 0
+        return pipe.recv()
+
+    todo, start, done = next_turn(), time.perf_counter(), []
+    if todo == 0:
+        return
 
     def rollout_done(seconds: dict[str, float]) -> None:
         nonlocal todo, start
@@ -159,7 +169,7 @@ def serve_turns(loop: Loop, pipe) -> None:
         if len(done) == todo:
             pipe.send({name: statistics.mean(each[name] for each in done) for name in done[0]})
             done.clear()
-            todo = pipe.recv()
+            todo = next_turn()
             if todo == 0:
                 sys.exit()
         start = time.perf_counter()
