@@ -3,6 +3,7 @@ theorems by enumeration of all trajectories, the Hessian products against dense 
 
 import math
 
+import numpy as np
 import pytest
 import stac
 import stac_ablations
@@ -67,6 +68,61 @@ def test_total_derivative_of_a_one_step_task():
     assert relative(got, truth) < 1e-8
     assert relative(solved_iteratively(J, L, theta, w), truth) < 1e-8
     assert relative(grad(J)(theta, w), truth) > 0.1  # the individual gradient is another direction
+
+
+def gaussian_one_step_task():
+    """s ~ N(0, 1), a ~ N(k s + c, exp(logstd)^2), theta = (k, c, logstd), expectations by 24 x 24 Gauss-Hermite nodes: the
+    mean of any f(s, a) under theta, the critic's features, J, L, the response of the critic, theta."""
+    nodes, masses = (torch.tensor(each, dtype=F64) for each in np.polynomial.hermite_e.hermegauss(24))
+    s, noise = torch.meshgrid(nodes, nodes, indexing="ij")
+    masses = masses[:, None] * masses / masses.sum() ** 2
+
+    def actions(theta):
+        return theta[0] * s + theta[1] + theta[2].exp() * noise
+
+    def features(a):
+        return torch.stack([torch.ones_like(a), s, a], -1)
+
+    def mean(f, theta):
+        return (masses * f(s, actions(theta))).sum()
+
+    def rewards(a):
+        return torch.sin(1.5 * a + s) + s * a * a / 4
+
+    def J(theta, w):
+        return mean(lambda s, a: features(a) @ w, theta)
+
+    def L(theta, w):
+        return mean(lambda s, a: (features(a) @ w - rewards(a)) ** 2, theta)
+
+    def response(theta):
+        a = actions(theta)
+        weighted = masses[:, :, None] * features(a)
+        left = torch.einsum("saf,sag->fg", weighted, features(a))
+        return torch.linalg.solve(left, torch.einsum("saf,sa->f", weighted, rewards(a)))
+
+    return mean, features, J, L, response, torch.tensor([0.4, -0.3, -0.5], dtype=F64)
+
+
+def test_total_derivative_of_a_one_step_task_with_a_gaussian_policy():
+    """Its standard deviation is learnt, so the response depends on it as well."""
+    mean, features, J, L, response, theta = gaussian_one_step_task()
+    w = response(theta)
+    assert grad(L, 1)(theta, w).norm() < 1e-12
+    truth = central_differences(lambda theta: J(theta, response(theta)), theta)
+    got = -total_gradient(lambda theta, w: -J(theta, w), L, theta, w)
+    assert relative(got, truth) < 1e-8
+    assert relative(solved_iteratively(J, L, theta, w), truth) < 1e-8
+    assert relative(grad(J)(theta, w), truth) > 0.1
+
+    def score(theta, fixed):  # E [Q d log pi] with the actions of a fixed policy, as the scripts estimate d_theta J
+        def surrogate(s, a):
+            noise = (a - theta[0] * s - theta[1]) / theta[2].exp()
+            return (features(a) @ w) * stac.gaussian_logprob(noise[..., None], theta[2:])
+
+        return mean(surrogate, fixed)
+
+    assert relative(grad(score)(theta, theta), grad(J)(theta, w)) < 1e-12
 
 
 def test_damping_leads_to_the_individual_gradient_like_one_over_lambda():
