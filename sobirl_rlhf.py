@@ -103,7 +103,7 @@ class Args:
     env_id: str = "Hopper-v4"
     """any task with a bounded Box action space; also namespace/Name-v0 and module:Name-v0"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
-    """who steps the environments; auto: EnvPool where it has the task"""
+    """who steps the environments; auto: Gymnasium for one, which then needs no other thread, else EnvPool where it has the task"""
     env_threads: int = 0
     """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
     terminate: bool = True
@@ -112,7 +112,7 @@ class Args:
     """environment steps in all, in [1, inf); rounded down to whole iterations; 500,000 is the paper's for Hopper"""
     num_envs: int = 1
     """parallel environments, in [1, 65536]"""
-    num_steps: int = 1000
+    num_steps: int = 2000
     """steps of each environment in an iteration, between two reward updates, in [2, inf) (10,000 on Atari; the paper's number for MuJoCo is lost)"""
 
     # Lower level: soft actor-critic
@@ -170,7 +170,7 @@ class Args:
     """pairs labelled in the random steps, in [0, inf)"""
     warmup_epochs: int = 50
     """passes over them by the cross-entropy alone, in [0, inf) (512 with dropout as released)"""
-    pairs_per_iteration: int = 5
+    pairs_per_iteration: int = 10
     """pairs labelled in an iteration after that, in [0, inf)"""
     heldout_pairs: int = 64
     """unlabelled pairs of an iteration for the logged accuracy, in [0, inf)"""
@@ -190,7 +190,7 @@ class Args:
     """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
     implicit_pairs: Literal["auto", "queue", "newest"] = "auto"
     """pairs that carry sobirl's implicit term: those of the minibatch (as released) or the newest, on-policy; auto: newest with rollouts"""
-    implicit_actions: int = 4
+    implicit_actions: int = 2
     """actions drawn for the one-step grad V, in [1, 1024]"""
     implicit_starts: int = 0
     """environment steps before the implicit term counts, in [0, inf) (100,000 as released)"""
@@ -224,7 +224,7 @@ def make_envs(
     if backend == "envpool" and not has_envpool:
         reason = "is not installed" if envpool is None else f"does not have {env_id!r}"
         raise BadInput(f"--env-backend envpool: EnvPool {reason}; use --env-backend gymnasium")
-    if backend != "gymnasium" and has_envpool:
+    if has_envpool and (backend == "envpool" or (backend == "auto" and num_envs > 1)):
         with warnings.catch_warnings():  # of float64 boxes that become float32
             warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
             try:
@@ -237,7 +237,9 @@ def make_envs(
             observation_space, action_space = envs.observation_space, envs.action_space
     else:
         try:
-            envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **settings)
+            with warnings.catch_warnings():  # the v4 tasks are out of date
+                warnings.simplefilter("ignore", DeprecationWarning)
+                envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **settings)
         except (gym.error.Error, ImportError, ValueError) as error:
             known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
             near = difflib.get_close_matches(env_id, known, n=3)
