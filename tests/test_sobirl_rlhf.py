@@ -98,7 +98,10 @@ def test_a_run_of_each_kind(runs, way):
     assert [float(row["bilevel/labels"]) for row in rows] == ([12, 16, 20, 24] if asks else [0] * 4)
     assert [row["losses/cross_entropy"] != "" for row in rows] == [asks] * 4
     for row in rows:
-        assert 0 <= float(row["bilevel/heldout_accuracy"]) <= 1 and abs(float(row["bilevel/reward_correlation"])) <= 1
+        if "env_id" in WAYS[way]:  # every reward of InvertedPendulum is 1: all pairs tie
+            assert row["bilevel/heldout_accuracy"] == ""
+        else:
+            assert 0 <= float(row["bilevel/heldout_accuracy"]) <= 1 and abs(float(row["bilevel/reward_correlation"])) <= 1
     implicit = way.startswith(("sobirl", "hpgd"))
     assert (float(rows[-1]["bilevel/inverse_temperature"]) > 0) and float(rows[0]["bilevel/inverse_temperature"]) == 0
     assert (float(rows[-1]["bilevel/simulator_steps"]) > 0) == ("rollouts" in way or way.startswith(("hpgd", "pbrl")))
@@ -119,7 +122,7 @@ def test_the_kinds_differ(runs):
 
 
 def test_a_run_repeats_bitwise_and_a_seed_matters(runs, tmp_path):
-    for way in ("sobirl", "pbrl", "hpgd"):
+    for way in ("sobirl", "hpgd"):
         again = train(run_dir=tmp_path / way, **WAYS[way])
         assert same(learned(again), learned(runs[way]))
         assert without_time(read_csv(again / "metrics.csv")) == without_time(read_csv(runs[way] / "metrics.csv"))
@@ -128,16 +131,18 @@ def test_a_run_repeats_bitwise_and_a_seed_matters(runs, tmp_path):
 
 def test_each_argument_of_the_algorithm_matters(tmp_path):
     changes = [
-        {}, {"gamma": 0.9}, {"batch_size": 9}, {"learning_starts": 128}, {"learning_rate": 1e-3}, {"target_rate": 0.1},
+        {}, {"gamma": 0.9}, {"batch_size": 9}, {"learning_starts": 64}, {"learning_rate": 1e-3}, {"target_rate": 0.1},
         {"critic_learning_rate": 3e-3}, {"policy_frequency": 1}, {"autotune": False}, {"alpha": 0.5}, {"buffer_size": 40},
         {"reward_bound": "clip"}, {"reward_dropout": 0.5}, {"reward_learning_rate": 1e-2}, {"reward_batch_size": 5},
         {"reward_epochs": 2}, {"fragment_length": 2}, {"queue_size": 10}, {"label_budget": 14}, {"warmup_pairs": 10},
-        {"warmup_epochs": 1}, {"pairs_per_iteration": 3}, {"teacher": "stochastic"}, {"teacher": "mistake"},
+        {"warmup_epochs": 1}, {"pairs_per_iteration": 3}, {"teacher": "stochastic", "teacher_temperature": 20.0},
+        {"teacher": "mistake", "teacher_error": 0.4},
         {"teacher": "equal", "teacher_threshold": 1.0}, {"teacher": "skip", "teacher_threshold": 1.0},
-        {"teacher": "myopic", "teacher_gamma": 0.1}, {"implicit_actions": 3}, {"implicit_starts": 128},
+        {"teacher": "myopic", "teacher_gamma": 0.1}, {"implicit_actions": 3}, {"implicit_starts": 96},
         {"max_inverse_temperature": 0.5}, {"baseline": True}, {"implicit_pairs": "newest"}, {"permute_cross_entropy": True},
     ]  # fmt: skip
-    found = [learned(train(run_dir=tmp_path / str(i), **change)) for i, change in enumerate(changes)]
+    small = {"num_steps": 16, "total_timesteps": 4 * 32, "learning_starts": 32, "buffer_size": 60}
+    found = [learned(train(run_dir=tmp_path / str(i), **small | change)) for i, change in enumerate(changes)]
     for i, first in enumerate(found):
         for j, second in enumerate(found[:i]):
             assert not same(first, second), (changes[i], changes[j])
@@ -196,6 +201,7 @@ def test_replay_holds_the_transitions_and_no_reset_row(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tampering", [{"reset_reward": 1e3}, {"terminal_offset": 50.0}])
 def test_resets_and_the_observation_of_a_termination_influence_nothing(toy_envs, tmp_path, monkeypatch, tampering):
+    """A reset's reward and a termination's observation; the final observation of a truncated episode is bootstrapped."""
     original = rlhf.make_envs
 
     def tampered(**changes):
@@ -208,7 +214,7 @@ def test_resets_and_the_observation_of_a_termination_influence_nothing(toy_envs,
     folders = []
     for i, changes in enumerate(({}, tampering, {"truncated_offset": 50.0})):
         monkeypatch.setattr(rlhf, "make_envs", tampered(**changes))
-        folders.append(train(run_dir=tmp_path / str(i)))
+        folders.append(train(run_dir=tmp_path / str(i), total_timesteps=3 * 64))
     clean, changed, truncated = (learned(folder) for folder in folders)
     assert same(clean, changed)
     assert not same(clean, truncated)  # the final observation of a truncated episode is a bootstrap
@@ -226,9 +232,10 @@ def test_the_true_reward_reaches_only_the_teacher_and_ground_truth(toy_envs, tmp
     folders = {}
     for name, step in (("plain", original), ("shifted", shifted)):
         monkeypatch.setattr(toy_envs.Walk, "step", step)
-        for method in ("sobirl", "pbrl", "frozen", "constant", "ground-truth"):
-            folders[method, name] = learned(train(run_dir=tmp_path / f"{method}{name}", reward_update=method))
-    for method in ("sobirl", "pbrl", "frozen", "constant"):
+        for method in ("sobirl", "pbrl", "constant", "ground-truth"):
+            changes = {"run_dir": tmp_path / f"{method}{name}", "reward_update": method, "total_timesteps": 2 * 64}
+            folders[method, name] = learned(train(**changes))
+    for method in ("sobirl", "pbrl", "constant"):
         assert same(folders[method, "plain"], folders[method, "shifted"]), method
     assert not same(folders["ground-truth", "plain"], folders["ground-truth", "shifted"])
 
@@ -335,7 +342,7 @@ def test_two_resumes_agree(tmp_path, monkeypatch):
 
 
 def test_a_rarer_checkpoint_after_resume_still_comes_before_the_spare_rows_are_used(tmp_path, monkeypatch):
-    changes = {"buffer_size": 70, "total_timesteps": 8 * 64, "checkpoint_every": 2}
+    changes = {"buffer_size": 70, "total_timesteps": 8 * 64, "checkpoint_every": 2, "reward_update": "frozen"}
     folder, saved = broken_off(tmp_path, monkeypatch, 3, **changes), []
     original = rlhf.Run.save_checkpoint
     monkeypatch.setattr(rlhf.Run, "save_checkpoint", lambda run, state: saved.append(run.global_step) or original(run, state))
