@@ -15,8 +15,8 @@ constant, frozen, --permute-cross-entropy, --no-terminate. `--implicit` names ho
 -> one_step_advantages; rollouts, Stoc-SoBiRL's (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
 reward-to-go-style, a biased heuristic -> reward_to_go_advantages. SAC is CleanRL's, with both critics in one batched product.
 
-Departures from the released code, which has no MuJoCo: both levels see the same bounded reward; 1/alpha is capped; the teacher
-may err in six ways; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers the details and the traps.
+Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a baseline, and 1/alpha is
+capped; both levels see the same bounded reward; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers the details and the traps.
 
     python sobirl_rlhf.py --env-id Hopper-v4 --reward-update sobirl
 """
@@ -188,16 +188,16 @@ class Args:
     # Upper level: the implicit term
     implicit: Literal["one-step", "rollouts", "reward-to-go-style"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
-    implicit_pairs: Literal["auto", "queue", "newest"] = "auto"
-    """pairs that carry sobirl's implicit term: those of the minibatch (as released) or the newest, on-policy; auto: newest with rollouts"""
+    implicit_pairs: Literal["newest", "queue"] = "newest"
+    """pairs that carry sobirl's implicit term: the policy's own newest, as (13) demands, or those of the minibatch, as released"""
     implicit_actions: int = 2
     """actions drawn for the one-step grad V, in [1, 1024]"""
     implicit_starts: int = 0
     """environment steps before the implicit term counts, in [0, inf) (100,000 as released)"""
     max_inverse_temperature: float = 10.0
     """largest 1 / alpha in the implicit term, in (0, inf] (inf as released)"""
-    baseline: bool = False
-    """in the implicit term, take the mean of the other pairs off each cross-entropy"""
+    baseline: bool = True
+    """in the implicit term, take the mean of the other pairs off each cross-entropy (not in the paper)"""
     rollouts: int = 1
     """M, independent rollouts for each estimate of sobirl and hpgd; pbrl takes so many from the start states, in [1, 1024]"""
     rollout_length: int | None = None
@@ -1230,10 +1230,8 @@ def check_batch_shape(args: Args) -> None:
         raise BadInput("--implicit rollouts starts from the states of the newest pairs; --implicit-pairs queue must be left out")
     if args.permute_cross_entropy and args.reward_update not in ("sobirl", "hpgd"):
         raise BadInput(f"--permute-cross-entropy concerns sobirl and hpgd, not --reward-update {args.reward_update}; leave it out")
-    if (args.implicit != "one-step" or args.implicit_pairs != "auto") and args.reward_update != "sobirl":
+    if (args.implicit != "one-step" or args.implicit_pairs != "newest") and args.reward_update != "sobirl":
         raise BadInput(f"--implicit and --implicit-pairs concern sobirl, not --reward-update {args.reward_update}; leave them out")
-    if args.baseline and args.reward_update not in ("sobirl", "hpgd"):
-        raise BadInput(f"--baseline concerns sobirl and hpgd, not --reward-update {args.reward_update}; leave it out")
 
 
 # ---- Training: set-up ------------------------------------------------------------------------------------------
@@ -1392,7 +1390,7 @@ def train(args: Args) -> Path:
             if not learning or global_step <= args.implicit_starts:
                 inverse_temperature = 0.0
             implicit = inverse_temperature > 0 and args.reward_update in ("sobirl", "hpgd")
-            on_policy = args.implicit_pairs == "newest" or args.implicit == "rollouts"
+            on_policy = args.implicit_pairs == "newest"
             rollouts: list[tuple[Tensor, Tensor]] = []
             if simulator is not None and learning and args.reward_update == "pbrl":
                 lengths = torch.full((args.rollouts,), args.rollout_length or 200)

@@ -30,7 +30,7 @@ PENDULUM = "InvertedPendulum-v4"  # its simulator can be put into any state
 SHORT = {"env_id": PENDULUM, "num_envs": 1, "num_steps": 64, "rollout_length": 3}
 WAYS = {
     "sobirl": {},
-    "sobirl newest": {"implicit_pairs": "newest", "baseline": True},
+    "sobirl queue": {"implicit_pairs": "queue", "baseline": False},
     "sobirl rollouts": SHORT | {"implicit": "rollouts", "rollouts": 2},
     "sobirl reward-to-go": {"implicit": "reward-to-go-style"},
     "sobirl permuted": {"permute_cross_entropy": True},
@@ -139,7 +139,7 @@ def test_each_argument_of_the_algorithm_matters(tmp_path):
         {"teacher": "mistake", "teacher_error": 0.4},
         {"teacher": "equal", "teacher_threshold": 1.0}, {"teacher": "skip", "teacher_threshold": 1.0},
         {"teacher": "myopic", "teacher_gamma": 0.1}, {"implicit_actions": 3}, {"implicit_starts": 96},
-        {"max_inverse_temperature": 0.5}, {"baseline": True}, {"implicit_pairs": "newest"}, {"permute_cross_entropy": True},
+        {"max_inverse_temperature": 0.5}, {"baseline": False}, {"implicit_pairs": "queue"}, {"permute_cross_entropy": True},
     ]  # fmt: skip
     small = {"num_steps": 16, "total_timesteps": 4 * 32, "learning_starts": 32, "buffer_size": 60}
     found = [learned(train(run_dir=tmp_path / str(i), **small | change)) for i, change in enumerate(changes)]
@@ -154,7 +154,7 @@ def test_heldout_pairs_leave_the_number_of_labels_alone(tmp_path):
 
 
 def test_the_label_budget_is_kept(tmp_path):
-    for way in ("sobirl newest", "hpgd", "pbrl"):
+    for way in ("sobirl", "hpgd", "pbrl"):
         rows = read_csv(train(run_dir=tmp_path / way, **WAYS[way] | {"label_budget": 14}) / "metrics.csv")
         assert [float(row["bilevel/labels"]) for row in rows] == [12, 14, 14, 14]
 
@@ -313,7 +313,7 @@ def resume(folder, *more):
     return rlhf.train(rlhf.parse_args(rlhf.Args, ["--resume", str(folder), *more]))
 
 
-@pytest.mark.parametrize("way", ["sobirl newest", "pbrl", "ground-truth"])
+@pytest.mark.parametrize("way", ["sobirl", "pbrl", "ground-truth"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, way):
     """On a task that after any 32 steps is as it was. The replay is a ring of 70 rows that has gone round, and what the
     broken-off run wrote after its checkpoint must not show."""
@@ -418,7 +418,7 @@ def test_every_number_states_its_interval_and_is_refused_outside(monkeypatch):
      ({"reward_update": "hpgd"}, "--reward-update hpgd needs a MuJoCo task"),
      ({"reward_update": "drlhf", "permute_cross_entropy": True}, "--permute-cross-entropy"),
      ({"reward_update": "drlhf", "implicit": "rollouts"}, "--implicit and --implicit-pairs"),
-     ({"reward_update": "pbrl", "baseline": True}, "--baseline"), ({"terminate": False}, "--no-terminate"),
+     ({"reward_update": "pbrl", "implicit_pairs": "queue"}, "--implicit-pairs"), ({"terminate": False}, "--no-terminate"),
      ({"terminate": False, "env_id": PENDULUM, "num_envs": 2}, "--no-terminate"),
      ({"terminate": False, "env_id": PENDULUM, "num_envs": 1, "num_steps": 64}, "--no-terminate"),
      ({"buffer_size": 10**15, "total_timesteps": 10**15}, "--buffer-size needs")],
