@@ -8,15 +8,16 @@ The leader's theta is a reward network r, the follower answers with the soft act
                                                                  eq. (12), (13)        -> implicit_term
     grad Q*(s, a), grad V*(s) = E_pi*[sum_t gamma^t grad r(s_t, a_t)], from (s, a), from s    Prop. 5.1
 
-`--reward-update` names who moves theta, one function each: sobirl -> sobirl_loss; drlhf (Christiano et al. 2017), (12) alone
--> drlhf_loss; pbrl (Shen et al. 2024), a value penalty and a second actor -> pbrl_loss, pbrl_policy_term; hpgd (Thoma et al.
-2024), (12) + (13) from fresh pairs and rollouts of geometric length -> hpgd_loss; ground-truth, SAC on the true reward. Controls:
-constant, frozen, --permute-cross-entropy, --no-terminate. `--implicit` names how Prop. 5.1 is cut: one-step, as released
--> one_step_advantages; rollouts, Stoc-SoBiRL's (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
+`--reward-update` names who moves theta: sobirl -> sobirl_loss; drlhf (Christiano et al. 2017), (12) alone -> drlhf_loss; pbrl
+(Shen et al. 2024), a value penalty and a second actor -> pbrl_loss, pbrl_policy_term; hpgd (Thoma et al. 2024), (12) + (13)
+from fresh pairs and rollouts of geometric length -> hpgd_loss; ground-truth, SAC on the true reward. Controls: constant,
+frozen, --permute-cross-entropy, --no-terminate. `--implicit` names how Prop. 5.1 is cut: one-step, as released ->
+one_step_advantages; rollouts, Stoc-SoBiRL's (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
 reward-to-go-style, a biased heuristic -> reward_to_go_advantages. SAC is CleanRL's, with both critics in one batched product.
 
-Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a baseline, and 1/alpha is
-capped; both levels see the same bounded reward; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers the details and the traps.
+Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a baseline, and 1/alpha
+is capped; both levels see the same bounded reward; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers
+the details and the traps.
 
     python sobirl_rlhf.py --env-id Hopper-v4 --reward-update sobirl
 """
@@ -103,17 +104,17 @@ class Args:
     env_id: str = "Hopper-v4"
     """any task with a bounded Box action space; also namespace/Name-v0 and module:Name-v0"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
-    """who steps the environments; auto: Gymnasium for one, which then needs no other thread, else EnvPool where it has the task"""
+    """who steps the environments; auto: Gymnasium for one, which needs no other thread, else EnvPool where it has the task"""
     env_threads: int = 0
     """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
     terminate: bool = True
-    """--no-terminate, a control: unhealthy states do not end an episode (Hopper, Walker2d, Ant, Humanoid), so that its length tells nothing"""
+    """--no-terminate, a control: unhealthy states do not end an episode, so that its length tells nothing"""
     total_timesteps: int = 500000
     """environment steps in all, in [1, inf); rounded down to whole iterations; 500,000 is the paper's for Hopper"""
     num_envs: int = 1
     """parallel environments, in [1, 65536]"""
     num_steps: int = 2000
-    """steps of each environment in an iteration, between two reward updates, in [2, inf) (10,000 on Atari; the paper's number for MuJoCo is lost)"""
+    """steps of each environment between two reward updates, in [2, inf) (the paper's number is lost; 10,000 on Atari)"""
 
     # Lower level: soft actor-critic
     gamma: float = 0.99
@@ -143,7 +144,7 @@ class Args:
 
     # Upper level: the reward
     reward_update: Literal["sobirl", "drlhf", "pbrl", "hpgd", "ground-truth", "constant", "frozen"] = "sobirl"
-    """how the reward is learned; or SAC on the true reward, and two controls: the same reward everywhere, a random network at rest"""
+    """how the reward is learned; or the true one; or a control: the same everywhere, a random network at rest"""
     permute_cross_entropy: bool = False
     """a control for sobirl and hpgd: the implicit term gets another pair's cross-entropy"""
     constant_reward: float = 1.0
@@ -181,7 +182,7 @@ class Args:
     teacher_error: float = 0.1
     """how often the teacher of --teacher mistake errs, in [0, 0.5]"""
     teacher_threshold: float = 0.1
-    """what skip and equal call little, as a fraction of the mean return of the fragments shown, in [0, inf)"""
+    """what skip and equal call little, as a fraction of the shown fragments' mean return, in [0, inf)"""
     teacher_gamma: float = 0.9
     """discount of the myopic teacher, away from a fragment's end, in [0, 1]"""
 
@@ -189,7 +190,7 @@ class Args:
     implicit: Literal["one-step", "rollouts", "reward-to-go-style"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
     implicit_pairs: Literal["newest", "queue"] = "newest"
-    """pairs that carry sobirl's implicit term: the policy's own newest, as (13) demands, or those of the minibatch, as released"""
+    """pairs that carry sobirl's implicit term: the policy's newest, as (13) demands, or the minibatch's, as released"""
     implicit_actions: int = 2
     """actions drawn for the one-step grad V, in [1, 1024]"""
     implicit_starts: int = 0
@@ -298,7 +299,8 @@ class Simulator:
             try:
                 self.env = gym.make(env_id, disable_env_checker=True, **settings)
             except Exception as error:
-                raise BadInput(f"{flag} needs {env_id!r} in Gymnasium, which cannot make it: {first_sentence(error)}") from error
+                reason = first_sentence(error)
+                raise BadInput(f"{flag} needs {env_id!r} in Gymnasium, which cannot make it: {reason}") from error
         self.env = self.env.unwrapped if settable else gym.wrappers.FlattenObservation(self.env)
         self.action_space, self.steps = action_space, 0
         obs, _ = self.env.reset(seed=seed)
@@ -393,10 +395,6 @@ class Agent(nn.Module):
         self.targets = TwinCritics(obs_dim + action_dim, critic_width)
         self.targets.load_state_dict(self.critics.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
-
-    def mode(self, obs: Tensor) -> Tensor:
-        """The mean action squashed into [-1, 1]: (..., D) -> (..., A)."""
-        return self.actor(obs).chunk(2, -1)[0].tanh()
 
 
 class NumpyActor:
@@ -640,7 +638,7 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
     """l (P,) in nats of each pair: rewards (P, 2, L), labels (P,).
 
-    p = sigma(R_1 - R_2) with undiscounted sums R (eq. 101), l = -y log p - (1 - y) log(1 - p) = softplus(z) - y z, z = R_1 - R_2.
+    p = sigma(R_1 - R_2) with sums R (eq. 101), l = -y log p - (1 - y) log(1 - p) = softplus(z) - y z at z = R_1 - R_2.
     """
     returns = rewards.sum(-1)
     logits = returns[:, 0] - returns[:, 1]
@@ -676,7 +674,7 @@ def resample_actions(actor: nn.Module, inputs: Tensor, obs_dim: int, count: int)
 
 
 def rollout_advantages(from_actions: Tensor, from_policy: Tensor) -> Tensor:
-    """Q - V (R,) by M rollouts each (eq. 79): discounted sums of r (R, M) from the visited action, and from the policy's own."""
+    """Q - V (R,) by M rollouts each (eq. 79): discounted sums of r (R, M) from the visited action and the policy's."""
     return from_actions.mean(-1) - from_policy.mean(-1)
 
 
@@ -709,9 +707,9 @@ def hpgd_loss(
 ) -> Tensor:
     """HPGD (Thoma et al. 2024): (12) + (13) on fresh pairs of the policy's own, with unbiased rollouts.
 
-    losses and implicit_losses (P,), the same but for a control; advantages (P, 2), Q - V at one step of each fragment drawn uniformly, which stands for all `length` of
-    them. Rollouts have geometric length, P(T >= t) = gamma^(t/2), and weights gamma^(t/2): E[sum_{t <= T} gamma^(t/2) g_t] =
-    sum_t gamma^t g_t.
+    losses and implicit_losses (P,), the same but for a control; advantages (P, 2), Q - V at one step of each fragment, drawn
+    uniformly, which stands for all `length` of them. Rollouts have geometric length, P(T >= t) = gamma^(t/2), and weights
+    gamma^(t/2): E[sum_{t <= T} gamma^(t/2) g_t] = sum_t gamma^t g_t.
     """
     scores = length * advantages.sum(1)
     return losses.mean() + implicit_term(implicit_losses, scores, inverse_temperature, baseline).mean()
@@ -789,7 +787,9 @@ class Replay:
         """How many transitions may still come before the next checkpoint."""
         return self.spare - (self.added - self.saved)
 
-    def add(self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray, rewards: np.ndarray, terminated: np.ndarray) -> None:
+    def add(
+        self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray, rewards: np.ndarray, terminated: np.ndarray
+    ) -> None:
         """Add n transitions: (n, D), (n, A), (n, D), (n,), (n,)."""
         for i in range(len(obs)):
             row, d = self.rows[self.added % len(self.rows)], self.obs_dim
@@ -819,9 +819,8 @@ def check_disk(folder: Path, size: int) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if size > free:
-        raise BadInput(
-            f"--buffer-size needs {size / 1e6:,.0f} MB in --run-dir {folder}, where {free / 1e6:,.0f} MB are free; make it smaller"
-        )
+        there = f"--run-dir {folder}, where {free / 1e6:,.0f} MB are free"
+        raise BadInput(f"--buffer-size needs {size / 1e6:,.0f} MB in {there}; make it smaller")
 
 
 # ---- The run: what is not the algorithm ------------------------------------------------------------------------
@@ -1225,13 +1224,13 @@ def check_batch_shape(args: Args) -> None:
             f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
         )
     if args.fragment_length > args.num_steps:
-        raise BadInput(f"--fragment-length {args.fragment_length} is longer than an iteration; it must be at most {args.num_steps}")
+        raise BadInput(f"--fragment-length {args.fragment_length} is longer than an iteration; it must be at most num-steps")
     if args.implicit_pairs == "queue" and args.implicit == "rollouts":
-        raise BadInput("--implicit rollouts starts from the states of the newest pairs; --implicit-pairs queue must be left out")
+        raise BadInput("--implicit rollouts starts from the newest pairs' states; --implicit-pairs queue must be left out")
     if args.permute_cross_entropy and args.reward_update not in ("sobirl", "hpgd"):
-        raise BadInput(f"--permute-cross-entropy concerns sobirl and hpgd, not --reward-update {args.reward_update}; leave it out")
+        raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd, not for {args.reward_update}; leave it out")
     if (args.implicit != "one-step" or args.implicit_pairs != "newest") and args.reward_update != "sobirl":
-        raise BadInput(f"--implicit and --implicit-pairs concern sobirl, not --reward-update {args.reward_update}; leave them out")
+        raise BadInput(f"--implicit and --implicit-pairs are for sobirl, not for {args.reward_update}; leave them out")
 
 
 # ---- Training: set-up ------------------------------------------------------------------------------------------
@@ -1286,7 +1285,8 @@ def train(args: Args) -> Path:
         model.load_state_dict(checkpoint["reward"])
         queue.load_state_dict(checkpoint["queue"])
         set_rng_state(checkpoint["rng"])
-        pair_inputs, pair_losses = checkpoint["policy_pairs"]
+        if checkpoint["policy_pairs"]:
+            pair_inputs, pair_losses = (each.to(device) for each in checkpoint["policy_pairs"])
         replay_file = args.resume / REPLAY_FILE
         try:
             replay = Replay(replay_file, capacity, obs_dim, action_dim, checkpoint["replayed"])
@@ -1375,12 +1375,12 @@ def train(args: Args) -> Path:
                 learned_rewards = model(rollout_inputs[rows].to(device)).cpu()
             warm_up = args.warmup_pairs * iteration // warmup_iterations - queue.added
             due = min(args.pairs_per_iteration if learning else warm_up, args.label_budget - queue.added)
-            pairs, pair_rewards = draw_pairs(
-                windows, max(0, due) if args.reward_update in LEARNED else 0, args.fragment_length, rollout_inputs, rollout_rewards
-            )
+            due = max(0, due) if args.reward_update in LEARNED else 0
+            pairs, pair_rewards = draw_pairs(windows, due, args.fragment_length, rollout_inputs, rollout_rewards)
             labels, answered = teacher_labels(
-                pair_rewards, args.teacher, args.teacher_temperature, args.teacher_error, args.teacher_threshold, args.teacher_gamma
-            )
+                pair_rewards, args.teacher, args.teacher_temperature, args.teacher_error, args.teacher_threshold,
+                args.teacher_gamma,
+            )  # fmt: skip
             queue.push(pairs[answered], labels[answered])
             newest = (queue.added - 1 - torch.arange(min(int(answered.sum()), args.queue_size))) % args.queue_size
 
@@ -1488,7 +1488,7 @@ def train(args: Args) -> Path:
                     "reward": model.state_dict(),
                     "optimisers": [each.state_dict() for each in optimisers],
                     "queue": queue.state_dict(),
-                    "policy_pairs": [pair_inputs, pair_losses],
+                    "policy_pairs": [] if pair_losses is None else [pair_inputs, pair_losses],
                     "simulator_steps": simulator.steps if simulator else 0,
                 }
                 run.save_checkpoint(state)

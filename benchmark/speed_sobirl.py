@@ -5,15 +5,15 @@
 
 How the numbers are taken. On the CPU, one torch thread, float32 at the highest precision, Hopper-v4, one environment, both
 networks 256-256, batch 256, one update for each step. Competitors live in processes of their own and take turns A B C A B
-C ..., an iteration of the script (2000 steps) each, so that a change of the machine's load meets all of them alike; a number is the
-median over the turns with (lowest..highest), and a ratio is taken within a turn before its median. The first iteration,
-random steps that fill the replay, counts for none. `sobirl` has its queue of 3000 pairs full from the start, so a turn
-contains the dearest reward update there is: an epoch over all of them with the one-step implicit term.
+C ..., an iteration of the script (2000 steps) each, so that a change of the machine's load meets all of them alike; a number
+is the median over the turns with (lowest..highest), and a ratio is taken within a turn before its median. The first
+iteration, random steps that fill the replay, counts for none. The queue has its 3000 pairs from the start, so a turn contains the
+dearest reward update there is: an epoch over all of them.
 The load average is printed and kept, because a busy machine spoils absolute times.
 
-The reference does what CleanRL's `sac_continuous_action` does, without logging: a Gymnasium vector of one environment, replay in
-five arrays, two critics one after the other, Adam's default implementation, two actor updates every second step through
-critics that collect gradients as well, another sample of the policy for the temperature, target networks parameter by parameter.
+The reference does what CleanRL's `sac_continuous_action` does, without logging: a Gymnasium vector of one environment, replay
+in five arrays, two critics one after the other, Adam's default implementation, two actor updates every second step through
+critics that collect gradients as well, another sample of the policy for the temperature, targets parameter by parameter.
 """
 
 import json
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -42,9 +43,10 @@ from benchmark.speed import Row, loops_in_turns, ratios, script_loop, show, writ
 
 STEPS = sobirl_rlhf.Args.num_steps  # of a turn: an iteration of the script with default arguments
 METHODS = {
-    "ground-truth": [],
-    "drlhf": [],
-    "sobirl": [],
+    "ground-truth": "--reward-update ground-truth",
+    "drlhf": "--reward-update drlhf",
+    "sobirl": "--reward-update sobirl",
+    "sobirl-queue": "--reward-update sobirl --implicit-pairs queue",
 }
 TARGETS = {"ground-truth": 1.3, "sobirl": 1.2}  # at least so many times the reference's steps per second
 
@@ -57,8 +59,8 @@ class Args:
     """environment"""
     env_backend: str = "auto"
     """who steps the script's environment: auto, envpool or gymnasium"""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """values of --reward-update to measure"""
+    methods: tuple[Literal["ground-truth", "drlhf", "sobirl", "sobirl-queue"], ...] = tuple(METHODS)
+    """which of ground-truth, drlhf, sobirl, sobirl-queue to measure"""
     results_dir: Path | None = None
     """folder for speed_sobirl.csv and speed_sobirl.json; default: print alone"""
 
@@ -175,8 +177,7 @@ def measure(args: Args) -> list[Row]:
         words += ["--warmup-pairs", "3000", "--warmup-epochs", "0", "--label-budget", "1000000"]
         loops = {"reference SAC": partial(reference_loop, args.env_id, 1)}
         for method in args.methods:
-            extra = ["--reward-update", method, *METHODS.get(method, [])]
-            loops[method] = partial(script_loop, sobirl_rlhf, [*words, *extra])
+            loops[method] = partial(script_loop, sobirl_rlhf, [*words, *METHODS[method].split()])
         samples = loops_in_turns(loops, args.rounds, 1)
     reference = [turn["rollout"] for turn in samples["reference SAC"]]
     return [

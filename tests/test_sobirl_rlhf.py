@@ -93,7 +93,8 @@ def test_a_run_of_each_kind(runs, way):
     assert not (runs[way] / "replay").exists()
     for row in rows:
         for name in ("losses/qf_loss", "losses/actor_loss", "losses/alpha", "losses/logprobs"):
-            assert (row[name] == "" and row["global_step"] == "64" and name != "losses/alpha") or math.isfinite(float(row[name]))
+            none_yet = row["global_step"] == "64" and name != "losses/alpha"
+            assert row[name] == "" if none_yet else math.isfinite(float(row[name]))
     asks = way.split()[0] in rlhf.LEARNED
     assert [float(row["bilevel/labels"]) for row in rows] == ([12, 16, 20, 24] if asks else [0] * 4)
     assert [row["losses/cross_entropy"] != "" for row in rows] == [asks] * 4
@@ -116,7 +117,8 @@ def test_the_kinds_differ(runs):
             assert not same(learned(runs[first]), learned(runs[second])), (first, second)
     assert not same(learned(runs["sobirl rollouts"]), learned(runs["hpgd"]))
     assert not same(learned(runs["hpgd"]), learned(runs["hpgd permuted"]))
-    rewards = [torch.load(runs[way] / "checkpoint.pt", weights_only=True)["reward"] for way in ("ground-truth", "constant", "frozen", "drlhf")]
+    ways = ("ground-truth", "constant", "frozen", "drlhf")
+    rewards = [torch.load(runs[way] / "checkpoint.pt", weights_only=True)["reward"] for way in ways]
     assert same(flat(rewards[0]), flat(rewards[1])) and same(flat(rewards[1]), flat(rewards[2]))
     assert not same(flat(rewards[2]), flat(rewards[3]))
 
@@ -228,7 +230,10 @@ def test_the_true_reward_reaches_only_the_teacher_and_ground_truth(toy_envs, tmp
         obs, reward, *rest = original(env, action)
         return obs, -3 * reward, *rest
 
-    monkeypatch.setattr(rlhf, "teacher_labels", lambda rewards, *rest: (torch.ones(len(rewards)), torch.ones(len(rewards)).bool()))
+    def first_one(rewards, *rest):
+        return torch.ones(len(rewards)), torch.ones(len(rewards), dtype=torch.bool)
+
+    monkeypatch.setattr(rlhf, "teacher_labels", first_one)
     folders = {}
     for name, step in (("plain", original), ("shifted", shifted)):
         monkeypatch.setattr(toy_envs.Walk, "step", step)
@@ -243,9 +248,12 @@ def test_the_true_reward_reaches_only_the_teacher_and_ground_truth(toy_envs, tmp
 def test_the_reward_network_learns_in_training_mode_and_is_asked_in_evaluation_mode(tmp_path, monkeypatch):
     asked = []
     original = rlhf.RewardNetwork.forward
-    monkeypatch.setattr(
-        rlhf.RewardNetwork, "forward", lambda self, x: asked.append((self.training, torch.is_grad_enabled())) or original(self, x)
-    )
+
+    def forward(network, inputs):
+        asked.append((network.training, torch.is_grad_enabled()))
+        return original(network, inputs)
+
+    monkeypatch.setattr(rlhf.RewardNetwork, "forward", forward)
     train(run_dir=tmp_path, reward_dropout=0.5)
     assert set(asked) == {(True, True), (False, False)}
 
@@ -277,7 +285,8 @@ def test_one_update_for_each_transition_and_the_actor_as_often(tmp_path, monkeyp
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_no_terminate(tmp_path, num_envs):
     """Hopper falls over and goes on, in EnvPool as in Gymnasium."""
-    changes = {"env_id": "Hopper-v4", "num_envs": num_envs, "num_steps": 150, "total_timesteps": 150 * num_envs, "reward_update": "ground-truth"}
+    changes = {"env_id": "Hopper-v4", "num_envs": num_envs, "num_steps": 150, "total_timesteps": 150 * num_envs}
+    changes["reward_update"] = "ground-truth"
     assert len(read_csv(train(run_dir=tmp_path / "1", **changes) / "episodes.csv")) > 2
     assert read_csv(train(run_dir=tmp_path / "2", terminate=False, **changes) / "episodes.csv") == []
 
@@ -317,8 +326,8 @@ def resume(folder, *more):
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, way):
     """On a task that after any 32 steps is as it was. The replay is a ring of 70 rows that has gone round, and what the
     broken-off run wrote after its checkpoint must not show."""
-    changes = {"env_id": "toy/Clock-v0", "buffer_size": 70, "total_timesteps": 6 * 64, "checkpoint_every": 2, "teacher": "mistake"}
-    changes = WAYS[way] | changes
+    changes = {"env_id": "toy/Clock-v0", "buffer_size": 70, "total_timesteps": 6 * 64, "checkpoint_every": 2}
+    changes = WAYS[way] | changes | {"teacher": "mistake"}
     if way == "pbrl":  # its simulator is reset by a generator that cannot be saved; Clock has no randomness
         changes["rollout_length"] = 5
     whole = train(run_dir=tmp_path / "whole", **changes)

@@ -325,7 +325,8 @@ def test_the_implicit_term_of_other_pairs_than_the_explicit(tiny):
     found = tiny.gradient(rlhf.sobirl_loss(losses[:2], losses[2:], scores, tiny.c))
     expected = sum(tiny.l_and_gradient(pair)[1] for pair in range(2)) / 2
     for pair in (2, 3):
-        expected = expected + tiny.c / 2 * tiny.l_and_gradient(pair)[0] * sum(tiny.grad_r(row) for row in tiny.inputs[pair].flatten(0, 1))
+        score = sum(tiny.grad_r(row) for row in tiny.inputs[pair].flatten(0, 1))
+        expected = expected + tiny.c / 2 * tiny.l_and_gradient(pair)[0] * score
     close(found, expected)
 
 
@@ -369,7 +370,8 @@ def test_pbrl_reward_and_policy_terms(tiny):
     found = tiny.gradient(rlhf.pbrl_loss(losses, *sums, penalty))
     expected = sum(tiny.l_and_gradient(pair)[1] for pair in range(PAIRS)) / PAIRS
     for sign, paths in ((1, tracker), (-1, policy)):
-        expected = expected + sign * penalty * sum(weights[t] * tiny.grad_r(paths[k, t]) for k in range(3) for t in range(4)) / 3
+        value = sum(weights[t] * tiny.grad_r(paths[k, t]) for k in range(3) for t in range(4)) / 3
+        expected = expected + sign * penalty * value
     close(found, expected)
 
     actor, losses = rlhf.relu_mlp(OBS, 6, 2 * ACTIONS), losses.detach()
