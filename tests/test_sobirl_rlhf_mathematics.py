@@ -707,6 +707,22 @@ def test_rollout_steps_follow_the_dynamics():
         np.testing.assert_allclose(inputs[0, t + 1, :11], obs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_state_that_was_set_goes_on_alike_whatever_came_before():
+    """Bitwise, also on the ground, where MuJoCo's solver starts from its last solution."""
+    sim = simulator(terminate=False)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        state, *_ = sim.env.step(rng.uniform(-1, 1, 3))
+    found = []
+    for _ in range(2):
+        sim.set(state)
+        sim.env.step(np.full(3, 0.3))
+        found.append(np.concatenate([sim.env.data.qpos, sim.env.data.qvel]))
+        for _ in range(20):
+            sim.env.step(rng.uniform(-1, 1, 3))
+    assert (found[0] == found[1]).all()
+
+
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "InvertedDoublePendulum-v4", "MountainCarContinuous-v0", "Ant-v5"])
 def test_tasks_that_cannot_be_set_are_refused(env_id):
     torch.set_default_dtype(torch.float32)
