@@ -658,6 +658,11 @@ def implicit_term(losses: Tensor, scores: Tensor, inverse_temperature: float, ba
     return inverse_temperature * losses * scores
 
 
+def of_other_pairs(losses: Tensor) -> Tensor:
+    """A control: every pair gets the loss (P,) of another one, the same number of places away, drawn uniformly."""
+    return losses.roll(int(torch.randint(1, max(2, len(losses)), ())))
+
+
 def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
     """Q - V (...) with Prop. 5.1's sums cut after one term, as released: r(s, a) - mean of r(s, a'), a' ~ pi(s).
 
@@ -1427,8 +1432,7 @@ def train(args: Args) -> Path:
                         loss = pbrl_loss(losses, sums[1], sums[0], args.pbrl_penalty)
                     elif args.reward_update == "hpgd" and implicit:
                         advantages = rollout_advantages(*(each.view(len(mb), 2, args.rollouts) for each in sums))
-                        order = torch.randperm(len(mb)) if args.permute_cross_entropy else slice(None)
-                        implicit_losses = losses.detach()[order]
+                        implicit_losses = of_other_pairs(losses) if args.permute_cross_entropy else losses
                         loss = hpgd_loss(
                             losses, implicit_losses, advantages, args.fragment_length, inverse_temperature, args.baseline
                         )
@@ -1448,7 +1452,7 @@ def train(args: Args) -> Path:
                             advantages = reward_to_go_advantages(mb_rewards, args.gamma)
                         scores = advantages.sum((1, 2))
                         if args.permute_cross_entropy:
-                            implicit_losses = implicit_losses[torch.randperm(len(implicit_losses))]
+                            implicit_losses = of_other_pairs(implicit_losses)
                         loss = sobirl_loss(losses, implicit_losses, scores, inverse_temperature, args.baseline)
                     reward_optimiser.zero_grad()
                     loss.backward()

@@ -496,6 +496,15 @@ def test_permuted_cross_entropy_has_no_implicit_term_in_the_mean(tabular):
     assert tabular.term(scores, mean_loss).abs().max() < 1e-10 * true.abs().max()
 
 
+def test_no_pair_keeps_its_own_cross_entropy():
+    losses, seen = torch.arange(5.0), set()
+    for _ in range(60):
+        found = rlhf.of_other_pairs(losses)
+        assert sorted(found.tolist()) == losses.tolist() and (found != losses).all()
+        seen.add(found[0].item())
+    assert seen == {1, 2, 3, 4} and rlhf.of_other_pairs(losses[:1]).tolist() == [0]
+
+
 def test_bias_of_the_forms(tabular, record_property):
     """The heuristic's subtrahend is the mean over pairs, so its expectation is taken over a population of a million pairs in
     proportion to their probabilities. It is further off than one-step, whose sums are shorter."""
