@@ -1,0 +1,749 @@
+"""The mathematics of sobirl_rlhf.py in float64: the squashed Gaussian, targets, one update against a slow one, each reward
+update against its formula, the practical forms of the implicit term on a tabular MDP, teacher, fragments, replay."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import sobirl_rlhf as rlhf
+import torch
+import torch.nn as nn
+from sobirl_tabular import PreferenceLearning, exact_hypergradient, implicit_terms, optimal_soft_values, q_values
+from sobirl_tabular import trajectory_probabilities, truncated_value_gradients, value_gradients
+
+OBS, ACTIONS = 5, 2
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def close(found, expected, tolerance=1e-12):
+    """Equal relative to the largest entry; refuses to compare with nothing but zeros."""
+    assert found.shape == expected.shape and expected.abs().max() > 1e-9
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# ---- The squashed Gaussian -------------------------------------------------------------------------------------
+def test_logprob_is_that_of_torch_distributions():
+    output, noise = 0.5 * torch.randn(50, 2 * ACTIONS), torch.randn(50, ACTIONS)
+    actions, logprobs = rlhf.squashed_sample(output, noise)
+    mean, logstd = rlhf.gaussian_parameters(output)
+    assert logstd.min() > -5 and logstd.max() < 2
+    normal = torch.distributions.Normal(mean, logstd.exp())
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform(cache_size=1))
+    close(actions, torch.tanh(mean + logstd.exp() * noise))
+    close(logprobs, squashed.log_prob(actions).sum(-1), 1e-9)
+    close(rlhf.squashed_logprob(output, actions), logprobs, 1e-9)
+
+
+def test_density_integrates_to_one_and_matches_the_samples():
+    output = torch.tensor([0.3, 0.3])
+    u = torch.linspace(-12, 12, 200_001)
+    actions = u.tanh()
+    mean, logstd = rlhf.gaussian_parameters(output)
+    found = rlhf.squashed_sample(output.expand(len(u), 2), ((u - mean) / logstd.exp()).unsqueeze(-1))[1].exp()
+    middle = (actions[1:] - actions[:-1]) * (found[1:] + found[:-1]) / 2
+    assert middle.sum().item() == pytest.approx(1, abs=1e-6)
+    samples, _ = rlhf.squashed_sample(output.expand(100_000, 2), torch.randn(100_000, 1))
+    below = middle[actions[:-1] < 0.5].sum()
+    assert (samples < 0.5).double().mean().item() == pytest.approx(below.item(), abs=0.006)
+
+
+def test_logprob_is_finite_where_tanh_is_one():
+    _, logprobs = rlhf.squashed_sample(torch.tensor([[200.0, 0.0], [-200.0, 0.0]]), torch.zeros(2, 1))
+    assert logprobs.isfinite().all()
+    assert rlhf.squashed_logprob(torch.zeros(1, 2), torch.ones(1, 1)).isfinite().all()
+
+
+def test_numpy_actor_draws_what_the_network_draws():
+    actor = rlhf.relu_mlp(OBS, 16, 2 * ACTIONS)
+    obs, noise = torch.randn(7, OBS), torch.randn(7, ACTIONS)
+    found = rlhf.NumpyActor(actor)(obs.numpy(), noise.numpy())
+    close(torch.from_numpy(found), rlhf.squashed_sample(actor(obs), noise)[0].detach())
+
+
+# ---- Critics and targets ---------------------------------------------------------------------------------------
+def sequential(critics: rlhf.TwinCritics, i: int) -> nn.Sequential:
+    """Critic i on its own."""
+    layers = []
+    for weight, bias in zip(critics.weights, critics.biases):
+        layer = nn.Linear(*weight.shape[1:])
+        layer.weight.data, layer.bias.data = weight[i].detach().T.clone(), bias[i, 0].detach().clone()
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def test_stacked_critics_are_two_networks():
+    critics, inputs = rlhf.TwinCritics(OBS + ACTIONS, 16), torch.randn(9, OBS + ACTIONS)
+    singles = [sequential(critics, i) for i in range(2)]
+    values = critics(inputs)
+    assert not torch.allclose(values[0], values[1])
+    for i, single in enumerate(singles):
+        close(values[i], single(inputs).squeeze(-1))
+        single(inputs).square().sum().backward()
+    gradients = torch.autograd.grad(values.square().sum(), list(critics.parameters()))
+    for k in range(3):
+        for i, single in enumerate(singles):
+            close(gradients[k][i], single[2 * k].weight.grad.T)
+            close(gradients[3 + k][i, 0], single[2 * k].bias.grad)
+
+
+def test_initial_weights_have_the_law_of_linear_layers():
+    critics = rlhf.TwinCritics(14, 256)
+    for weight, bias in zip(critics.weights, critics.biases):
+        bound = 1 / math.sqrt(weight.shape[1])
+        assert bound * 0.9 < weight.abs().max() <= bound and bias.abs().max() <= bound
+
+
+def test_targets_bootstrap_unless_terminated():
+    rewards, terminated = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])
+    values, logprobs = torch.tensor([[3.0, 5.0], [4.0, 1.0]]), torch.tensor([0.5, 0.7])
+    found = rlhf.critic_targets(rewards, terminated, values, logprobs, torch.tensor(0.2), 0.9)
+    assert found.tolist() == pytest.approx([1 + 0.9 * (3 - 0.2 * 0.5), 2.0], rel=1e-12)
+
+
+def test_temperature_gradient_is_that_of_its_loss():
+    log_alpha, logprobs = torch.tensor(-0.7, requires_grad=True), torch.randn(8)
+    loss = (-log_alpha.exp() * (logprobs - 3.0)).mean()
+    (expected,) = torch.autograd.grad(loss, log_alpha)
+    assert rlhf.temperature_gradient(log_alpha.detach(), logprobs, -3.0).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_fused_update_is_adams_step_bitwise():
+    torch.set_default_dtype(torch.float32)
+    first = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
+    second = copy.deepcopy(first)
+    ours, theirs = rlhf.FusedAdam(first, 1e-2), torch.optim.Adam(second, 1e-2, fused=True)
+    for _ in range(3):
+        gradients = [torch.randn_like(parameter) for parameter in first]
+        ours.update(gradients)
+        for parameter, gradient in zip(second, gradients):
+            parameter.grad = gradient.clone()
+        theirs.step()
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def random_batch(rows: int = 12) -> rlhf.Batch:
+    inputs = torch.randn(rows, OBS + ACTIONS)
+    return rlhf.Batch(inputs[:, :OBS], inputs, torch.randn(rows, OBS), torch.randn(rows), (torch.rand(rows) < 0.3).double())
+
+
+def slow_update(learner: rlhf.SoftActorCritic, batch: rlhf.Batch, rewards: torch.Tensor, noises) -> dict[str, torch.Tensor]:
+    """One critic and one actor update, line by line, with nn.Linear, torch.distributions and torch.optim.Adam."""
+    agent, args = copy.deepcopy(learner.agent), learner.args
+    alpha = agent.log_alpha.detach().exp()
+
+    def sample(obs, noise):
+        mean, raw = agent.actor(obs).chunk(2, -1)
+        std = (-5 + 3.5 * (raw.tanh() + 1)).exp()
+        u = mean + std * noise
+        density = torch.distributions.Normal(mean, std).log_prob(u) - torch.log(1 - u.tanh() ** 2)
+        return u.tanh(), density.sum(-1)
+
+    with torch.no_grad():
+        actions, logprobs = sample(batch.next_obs, noises[0])
+        following = [sequential(agent.targets, i)(torch.cat([batch.next_obs, actions], -1)).squeeze(-1) for i in range(2)]
+        going = 1 - batch.terminated
+        targets = rewards + args.gamma * going * (torch.minimum(*following) - alpha * logprobs)
+    old = {name: value.clone() for name, value in agent.critics.state_dict().items()}
+    optimiser = torch.optim.Adam(agent.critics.parameters(), args.critic_learning_rate)
+    sum(nn.functional.mse_loss(value, targets) for value in agent.critics(batch.inputs)).backward()
+    optimiser.step()
+    for name, value in agent.targets.state_dict().items():
+        value.copy_((1 - args.target_rate) * value + args.target_rate * agent.critics.state_dict()[name])
+    assert any(not torch.equal(old[name], value) for name, value in agent.critics.state_dict().items())
+    actions, logprobs = sample(batch.obs, noises[1])
+    values = agent.critics(torch.cat([batch.obs, actions], -1))
+    optimiser = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)
+    (alpha * logprobs - torch.minimum(*values)).mean().backward()
+    optimiser.step()
+    optimiser = torch.optim.Adam([agent.log_alpha], args.critic_learning_rate)
+    optimiser.zero_grad()
+    (-agent.log_alpha.exp() * (logprobs.detach() - ACTIONS)).mean().backward()
+    optimiser.step()
+    return agent.state_dict()
+
+
+def test_one_update_is_the_slow_one():
+    agent, batch, rewards = rlhf.Agent(OBS, ACTIONS, 8, 8, 0.7), random_batch(), torch.randn(12)
+    with torch.no_grad():
+        for target in agent.targets.parameters():
+            target += 0.1 * torch.randn_like(target)
+    learner = rlhf.SoftActorCritic(agent, rlhf.Args(learning_rate=1e-2, critic_learning_rate=2e-2, target_rate=0.1), ACTIONS)
+    torch.manual_seed(5)
+    noises = [torch.randn(12, ACTIONS) for _ in range(2)]
+    expected = slow_update(learner, batch, rewards, noises)
+    torch.manual_seed(5)
+    learner.update_critics(batch, rewards)
+    learner.update_actor(batch)
+    for name, value in agent.state_dict().items():
+        assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_a_fixed_temperature_stays():
+    agent = rlhf.Agent(OBS, ACTIONS, 8, 8, 0.3)
+    learner = rlhf.SoftActorCritic(agent, rlhf.Args(autotune=False), ACTIONS)
+    learner.update_actor(random_batch())
+    assert agent.log_alpha.exp().item() == pytest.approx(0.3, rel=1e-12)
+
+
+def test_the_extra_loss_moves_the_actor():
+    first, second = (rlhf.Agent(OBS, ACTIONS, 8, 8) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    batch = random_batch()
+    for agent, weight in ((first, 0.0), (second, 5.0)):
+        torch.manual_seed(1)
+        extra = weight * rlhf.squashed_logprob(agent.actor(batch.obs), batch.inputs[:, OBS:].tanh()).mean()
+        rlhf.SoftActorCritic(agent, rlhf.Args(), ACTIONS).update_actor(batch, extra)
+    assert not torch.allclose(first.actor[0].weight, second.actor[0].weight)
+
+
+# ---- Reward updates on a tiny case -----------------------------------------------------------------------------
+PAIRS, LENGTH = 4, 3
+
+
+@pytest.fixture
+def tiny():
+    """A reward network, pairs (P, 2, L, D+A), labels, and r and grad r (n,) of any inputs, row by row."""
+
+    class Tiny:
+        model = rlhf.RewardNetwork(OBS + ACTIONS, 6).eval()
+        inputs = torch.randn(PAIRS, 2, LENGTH, OBS + ACTIONS)
+        labels = torch.tensor([1.0, 0.0, 0.5, 1.0])
+        c = 3.0
+
+        def gradient(self, loss):
+            return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(self.model.parameters()))])
+
+        def r(self, row):
+            return self.model(row).item()
+
+        def grad_r(self, row):
+            return self.gradient(self.model(row))
+
+        def l_and_gradient(self, pair):
+            """The cross-entropy of a pair and its gradient from grad r, by hand."""
+            total = [sum(self.r(row) for row in fragment) for fragment in self.inputs[pair]]
+            p, y = 1 / (1 + math.exp(total[1] - total[0])), self.labels[pair].item()
+            grads = [sum(self.grad_r(row) for row in fragment) for fragment in self.inputs[pair]]
+            return -y * math.log(p) - (1 - y) * math.log(1 - p), (p - y) * (grads[0] - grads[1])
+
+    return Tiny()
+
+
+def test_cross_entropy_and_its_gradient(tiny):
+    losses = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)
+    for pair in range(PAIRS):
+        value, grad = tiny.l_and_gradient(pair)
+        assert losses[pair].item() == pytest.approx(value, rel=1e-12)
+        close(tiny.gradient(rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)[pair]), grad)
+    huge = torch.tensor([[[500.0], [-500.0]], [[-500.0], [500.0]]])
+    assert rlhf.cross_entropies(huge, torch.tensor([1.0, 1.0])).tolist() == pytest.approx([0.0, 1000.0])
+
+
+def test_drlhf_follows_the_explicit_term_alone(tiny):
+    loss = rlhf.drlhf_loss(rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels))
+    close(tiny.gradient(loss), sum(tiny.l_and_gradient(pair)[1] for pair in range(PAIRS)) / PAIRS)
+
+
+def implicit_by_hand(tiny, advantage_gradient, baseline=False):
+    """(12) + (13): mean grad l + c mean (l - b) sum_h advantage_gradient(pair, fragment, h)."""
+    values = [tiny.l_and_gradient(pair)[0] for pair in range(PAIRS)]
+    total = 0.0
+    for pair in range(PAIRS):
+        value = values[pair] - ((sum(values) - values[pair]) / (PAIRS - 1) if baseline else 0.0)
+        score = sum(advantage_gradient(pair, j, h) for j in range(2) for h in range(LENGTH))
+        total = total + tiny.l_and_gradient(pair)[1] + tiny.c * value * score
+    return total / PAIRS
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_sobirl_one_step(tiny, baseline):
+    resampled = torch.randn(PAIRS, 2, LENGTH, 4, OBS + ACTIONS)
+    rewards = tiny.model(tiny.inputs)
+    losses = rlhf.cross_entropies(rewards, tiny.labels)
+    scores = rlhf.one_step_advantages(rewards, tiny.model(resampled)).sum((1, 2))
+    found = tiny.gradient(rlhf.sobirl_loss(losses, losses, scores, tiny.c, baseline))
+    expected = implicit_by_hand(
+        tiny,
+        lambda i, j, h: tiny.grad_r(tiny.inputs[i, j, h]) - sum(tiny.grad_r(row) for row in resampled[i, j, h]) / 4,
+        baseline,
+    )
+    close(found, expected)
+
+
+def test_sobirl_rollouts(tiny):
+    """Sums gamma^t grad r over M rollouts, which end where their weights do."""
+    gamma, m, steps = 0.9, 2, 3
+    paths = torch.randn(2, PAIRS, 2, LENGTH, m, steps, OBS + ACTIONS)
+    weights = gamma ** torch.arange(steps) * (torch.rand(2, PAIRS, 2, LENGTH, m, 1) < 0.7).double()
+    weights = weights * torch.ones(2, PAIRS, 2, LENGTH, m, steps)
+    rewards = tiny.model(tiny.inputs)
+    losses = rlhf.cross_entropies(rewards, tiny.labels)
+    sums = (tiny.model(paths) * weights).sum(-1)
+    scores = rlhf.rollout_advantages(*sums).sum((1, 2))
+    found = tiny.gradient(rlhf.sobirl_loss(losses, losses, scores, tiny.c))
+
+    def advantage_gradient(i, j, h):
+        total = 0.0
+        for sign, path, weight in ((1, paths[0], weights[0]), (-1, paths[1], weights[1])):
+            for k in range(m):
+                for t in range(steps):
+                    total = total + sign / m * weight[i, j, h, k, t] * tiny.grad_r(path[i, j, h, k, t])
+        return total
+
+    close(found, implicit_by_hand(tiny, advantage_gradient))
+
+
+def test_reward_to_go_heuristic(tiny):
+    gamma = 0.8
+    rewards = tiny.model(tiny.inputs)
+    losses = rlhf.cross_entropies(rewards, tiny.labels)
+    scores = rlhf.reward_to_go_advantages(rewards, gamma).sum((1, 2))
+
+    def to_go(i, j, h):
+        return sum(gamma ** (t - h) * tiny.grad_r(tiny.inputs[i, j, t]) for t in range(h, LENGTH))
+
+    def advantage_gradient(i, j, h):
+        return to_go(i, j, h) - sum(to_go(*pair, h) for pair in itertools.product(range(PAIRS), range(2))) / (2 * PAIRS)
+
+    close(tiny.gradient(rlhf.sobirl_loss(losses, losses, scores, tiny.c)), implicit_by_hand(tiny, advantage_gradient))
+
+
+def test_the_implicit_term_of_other_pairs_than_the_explicit(tiny):
+    """The cross-entropy carries no gradient there, and the two means are over their own pairs."""
+    rewards = tiny.model(tiny.inputs)
+    losses = rlhf.cross_entropies(rewards, tiny.labels)
+    scores = rewards.sum((1, 2))[2:]
+    found = tiny.gradient(rlhf.sobirl_loss(losses[:2], losses[2:], scores, tiny.c))
+    expected = sum(tiny.l_and_gradient(pair)[1] for pair in range(2)) / 2
+    for pair in (2, 3):
+        score = sum(tiny.grad_r(row) for row in tiny.inputs[pair].flatten(0, 1))
+        expected = expected + tiny.c / 2 * tiny.l_and_gradient(pair)[0] * score
+    close(found, expected)
+
+
+def test_hpgd(tiny):
+    """One step of each fragment stands for all of them."""
+    from_actions, from_policy = torch.randn(2, PAIRS, 2, 1, 4, OBS + ACTIONS)
+    weights = math.sqrt(0.9) ** torch.arange(4)
+    losses = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)
+    sums = [(tiny.model(each) * weights).sum(-1) for each in (from_actions, from_policy)]
+    found = tiny.gradient(rlhf.hpgd_loss(losses, losses, rlhf.rollout_advantages(*sums), LENGTH, tiny.c))
+    expected = 0.0
+    for pair in range(PAIRS):
+        value, grad = tiny.l_and_gradient(pair)
+        score = sum(
+            weights[t] * (tiny.grad_r(from_actions[pair, j, 0, t]) - tiny.grad_r(from_policy[pair, j, 0, t]))
+            for j in range(2) for t in range(4)
+        )  # fmt: skip
+        expected = expected + (grad + tiny.c * value * LENGTH * score) / PAIRS
+    close(found, expected)
+
+
+def test_geometric_lengths_make_discounted_sums_unbiased():
+    gamma = 0.8
+    lengths = rlhf.geometric_lengths(200_000, gamma)
+    for t in (0, 1, 3, 8):
+        expected = gamma ** (t / 2)
+        z = ((lengths > t).double().mean() - expected) / math.sqrt(max(expected * (1 - expected), 1e-12) / 200_000)
+        assert abs(z) < 4
+    sums = (1 - math.sqrt(gamma) ** lengths) / (1 - math.sqrt(gamma))  # of gamma^(t/2) 1 over the rollout
+    z = (sums.mean() - 1 / (1 - gamma)) / (sums.std() / math.sqrt(len(sums)))
+    assert abs(z) < 4
+    assert rlhf.geometric_lengths(3, 0.0).tolist() == [1, 1, 1]
+
+
+def test_pbrl_reward_and_policy_terms(tiny):
+    gamma, penalty = 0.9, 0.5
+    tracker, policy = torch.randn(2, 3, 4, OBS + ACTIONS)
+    weights = gamma ** torch.arange(4)
+    losses = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)
+    sums = [(tiny.model(each) * weights).sum(-1) for each in (tracker, policy)]
+    found = tiny.gradient(rlhf.pbrl_loss(losses, *sums, penalty))
+    expected = sum(tiny.l_and_gradient(pair)[1] for pair in range(PAIRS)) / PAIRS
+    for sign, paths in ((1, tracker), (-1, policy)):
+        value = sum(weights[t] * tiny.grad_r(paths[k, t]) for k in range(3) for t in range(4)) / 3
+        expected = expected + sign * penalty * value
+    close(found, expected)
+
+    actor, losses = rlhf.relu_mlp(OBS, 6, 2 * ACTIONS), losses.detach()
+    pairs = tiny.inputs.clone()
+    pairs[..., OBS:] = pairs[..., OBS:].tanh()
+
+    def score(pair):
+        total = rlhf.squashed_logprob(actor(pairs[pair, ..., :OBS]), pairs[pair, ..., OBS:]).sum()
+        return torch.cat([each.flatten() for each in torch.autograd.grad(total, list(actor.parameters()))])
+
+    logprobs = rlhf.squashed_logprob(actor(pairs[..., :OBS]), pairs[..., OBS:])
+    loss = rlhf.pbrl_policy_term(losses, logprobs, penalty, gamma)
+    found = torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(actor.parameters()))])
+    others = (losses.sum() - losses) / (PAIRS - 1)
+    expected = (1 - gamma) / penalty * sum((losses[i] - others[i]) * score(i) for i in range(PAIRS)) / PAIRS
+    close(found, expected)
+
+
+@pytest.mark.parametrize("bound", ["tanh", "clip"])
+def test_gradient_is_that_of_the_bounded_reward(bound):
+    """By central differences of the reward that the lower level sees; where it is clipped, there is none."""
+    model = rlhf.RewardNetwork(OBS + ACTIONS, 6, bound=bound).eval()
+    with torch.no_grad():
+        model.network[-1].weight *= 20
+    inputs = torch.randn(40, OBS + ACTIONS)
+    rewards = model(inputs)
+    assert rewards.abs().max() <= 1
+    weight, step = model.network[0].weight, 1e-6
+    (gradient,) = torch.autograd.grad(rewards.sum(), weight)
+    clipped = rewards.detach().abs() == 1
+    assert bool(clipped.any()) == (bound == "clip") and not clipped.all()
+    for index in [(0, 0), (2, 3), (5, 6)]:
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[index] += sign * step
+                values.append(model(inputs).sum())
+                weight[index] -= sign * step
+        assert gradient[index].item() == pytest.approx(((values[0] - values[1]) / (2 * step)).item(), rel=1e-5, abs=1e-7)
+
+
+def test_resampled_actions_are_the_policys_at_the_same_states():
+    actor, inputs = rlhf.relu_mlp(OBS, 8, 2 * ACTIONS), torch.randn(3, 2, LENGTH, OBS + ACTIONS)
+    torch.manual_seed(3)
+    found = rlhf.resample_actions(actor, inputs, OBS, 7)
+    assert found.shape == (3, 2, LENGTH, 7, OBS + ACTIONS) and not found.requires_grad
+    assert torch.equal(found[..., :OBS], inputs[..., :OBS].unsqueeze(-2).expand(3, 2, LENGTH, 7, OBS))
+    torch.manual_seed(3)
+    output = actor(found[..., :OBS])
+    close(found[..., OBS:], rlhf.squashed_sample(output, torch.randn(3, 2, LENGTH, 7, ACTIONS))[0].detach())
+    assert found[..., OBS:].std(-2).min() > 0.01  # a draw of its own for each
+
+
+# ---- Bias on a tabular MDP -------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tabular():
+    """All pairs of trajectories of a preference problem at its pi*, their probabilities, and what is exact there."""
+
+    class Tabular:
+        def __init__(self):
+            self.problem = PreferenceLearning([203])
+            problem, x = self.problem, self.problem.x
+            values = optimal_soft_values(problem.reward(x), problem.transitions, problem.gamma, problem.tau)
+            q = q_values(values, problem.reward(x), problem.transitions, problem.gamma)
+            self.policy, self.x = (q / problem.tau).softmax(-1), x.clone().requires_grad_()
+            states, actions = problem.paths
+            single = trajectory_probabilities(problem.start, self.policy, problem.transitions, states, actions)[0]
+            count = len(states)
+            index = torch.cartesian_prod(torch.arange(count), torch.arange(count))
+            self.weights = single[index].prod(-1)
+            self.states, self.actions = states[index], actions[index]  # (P, 2, H)
+            self.labels = problem.preferences[0].flatten()
+
+        def rewards(self):
+            return self.problem.reward(self.x)[0]
+
+        def term(self, scores, losses, weights=None):
+            """The mean of the script's implicit term, differentiated in x."""
+            weights = self.weights if weights is None else weights
+            total = (weights * rlhf.implicit_term(losses, scores, 1 / self.problem.tau)).sum()
+            return torch.autograd.grad(total, self.x, retain_graph=True)[0][0]
+
+        def losses(self):
+            return rlhf.cross_entropies(self.rewards()[self.states, self.actions], self.labels)
+
+        def advantages(self, length):
+            """Q - V with sums of `length` terms (None: all), at every visited state and action, differentiable in x."""
+            rewards = self.problem.reward(self.x).unsqueeze(-1)  # Prop. 5.1 with r in place of grad r
+            rest = self.policy, rewards, self.problem.transitions, self.problem.gamma
+            q, v = value_gradients(*rest) if length is None else truncated_value_gradients(*rest, length)
+            visited_q, visited_v = q[0, self.states, self.actions, 0], v[0, self.states, 0]
+            return rlhf.rollout_advantages(visited_q.unsqueeze(-1), visited_v.unsqueeze(-1))
+
+    return Tabular()
+
+
+def test_implicit_term_with_exact_advantages_is_exact(tabular):
+    """(12) + (13) of the script, in expectation, is the hypergradient; rollouts of T steps are Stoc-SoBiRL's."""
+    terms = implicit_terms(tabular.problem, tabular.problem.x, (2, 5))
+    losses = tabular.losses()
+    for name, length in (("exact", None), ("rollouts-2", 2), ("rollouts-5", 5)):
+        close(tabular.term(tabular.advantages(length).sum((1, 2)), losses), terms[name][0], 1e-10)
+    (explicit,) = torch.autograd.grad((tabular.weights * losses).sum(), tabular.x)
+    total = explicit[0] + tabular.term(tabular.advantages(None).sum((1, 2)), losses.detach())
+    close(total, exact_hypergradient(tabular.problem, tabular.problem.x).gradient[0], 1e-10)
+
+
+def test_one_step_form_has_the_released_mean(tabular):
+    rewards = tabular.rewards()
+    expected_reward = (tabular.policy[0] * rewards).sum(-1)[tabular.states]
+    scores = rlhf.one_step_advantages(rewards[tabular.states, tabular.actions], expected_reward.unsqueeze(-1)).sum((1, 2))
+    found = tabular.term(scores, tabular.losses())
+    close(found, implicit_terms(tabular.problem, tabular.problem.x, ())["one-step"][0], 1e-10)
+
+
+def test_permuted_cross_entropy_has_no_implicit_term_in_the_mean(tabular):
+    """The control: with l of an independent pair, E[l'] E[score] = 0, since the scores' gradient has mean 0 at pi*."""
+    scores = tabular.advantages(None).sum((1, 2))
+    losses = tabular.losses().detach()
+    mean_loss = (tabular.weights * losses).sum().expand_as(losses)
+    true = tabular.term(scores, losses)
+    assert tabular.term(scores, mean_loss).abs().max() < 1e-10 * true.abs().max()
+
+
+def test_no_pair_keeps_its_own_cross_entropy():
+    losses, seen = torch.arange(5.0), set()
+    for _ in range(60):
+        found = rlhf.of_other_pairs(losses)
+        assert sorted(found.tolist()) == losses.tolist() and (found != losses).all()
+        seen.add(found[0].item())
+    assert seen == {1, 2, 3, 4} and rlhf.of_other_pairs(losses[:1]).tolist() == [0]
+
+
+def test_bias_of_the_forms(tabular, record_property):
+    """The heuristic's subtrahend is the mean over pairs, so its expectation is taken over a population of a million pairs in
+    proportion to their probabilities. It is further off than one-step, whose sums are shorter."""
+    terms = implicit_terms(tabular.problem, tabular.problem.x, (5,))
+    exact = terms["exact"][0]
+    counts = (1e6 * tabular.weights).round().long()
+    population = torch.arange(len(counts)).repeat_interleave(counts)
+    rewards = tabular.rewards()[tabular.states, tabular.actions][population]
+    losses = tabular.losses()[population]
+    scores = rlhf.reward_to_go_advantages(rewards, tabular.problem.gamma).sum((1, 2))
+    heuristic = tabular.term(scores, losses, torch.full((len(population),), 1 / len(population)))
+    error = {
+        "one-step": (terms["one-step"][0] - exact).norm() / exact.norm(),
+        "rollouts-5": (terms["rollouts-5"][0] - exact).norm() / exact.norm(),
+        "reward-to-go-style": (heuristic - exact).norm() / exact.norm(),
+    }
+    for name, value in error.items():
+        record_property(name, float(value))
+    assert error["rollouts-5"] < 0.02 < error["one-step"] < error["reward-to-go-style"]
+
+
+# ---- Preferences -----------------------------------------------------------------------------------------------
+def test_fragment_windows_by_brute_force():
+    torch.manual_seed(4)
+    valid = (torch.rand(30, 3) < 0.85).float()
+    for length in (1, 2, 5):
+        found = {tuple(row) for row in rlhf.fragment_windows(valid, length).tolist()}
+        expected = {(t, n) for n in range(3) for t in range(30 - length + 1) if valid[t : t + length, n].all()}
+        assert found == expected and (length > 2 or len(found) > 5)
+
+
+def test_pairs_are_two_different_windows_of_the_rollout():
+    valid = torch.ones(12, 2)
+    valid[5, 0] = 0
+    steps = torch.arange(12.0).unsqueeze(1) + 100 * torch.arange(2.0)
+    windows = rlhf.fragment_windows(valid, 4)
+    pairs, again = rlhf.draw_pairs(windows, 300, 4, steps, steps.unsqueeze(-1))
+    assert pairs.shape == (300, 2, 4) and torch.equal(pairs, again.squeeze(-1))
+    assert ((pairs[..., 1:] - pairs[..., :-1]) == 1).all()
+    starts = {(int(start % 100), int(start // 100)) for start in pairs[..., 0].flatten()}
+    assert starts == {tuple(row) for row in windows.tolist()}
+    assert (pairs[:, 0, 0] != pairs[:, 1, 0]).all()
+    for few in (windows[:0], windows[:1]):
+        assert len(rlhf.draw_pairs(few, 5, 4, steps)[0]) == 0
+
+
+REWARDS = torch.tensor([[[1.0, 2.0], [2.0, 0.5]], [[0.0, 1.0], [4.0, 0.0]], [[1.0, 1.0], [2.0, 0.0]], [[0.1, 0.0], [0.0, 0.0]]])
+
+
+def test_teacher_rules():
+    """R: 3 against 2.5, 1 against 4, 2 against 2, 0.1 against 0; the mean of the eight is 1.825."""
+    oracle, answered = rlhf.teacher_labels(REWARDS, "oracle")
+    assert oracle.tolist() == [1, 0, 0.5, 1] and answered.all()
+    labels, answered = rlhf.teacher_labels(REWARDS, "skip", threshold=0.6)  # 1.095: one of the second pair is above
+    assert labels.tolist() == oracle.tolist() and answered.tolist() == [True, True, True, False]
+    labels, answered = rlhf.teacher_labels(REWARDS, "equal", threshold=0.3)
+    assert labels.tolist() == [0.5, 0, 0.5, 0.5] and answered.all()
+    labels, _ = rlhf.teacher_labels(REWARDS, "myopic", gamma=0.5)  # 2.5 against 1.5, 1 against 2, 1.5 against 1, 0.05 against 0
+    assert labels.tolist() == [1, 0, 1, 1]
+    many = REWARDS.repeat(5000, 1, 1)
+    wrong, _ = rlhf.teacher_labels(many, "mistake", error=0.2)
+    flipped = (wrong.view(-1, 4) != oracle).double().mean(0)
+    assert flipped[2] == 0 and ((flipped[[0, 1, 3]] - 0.2).abs() < 4 * math.sqrt(0.16 / 5000)).all()
+    drawn, _ = rlhf.teacher_labels(many, "stochastic", temperature=0.5)
+    expected = torch.sigmoid(torch.tensor([0.5, -3.0, 0.0, 0.1]) / 0.5)
+    assert ((drawn.view(-1, 4).mean(0) - expected).abs() < 4 * (expected * (1 - expected) / 5000).sqrt()).all()
+    assert set(drawn.tolist()) == {0.0, 1.0}
+
+
+def test_teacher_of_no_pairs():
+    for rule in ("oracle", "stochastic", "mistake", "skip", "equal", "myopic"):
+        labels, answered = rlhf.teacher_labels(torch.zeros(0, 2, 3), rule)
+        assert len(labels) == len(answered) == 0
+
+
+def test_queue_keeps_the_newest():
+    queue = rlhf.PreferenceQueue(5, 2, 3)
+    pairs, labels = torch.randn(12, 2, 2, 3), torch.rand(12)
+    for start in range(0, 12, 4):
+        queue.push(pairs[start : start + 4], labels[start : start + 4])
+        assert len(queue) == min(start + 4, 5)
+    assert sorted(queue.labels.tolist()) == sorted(labels[7:].tolist())
+    newest = (queue.added - 1 - torch.arange(3)) % 5
+    assert torch.equal(queue.inputs[newest], pairs[[11, 10, 9]])
+    other = rlhf.PreferenceQueue(5, 2, 3)
+    other.load_state_dict(copy.deepcopy(queue.state_dict()))
+    assert torch.equal(other.inputs, queue.inputs) and other.added == 12
+
+
+def test_accuracy_and_correlation():
+    learned = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]], [[1.0], [1.0]], [[0.0], [1.0]]])
+    truth = torch.tensor([[[5.0], [1.0]], [[5.0], [1.0]], [[5.0], [1.0]], [[2.0], [2.0]]])
+    assert rlhf.accuracy(learned, truth).item() == pytest.approx((1 + 0 + 0.5) / 3)
+    assert rlhf.accuracy(learned[3:], truth[3:]).isnan()
+    x, y = torch.randn(50), torch.randn(50)
+    assert rlhf.correlation(x, y).item() == pytest.approx(np.corrcoef(x.numpy(), y.numpy())[0, 1], rel=1e-10)
+    assert rlhf.correlation(x, torch.ones(50)).isnan()
+
+
+# ---- Replay ----------------------------------------------------------------------------------------------------
+def fill(replay, first, count):
+    """Transitions whose every number tells which one it is."""
+    for k in range(first, first + count):
+        replay.add(np.full((1, 2), k), np.full((1, 1), k), np.full((1, 2), k + 0.5), np.array([k]), np.array([k % 2]))
+
+
+def new_replay(folder, capacity=10, spare=4):
+    rlhf.Replay.create(folder / "replay" / "file", capacity + spare, 2, 1)
+    return rlhf.Replay(folder / "replay" / "file", capacity, 2, 1)
+
+
+def test_replay_draws_all_of_the_newest_and_nothing_else(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    replay = new_replay(tmp_path)
+    fill(replay, 0, 3)
+    assert len(replay) == 3
+    assert set(replay.sample(200, torch.device("cpu")).rewards.tolist()) == {0, 1, 2}
+    fill(replay, 3, 30)
+    batch = replay.sample(500, torch.device("cpu"))
+    assert set(batch.rewards.tolist()) == set(range(23, 33)) and len(replay) == 10
+    k = batch.rewards
+    assert torch.equal(batch.obs, k.unsqueeze(1).expand(-1, 2)) and torch.equal(batch.inputs, k.unsqueeze(1).expand(-1, 3))
+    assert torch.equal(batch.next_obs, k.unsqueeze(1).expand(-1, 2) + 0.5) and torch.equal(batch.terminated, k % 2)
+
+
+def test_what_a_checkpoint_needs_stays_until_the_spare_rows_are_used(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    replay = new_replay(tmp_path)
+    fill(replay, 0, 23)
+    added = replay.save()
+    assert added == 23 and replay.spare_left == 4
+    fill(replay, 1000, 4)  # lost by a kill
+    assert replay.spare_left == 0
+    again = rlhf.Replay(replay.path, 10, 2, 1, added)
+    assert set(again.sample(500, torch.device("cpu")).rewards.tolist()) == set(range(13, 23))
+    fill(replay, 2000, 1)  # one too many
+    assert 13 not in rlhf.Replay(replay.path, 10, 2, 1, added).rows[:, 5]
+    with pytest.raises(ValueError, match="too few"):
+        rlhf.Replay(replay.path, 14, 2, 1, added)
+    replay.delete()
+    assert not replay.path.parent.exists()
+
+
+def test_replay_takes_its_size_on_the_disk_at_once(tmp_path):
+    new_replay(tmp_path, 1000, 24)
+    status = (tmp_path / "replay" / "file").stat()
+    assert status.st_size == 4 * 1024 * 7 and status.st_blocks * 512 >= status.st_size
+
+
+def test_a_disk_too_small_is_refused(tmp_path):
+    with pytest.raises(rlhf.BadInput, match="--buffer-size needs .* MB in --run-dir"):
+        rlhf.check_disk(tmp_path / "not" / "yet", 10**18)
+    rlhf.check_disk(tmp_path / "not" / "yet", 10)
+
+
+# ---- Simulator -------------------------------------------------------------------------------------------------
+def simulator(env_id="Hopper-v4", settable=True, terminate=True):
+    envs, _, space = rlhf.make_envs(env_id, 1, 0, "gymnasium")
+    envs.close()
+    return rlhf.Simulator(env_id, 3, space, terminate, settable, "--flag")
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "InvertedPendulum-v4"])
+def test_a_task_put_into_a_state_goes_on_as_it_did(env_id):
+    torch.set_default_dtype(torch.float32)
+    import gymnasium as gym
+
+    sim = simulator(env_id)
+    env = gym.make(env_id).unwrapped
+    obs, _ = env.reset(seed=7)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        action = rng.uniform(-0.2, 0.2, env.action_space.shape).astype(np.float32)
+        assert np.abs(obs).max() < 10  # beyond, Hopper and Walker2d clip velocities
+        sim.set(obs)
+        found = sim.env.step(action)
+        obs, reward, terminated, *_ = env.step(action)
+        np.testing.assert_allclose(found[0], obs, rtol=1e-5, atol=1e-6)
+        assert found[2] == terminated
+    env.close()
+
+
+def test_rollouts_start_where_they_should_and_end_with_the_episode():
+    torch.set_default_dtype(torch.float32)
+    sim = simulator("InvertedPendulum-v4")
+    actor = rlhf.NumpyActor(rlhf.relu_mlp(4, 8, 2))
+    obs = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.19, 0.0, 3.0]])  # upright; about to fall
+    first = torch.tensor([[0.1], [0.2]])
+    inputs, weights = sim.roll_out(obs, first, torch.tensor([5, 40]), 0.9, actor)
+    assert torch.equal(inputs[:, 0, :4], obs) and torch.equal(inputs[:, 0, 4:], first)
+    assert weights[0].tolist()[:5] == pytest.approx([1, 0.9, 0.81, 0.729, 0.6561], rel=1e-5) and not weights[0, 5:].any()
+    steps = int((weights[1] > 0).sum())
+    assert 1 <= steps < 40 and sim.steps == 5 + steps
+    again, _ = sim.roll_out(obs, None, torch.tensor([3, 3]), 0.9, actor)
+    assert torch.equal(again[:, 0, :4], obs) and not torch.equal(again[:, 0, 4:], first)
+    fresh, _ = sim.roll_out(None, None, torch.tensor([3]), 0.9, actor)
+    assert fresh[0, 0, :4].abs().max() < 0.011  # a start state
+
+
+def test_rollout_steps_follow_the_dynamics():
+    torch.set_default_dtype(torch.float32)
+    sim = simulator()
+    actor = rlhf.NumpyActor(rlhf.relu_mlp(11, 8, 6))
+    start, _ = sim.env.reset(seed=5)
+    inputs, _ = sim.roll_out(torch.tensor(start[None]).float(), None, torch.tensor([4]), 1.0, actor)
+    sim.set(inputs[0, 0, :11].numpy())
+    for t in range(3):
+        obs, *_ = sim.env.step(inputs[0, t, 11:].numpy())
+        np.testing.assert_allclose(inputs[0, t + 1, :11], obs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_that_was_set_goes_on_alike_whatever_came_before():
+    """Bitwise, also on the ground, where MuJoCo's solver starts from its last solution."""
+    sim = simulator(terminate=False)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        state, *_ = sim.env.step(rng.uniform(-1, 1, 3))
+    found = []
+    for _ in range(2):
+        sim.set(state)
+        sim.env.step(np.full(3, 0.3))
+        found.append(np.concatenate([sim.env.data.qpos, sim.env.data.qvel]))
+        for _ in range(20):
+            sim.env.step(rng.uniform(-1, 1, 3))
+    assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "InvertedDoublePendulum-v4", "MountainCarContinuous-v0", "Ant-v5"])
+def test_tasks_that_cannot_be_set_are_refused(env_id):
+    torch.set_default_dtype(torch.float32)
+    with pytest.raises(rlhf.BadInput, match="--flag needs a MuJoCo task whose state is its observation"):
+        simulator(env_id)
+
+
+def test_without_terminations_a_rollout_goes_on():
+    torch.set_default_dtype(torch.float32)
+    actor = rlhf.NumpyActor(rlhf.relu_mlp(11, 8, 6))
+    lengths = []
+    for terminate in (True, False):
+        _, weights = simulator(terminate=terminate).roll_out(None, None, torch.tensor([300]), 1.0, actor)
+        lengths.append(int(weights.sum()))
+    assert lengths[0] < 300 == lengths[1]
