@@ -14,13 +14,12 @@ not count, so that a change of the machine's load meets all alike. A number is t
 (lowest..highest), and a ratio is taken within a turn before its median. The load average is printed and kept, because a
 busy machine spoils all of them; ratios suffer less than milliseconds. The rows "10 iterations" make exactly ten: no guard
 and no tolerance ends the solve earlier (lambda = 500 keeps the matrix positive definite). The rows "lambda = 0" are the
-paper's setting, in which the guard ends most solves after an iteration or two.
+paper's setting, in which the guard may end a solve earlier.
 
 Writes speed_stackelberg.csv and speed_stackelberg.json (all samples, command, commit, versions, load).
 """
 
 import csv
-import functools
 import json
 import math
 import os
@@ -70,8 +69,6 @@ class Args:
 
 def all_iterations(script) -> None:
     """Let the script's conjugate gradient make every iteration."""
-    if isinstance(script.conjugate_gradient, partial):
-        return
     script.conjugate_gradient = partial(script.conjugate_gradient, tolerance=0.0)
 
 
@@ -89,7 +86,7 @@ def measure(script, args: Args) -> dict[str, list[dict[str, float]]]:
         common += f" --num-steps {args.num_steps} --update-every {math.gcd(50, args.num_steps)}"
         common += f" --learning-starts 0 --total-timesteps {(args.rounds + 2) * args.num_steps}"
         loops = {
-            name: functools.partial(competitor, script, [*common.split(), *words.split()], all_of_them)
+            name: partial(competitor, script, [*common.split(), *words.split()], all_of_them)
             for name, (words, all_of_them) in COMPETITORS.items()
         }
         return loops_in_turns(loops, args.rounds, 1)
