@@ -2,11 +2,11 @@
 
 `stddpg.py` with a stochastic actor a = tanh(mean + std noise), two critics and an entropy term of the fixed weight eta:
 
-    f(theta, omega) = mean (eta log pi(a|s) - min_i Q_i(s, a)),  a ~ pi_theta(.|s)                         -> policy_loss
-    L(theta, omega) = sum_i mean (Q_i(s, a) - y)^2,
-    y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - eta log pi(a'|s')),  a' ~ pi_theta(.|s')  -> backup, critic_gradient
+    f(theta, omega) = mean (eta log pi(a|s) - min_i Q_i(s, a)),  a ~ pi_theta(.|s)           eq. (9)  -> policy_loss
+    L(theta, omega) = sum_i mean (Q_i(s, a) - y)^2                                               (10)  -> critic_gradient
+    y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - eta log pi(a'|s')),  a' ~ pi_theta(.|s')      -> backup
 
-One leads, `--leader`: it descends its total derivative, the other its own gradient, both at the old point (Algorithm 2).
+One leads, `--leader`: it descends its total derivative, the other its own gradient, both at the old point (Algorithm 1).
 
     actor   g = d_theta f - (d_theta d_omega L) x,    (d2_omega L + lambda I) x = d_omega f      eq. (15), Prop. 2
     critic  g = d_omega L - (d_omega d_theta f) x,    (d2_theta f + lambda I) x = d_theta L      eq. (16)
@@ -1098,8 +1098,8 @@ def check_batch_shape(args: Args) -> None:
 METRICS = (
     "losses/qf_loss", "losses/q_values", "losses/actor_loss", "losses/actor_gradient_norm", "bilevel/direct_norm",
     "bilevel/correction_norm", "bilevel/multiplier", "bilevel/cosine", "bilevel/ihvp_residual",
-    "bilevel/negative_curvature", "bilevel/plain_fraction", "bilevel/regularisation",
-    "bilevel/inner_gradient_norm_before", "bilevel/inner_gradient_norm_after",
+    "bilevel/negative_curvature", "bilevel/plain_fraction", "bilevel/weight_mean", "bilevel/weight_std",
+    "bilevel/regularisation", "bilevel/inner_gradient_norm_before", "bilevel/inner_gradient_norm_after",
 )  # fmt: skip
 
 
@@ -1229,7 +1229,8 @@ def train(args: Args) -> Path:
                         own["critic"] = flatten(omega_grads)
                     if leads and args.leader == "actor":
                         z, solve = critic_response(data, errors, led, least, damping, args.ihvp, args.cg_iterations)
-                        actor_loss = actor_loss + 2 * (z.sum(0) * backups).mean()
+                        weights = 2 * z.sum(0)  # of the backups
+                        actor_loss = actor_loss + (weights * backups).mean()
                     elif leads:
                         b = flatten(torch.autograd.grad(-2 * (errors.sum(0) * backups).mean(), thetas))  # d_theta L
                         x, solve = actor_response(agent, b_obs, here, slopes, b, damping, args.cg_iterations)
@@ -1247,6 +1248,9 @@ def train(args: Args) -> Path:
                         total = flatten(theta_grads if args.leader == "actor" else omega_grads)
                         metrics |= leader_diagnostics(own[args.leader], total)
                         metrics["bilevel/ihvp_residual"] = solve.residual().item()
+                    if diagnose and leads and args.leader == "actor":
+                        metrics["bilevel/weight_mean"] = weights.mean().item()
+                        metrics["bilevel/weight_std"] = weights.std(correction=0).item()
 
                     # ---- Steps: both players, then the follower alone, then the target -------------------------
                     actor_optimiser.update()

@@ -7,7 +7,8 @@ Each run (actor-led, kernel, the default lambda; a seed that no suite reports) i
 --batches minibatches are drawn from its replay, and each solve is made for each lambda at the same networks and minibatches.
 A row: median (largest) relative residual |(H + lambda I) x - b| / |b|; medians of |total gradient| / |own gradient| of
 the leader and of the cosine between them; the fractions of solves that the guard stopped and of those with x = 0, which
-leave the leader's own gradient. Multiplier and cosine are nan where the actor is saturated and its own gradient is 0.
+leave the leader's own gradient; the median of the mean weight 2 z that the actor's backups get. Multiplier and cosine
+are nan where the actor is saturated and its own gradient is 0.
 
 The rule for the default of `--regularisation`: the smallest power of ten at which every residual of the kernel is < 1e-3.
 """
@@ -16,6 +17,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import signal
 import statistics
@@ -74,9 +76,8 @@ def interrupted_run(script, env_id: str, args: Args, run_dir: Path) -> Path:
 
 def solves(script, folder: Path, batches: int) -> list[dict]:
     """One row for each solver and lambda."""
-    args = script.Args(**{
-        name: value for name, value in json.loads((folder / "args.json").read_text())["args"].items() if not name.endswith("dir")
-    })  # fmt: skip
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    args = script.Args(**{name: value for name, value in saved.items() if name != "run_dir"})
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     envs, observation_space, action_space = script.make_envs(args.env_id, 1, 0)
     envs.close()
@@ -113,15 +114,17 @@ def solves(script, folder: Path, batches: int) -> list[dict]:
                     x, solve = script.actor_response(agent, obs, here, slopes, b, damping, 10)
                     total = own[leader] - script.flatten(script.critic_correction(agent, obs, here, led, least, x))
                 numbers = script.leader_diagnostics(own[leader], total)
-                sample = (solve.residual().item(), numbers["bilevel/multiplier"], numbers["bilevel/cosine"])
+                weight = 2 * z.sum(0).mean().item() if leader == "actor" else math.nan
+                sample = (solve.residual().item(), numbers["bilevel/multiplier"], numbers["bilevel/cosine"], weight)
                 found.setdefault((name, damping), []).append((*sample, float(solve.stopped), float(solve.plain)))
     rows = []
     for (name, damping), samples in found.items():
-        residuals, multipliers, cosines, stopped, plain = zip(*samples)
+        residuals, multipliers, cosines, weights, stopped, plain = zip(*samples)
         rows.append({
             "script": script.SCRIPT, "env_id": args.env_id, "solve": name, "lambda": f"{damping:g}",
             "residual": f"{statistics.median(residuals):.1e}", "largest": f"{max(residuals):.1e}",
             "multiplier": f"{statistics.median(multipliers):.2f}", "cosine": f"{statistics.median(cosines):.3f}",
+            "weight": f"{statistics.median(weights):.2f}",
             "stopped": f"{statistics.mean(stopped):.2f}", "plain": f"{statistics.mean(plain):.2f}",
         })  # fmt: skip
     return rows
