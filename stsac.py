@@ -314,7 +314,7 @@ def check_action_space(env_id: str, space: gym.spaces.Space) -> None:
 def task_actions(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
     """Actions (..., A) in [-1, 1] as the task takes them: spread over its box."""
     spread = space.low + 0.5 * (actions + 1.0) * (space.high - space.low)
-    return np.clip(spread, space.low, space.high).astype(np.float32)
+    return np.clip(spread, space.low, space.high).astype(space.dtype)
 
 
 # ---- Derivatives of a ReLU stack -------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ class ReluStack:
 
     @functools.cached_property
     def unit(self) -> list[Tensor]:
-        """`deltas` of the sum of a scalar output: one backward pass, from which all below follows by scaling rows."""
+        """`deltas` of the sum of a scalar output: one backward pass, of which J and its products are made."""
         return self.deltas(torch.ones_like(self.outputs))
 
     @torch.no_grad()
@@ -510,11 +510,8 @@ def critic_response(
         return z, Solve(False, not z.any(), lambda: kernel_residual(data, led, least, z, damping))
     b = flatten(part for critic, mask in zip(led, least) for part in critic.vjp(-mask / len(mask)))
     x, solve = guarded_solve(critic_hessian(data, errors), b, damping, iterations)
-    parts, z = unflatten(x, (p for critic in data for p in critic.parameters())), []
-    for critic in data:
-        mine, parts = parts[: 2 * len(critic.linears)], parts[2 * len(critic.linears) :]
-        z.append(critic.jvp(mine))
-    return torch.stack(z), solve
+    each_x = x.view(len(data), -1)
+    return torch.stack([critic.jvp(unflatten(own, critic.parameters())) for critic, own in zip(data, each_x)]), solve
 
 
 def kernel_response(data: list[ReluStack], led: list[ReluStack], least: Tensor, damping: float) -> Tensor:
@@ -555,10 +552,9 @@ def critic_hessian(data: list[ReluStack], errors: Tensor) -> Callable[[Tensor], 
     deltas = [[delta * (2 / n * error)[:, None] for delta in critic.unit] for critic, error in zip(data, errors)]
 
     def product(v: Tensor) -> Tensor:
-        views, products = unflatten(v, (p for critic in data for p in critic.parameters())), []
-        for critic, delta in zip(data, deltas):
-            mine, views = views[: 2 * len(delta)], views[2 * len(delta) :]
-            products += critic.hessian_product(delta, lambda image: 2 / n * image, mine)
+        products = []
+        for critic, delta, own in zip(data, deltas, v.view(len(data), -1)):
+            products += critic.hessian_product(delta, lambda image: 2 / n * image, unflatten(own, critic.parameters()))
         return flatten(products)
 
     return product

@@ -42,7 +42,7 @@ def problem(script, linear: bool = False, n: int = N) -> SimpleNamespace:
     rewards, discounts = 3 * torch.randn(n, dtype=F64), 0.99 * (torch.rand(n) > 0.2).double()
     here, there = torch.randn(2, n, agent.noise_dim, dtype=F64)
     names, shapes = zip(*[(name, each.shape) for name, each in agent.actor.named_parameters()])
-    critic_names = [[(f"{name}", each.shape) for name, each in critic.named_parameters()] for critic in agent.critics]
+    critic_names = [[(name, each.shape) for name, each in critic.named_parameters()] for critic in agent.critics]
     theta, omega = flat(agent.actor.parameters()).detach(), flat(agent.critics.parameters()).detach()
 
     def take(vector, shapes):
@@ -83,14 +83,16 @@ def problem(script, linear: bool = False, n: int = N) -> SimpleNamespace:
 def actor_gradient(script, p, damping, ihvp="kernel", iterations=200, backups=None) -> torch.Tensor:
     """The gradient in theta that the script forms when the actor leads."""
     z, _ = script.critic_response(p.data, p.errors, p.led, p.least, damping, ihvp, iterations)
-    loss = script.policy_loss(p.chosen, p.costs, p.slopes) + 2 * (z.sum(0) * (p.backups if backups is None else backups)).mean()
+    backups = p.backups if backups is None else backups
+    loss = script.policy_loss(p.chosen, p.costs, p.slopes) + 2 * (z.sum(0) * backups).mean()
     return flat(torch.autograd.grad(loss, list(p.agent.actor.parameters()), retain_graph=True))
 
 
 def critic_gradient(script, p, damping, iterations=200) -> torch.Tensor:
     """The gradient in omega that the script forms when the critic leads."""
-    slope = torch.autograd.grad(-2 * (p.errors.sum(0) * p.backups).mean(), list(p.agent.actor.parameters()), retain_graph=True)
-    x, _ = script.actor_response(p.agent, p.obs, p.here, p.slopes, flat(slope), damping, iterations)
+    thetas = list(p.agent.actor.parameters())
+    b = flat(torch.autograd.grad(-2 * (p.errors.sum(0) * p.backups).mean(), thetas, retain_graph=True))
+    x, _ = script.actor_response(p.agent, p.obs, p.here, p.slopes, b, damping, iterations)
     correction = script.critic_correction(p.agent, p.obs, p.here, p.led, p.least, x)
     return flat(script.critic_gradient(p.data, p.errors)) - flat(correction)
 
@@ -109,7 +111,8 @@ def test_first_derivatives_of_a_stack(script):
     assert relative(stack.jvp(parts), jacobian @ v) < 1e-12
     assert relative(stack.move(parts)[-1][:, 0], jacobian @ v) < 1e-12
     assert relative(stack.kernel(stack), jacobian @ jacobian.T) < 1e-12
-    other = jacrev(lambda omega: p.critics(torch.cat([omega, p.omega[count:]]), torch.cat([p.obs, p.chosen.detach()], 1))[0])(own)
+    rows = torch.cat([p.obs, p.chosen.detach()], 1)
+    other = jacrev(lambda omega: p.critics(torch.cat([omega, p.omega[count:]]), rows)[0])(own)
     assert relative(stack.kernel(p.led[0]), jacobian @ other.T) < 1e-12
 
 
@@ -119,7 +122,10 @@ def test_slope_gradient_of_a_stack(script):
     u, direction = torch.randn(N, dtype=F64), torch.randn(N, D + A, dtype=F64)
 
     def directional(omega):
-        return u @ torch.func.jvp(lambda rows: p.critics(torch.cat([omega, p.omega[count:]]), rows)[0], (p.pairs,), (direction,))[1]
+        def values(rows):
+            return p.critics(torch.cat([omega, p.omega[count:]]), rows)[0]
+
+        return u @ torch.func.jvp(values, (p.pairs,), (direction,))[1]
 
     assert relative(flat(p.data[0].slope_gradient(u, direction)), grad(directional)(p.omega[:count])) < 1e-12
 
@@ -230,7 +236,7 @@ def test_leaders_gradients_are_the_dense_total_derivatives(script):
     assert relative(actor_gradient(script, p, damping, "cg"), want) < 1e-6
     assert relative(grad(p.f)(p.theta, p.omega), want) > 1e-3
     damping = 0.1 - 2 * torch.linalg.eigvalsh(hessian(p.f)(p.theta, p.omega))[0].item()
-    want = total_gradient(lambda omega, theta: p.L(theta, omega), lambda omega, theta: p.f(theta, omega), p.omega, p.theta, damping)
+    want = total_gradient(lambda w, theta: p.L(theta, w), lambda w, theta: p.f(theta, w), p.omega, p.theta, damping)
     assert relative(critic_gradient(script, p, damping), want) < 1e-6
     assert relative(grad(p.L, 1)(p.theta, p.omega), want) > 1e-3
 
@@ -245,7 +251,8 @@ def test_the_actors_total_derivative_is_that_of_a_critic_solved_again(script):
         return solution.repeat(len(p.agent.critics))
 
     with torch.no_grad():
-        for parameter, value in zip(p.agent.critics.parameters(), script.unflatten(response(p.theta), p.agent.critics.parameters())):
+        parameters = list(p.agent.critics.parameters())
+        for parameter, value in zip(parameters, script.unflatten(response(p.theta), parameters)):
             parameter.copy_(value)
         if len(p.agent.critics) == 2:  # a tie of equal critics has no derivative
             p.agent.critics[1][0].bias += 1.0
@@ -258,16 +265,17 @@ def test_the_actors_total_derivative_is_that_of_a_critic_solved_again(script):
     assert relative(actor_gradient(script, p, 0.0, "cg"), truth) < 1e-8
     assert relative(actor_gradient(script, p, 1e-8), truth) < 1e-6  # linear: Gauss-Newton is the Hessian
     units = 1e-5 * torch.eye(len(p.theta), dtype=F64)[:5]
-    differences = torch.stack([
-        (p.f(p.theta + unit, response(p.theta + unit) + offset) - p.f(p.theta - unit, response(p.theta - unit) + offset)) / 2e-5
-        for unit in units
-    ])  # fmt: skip
+
+    def led(theta):
+        return p.f(theta, response(theta) + offset)
+
+    differences = torch.stack([(led(p.theta + unit) - led(p.theta - unit)) / 2e-5 for unit in units])
     assert relative(differences, truth[:5]) < 1e-6
     assert relative(grad(p.f)(p.theta, flat(p.agent.critics.parameters()).detach()), truth) > 0.1
 
 
 def test_where_the_actor_still_plays_the_stored_actions_the_response_is_minus_one_half():
-    """Then b = -J^T 1 / n, so (K + 0)^-1 J b = -1/2 in every row: undamped, the actor climbs Q(s, mu(s)) + gamma Q'(s', mu(s'))."""
+    """Then b = -J^T 1 / n and K^-1 J b = -1/2 in every row: undamped, the actor climbs Q(s, mu(s)) + gamma Q'(s', mu(s'))."""
     p = problem(stddpg)
     led = stddpg.stacks(p.agent.critics, p.pairs)
     z = stddpg.kernel_response(p.data, led, torch.ones(1, N, dtype=F64), 1e-10)
