@@ -3,14 +3,15 @@
     python -m benchmark.stackelberg_damping                                                           prints the table
     python -m benchmark.stackelberg_damping --results-dir benchmark/results/stackelberg_damping        and writes it
 
-Each run (actor-led, kernel, the default lambda; a seed that no suite reports) is stopped after --steps steps; then
+Each run (actor-led, kernel, lambda = 1; a seed that no suite reports) is stopped after --steps steps; then
 --batches minibatches are drawn from its replay, and each solve is made for each lambda at the same networks and minibatches.
 A row: median (largest) relative residual |(H + lambda I) x - b| / |b|; medians of |total gradient| / |own gradient| of
 the leader and of the cosine between them; the fractions of solves that the guard stopped and of those with x = 0, which
 leave the leader's own gradient; the median of the mean weight 2 z that the actor's backups get. Multiplier and cosine
 are nan where the actor is saturated and its own gradient is 0.
 
-The rule for the default of `--regularisation`: the smallest power of ten at which every residual of the kernel is < 1e-3.
+The rule for the default of `--regularisation`: the smallest power of ten at which every residual of the kernel is
+below 1e-3, the largest included.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ class Args:
     """whose solves to study"""
     env_ids: tuple[str, ...] = ("HalfCheetah-v4", "Hopper-v4")
     """environments of the runs"""
-    steps: int = 10000
+    steps: int = 6000
     """steps of each run, in [1000, inf); the first 3000 are random"""
     batches: int = 20
     """minibatches of each run, in [1, inf)"""
@@ -66,6 +67,7 @@ def interrupted_run(script, env_id: str, args: Args, run_dir: Path) -> Path:
             os.kill(os.getpid(), signal.SIGTERM)
 
     words = f"--env-id {env_id} --seed {args.seed} --device cpu --env-threads 1 --random-steps 3000 --eval-episodes 0"
+    words += " --regularisation 1"
     words += f" --total-timesteps {2 * args.steps} --run-dir {run_dir}"
     script.Run.log = log_and_stop
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):

@@ -458,7 +458,7 @@ def test_resume_without_its_replay_is_refused_and_changes_nothing(script, broken
 
 
 @pytest.mark.parametrize(
-    "name, value, old", [("leader", "critic", "actor"), ("regularisation", 2.0, 1.0), ("buffer_size", 5, 1000000)]
+    "name, value, old", [("leader", "critic", "actor"), ("regularisation", 2.0, 10.0), ("buffer_size", 5, 1000000)]
 )
 def test_resume_with_another_argument(script, broken_off, command_line, name, value, old):
     status, _, err = command_line(script, "--resume", broken_off, flag(name), str(value))
