@@ -563,10 +563,10 @@ def test_the_scripts_document_themselves_and_stand_alone(script):
 # ---- Learning --------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("leader", ["actor", "none-sequential"])
-def test_learns_to_hold_the_pendulum(script, tmp_path, leader):
-    """A random policy balances the inverted pendulum for about 10 of 1000 steps."""
+def test_learns_to_swing_the_pendulum_up(script, tmp_path, leader):
+    """A random policy has a return of about -1200, a solved task about -150."""
     shape = {"num_envs": 1, "num_steps": 250, "update_every": 50, "batch_size": 100, "actor_width": 64, "critic_width": 64}
-    shape |= {"total_timesteps": 8000, "random_steps": 1000, "learning_starts": 500, "eval_every": 2000, "eval_episodes": 5}
-    folder = train(script, env_id="InvertedPendulum-v4", leader=leader, run_dir=tmp_path, **shape)
+    shape |= {"total_timesteps": 5000, "random_steps": 1000, "learning_starts": 500, "eval_every": 1000, "eval_episodes": 10}
+    folder = train(script, env_id="Pendulum-v1", leader=leader, run_dir=tmp_path, **shape)
     returns = [row["charts/eval_return"] for row in read_csv(folder / "metrics.csv") if row["charts/eval_return"]]
-    assert max(map(float, returns)) > 200
+    assert float(returns[0]) < -1000 and max(map(float, returns)) > -400
