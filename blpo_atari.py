@@ -102,7 +102,8 @@ class Args:
     capture_video: bool = False
     """film one such game"""
     torch_threads: int = 0
-    """PyTorch's threads on a CPU, in [0, 1024]; 0: one for each usable core (their number changes rounding)"""
+    """PyTorch's threads on a CPU, in [0, 1024]; 0: one for each usable core, far too many where other programs keep these
+    busy; the number changes rounding"""
     compile: bool = False
     """compile the convolutional networks with torch.compile (a minute at the start)"""
     bf16: bool = False
@@ -192,9 +193,9 @@ def make_envs(
     """
     if envpool is None:
         raise BadInput(f"--env-id {env_id!r} needs EnvPool, which is not installed: pip install envpool")
-    name = game_name(env_id)
-    if name not in envpool.list_all_envs() or not hasattr(envpool.make_spec(name).config, "episodic_life"):
-        games = [each for each in envpool.list_all_envs() if hasattr(envpool.make_spec(each).config, "episodic_life")]
+    name, specs = game_name(env_id), envpool.registration.registry.specs
+    games = [each for each in envpool.list_all_envs() if specs[each][0] == "envpool.atari"]
+    if name not in games:
         near = difflib.get_close_matches(name, games, n=3)
         hint = f"the nearest known names are {', '.join(near)}" if near else "one is Pong-v5"
         raise BadInput(f"--env-id {env_id!r} is no Atari game of EnvPool; {hint}")
