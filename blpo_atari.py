@@ -1162,13 +1162,9 @@ def train(args: Args) -> Path:
         torch.backends.cudnn.allow_tf32 = False
     if args.compile:
         for trunk in (agent.actor_trunk, below):
-            trunk.compile()
-    actor_optimiser, critic_optimiser = (
-        torch.optim.Adam(list(parameters), lr=lr, eps=1e-5, fused=True)
-        for parameters, lr in (
-            (agent.actor_parameters(), args.learning_rate), (follower.parameters(), args.critic_learning_rate)
-        )
-    )  # fmt: skip
+            trunk.forward = torch.compile(trunk.forward)
+    actor_optimiser = torch.optim.Adam(agent.actor_parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    critic_optimiser = torch.optim.Adam(follower.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
     optimisers = [actor_optimiser, critic_optimiser]
     if args.follower != "full":
         below_optimiser = torch.optim.Adam(below.parameters(), lr=args.trunk_learning_rate, eps=1e-5, fused=True)
@@ -1210,8 +1206,7 @@ def train(args: Args) -> Path:
                 images, reward, ends, cut, info = envs.step(actions)
                 env_time += time.perf_counter() - env_start
                 transition, ended = ~ended, ends | cut
-                terminated[t], truncated[t], valid[t] = ends, cut, transition
-                rewards[t] = np.where(transition, reward, 0.0)
+                rewards[t], terminated[t], truncated[t], valid[t] = reward, ends, cut, transition
                 obs[t + 1] = torch.from_numpy(images).to(device).permute(0, 2, 3, 1)
                 game_points += np.where(transition, info["reward"], 0.0)
                 game_lengths += transition

@@ -817,10 +817,10 @@ def train(args: Args) -> Path:
     agent = Agent(num_actions, args.separate_trunks, args.bf16).to(device, memory_format=torch.channels_last)
     if args.compile:
         for trunk in {agent.actor_trunk, agent.critic_trunk}:
-            trunk.compile()
+            trunk.forward = torch.compile(trunk.forward)
     critic_lr = args.critic_learning_rate or args.learning_rate
-    groups = {"params": agent.actor_parameters(), "lr": args.learning_rate}, {"params": agent.critic_parameters(), "lr": critic_lr}
-    optimiser = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    groups = (agent.actor_parameters(), args.learning_rate), (agent.critic_parameters(), critic_lr)
+    optimiser = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups], eps=1e-5, fused=True)
     optimisers = [optimiser]
 
     # ---- Training on Atari: buffers and the loop (shared) ------------------------------------------------------
@@ -857,8 +857,7 @@ def train(args: Args) -> Path:
                 images, reward, ends, cut, info = envs.step(actions)
                 env_time += time.perf_counter() - env_start
                 transition, ended = ~ended, ends | cut
-                terminated[t], truncated[t], valid[t] = ends, cut, transition
-                rewards[t] = np.where(transition, reward, 0.0)
+                rewards[t], terminated[t], truncated[t], valid[t] = reward, ends, cut, transition
                 obs[t + 1] = torch.from_numpy(images).to(device).permute(0, 2, 3, 1)
                 game_points += np.where(transition, info["reward"], 0.0)
                 game_lengths += transition

@@ -274,9 +274,12 @@ def test_one_minibatch_of_train_by_hand(name, solver, tmp_path, monkeypatch):
 
     adam = torch.optim.Adam(follower.parameters(), lr=args.critic_learning_rate, eps=1e-5)
     for _ in range(3):
+        errors = (per_chunk(follower(below(rows))) - targets).detach().flatten()
         adam.zero_grad()
         critic_loss().backward()
         adam.step()
+    assert torch.allclose(seen["errors"].double(), errors, rtol=0, atol=1e-5 * errors.abs().max())
+    assert torch.allclose(seen["new_values"].double(), follower(below(rows)).view(len(weights), -1), rtol=0, atol=1e-5)
     inputs, omega = below(rows).detach(), omega_of(follower)
 
     def values(w):
@@ -348,4 +351,4 @@ def test_one_minibatch_of_train_by_hand(name, solver, tmp_path, monkeypatch):
     for (key, expected), found in zip(agent.named_parameters(), seen["after"].parameters()):
         moved, error = expected - initial[key], found - expected
         assert moved.norm() > 0, key  # a first step of Adam is a step size along the gradient's sign, of tiny ones less
-        assert error.norm() < 0.02 * moved.norm(), (key, float(error.norm() / moved.norm()))
+        assert error.norm() < 2e-3 * moved.norm(), (key, float(error.norm() / moved.norm()))
