@@ -7,6 +7,7 @@
     loops    the games alone, PPO, a reference PPO loop with one torch thread and with one for each core, PPO with separate
              trunks, BLPO with the head as its follower, and without the hypergradient
     followers  BLPO with the followers last-two and full, against PPO with separate trunks
+    layers   processor milliseconds and GFLOPS of each layer of the network, against a matrix product: what limits the scripts
     solvers  milliseconds of one PPO minibatch and of one hypergradient
 
 How the numbers are taken: as in benchmark/speed.py, on the CPU. Competitors take turns, A B C A B C ..., each in a process of
@@ -14,7 +15,7 @@ its own that sleeps meanwhile; a turn is one rollout of 8 games x 128 steps with
 A number is the median over the turns with (lowest..highest), and a ratio is taken within a turn before its median. The
 scripts use one torch thread for each usable core, as by default (--torch-threads), and EnvPool one for each as well; the
 reference gets the same EnvPool threads, and the better of one torch thread and as many as the scripts have is what PPO is
-compared with. In `solvers` there is one torch thread. The load average is printed and kept, because a busy machine spoils all
+compared with. In `layers` and `solvers` there is one torch thread. The load average is printed and kept, because a busy machine spoils all
 of them, those with several threads most. Columns with `cpu` are seconds of processor time of all threads, which a busy
 machine changes less; threads that wait for others in a loop count as busy.
 
@@ -47,14 +48,14 @@ import blpo_atari as blpo
 import ppo_atari as ppo
 from benchmark.speed import Loop, Row, loops_in_turns, milliseconds, ratios, script_loop, show, write_csv
 
-PARTS = ("loops", "followers", "solvers")
+PARTS = ("loops", "followers", "layers", "solvers")
 
 
 @dataclass
 class Args:
     quick: bool = False
     """one turn of each competitor: shows that everything runs, measures little"""
-    parts: tuple[Literal["loops", "followers", "solvers"], ...] = PARTS
+    parts: tuple[Literal["loops", "followers", "layers", "solvers"], ...] = PARTS
     """what to measure"""
     env_id: str = "Breakout-v5"
     """the game"""
@@ -237,6 +238,35 @@ def measure_followers(args: Args) -> list[Row]:
     return take_turns(args, "Followers", loops, ("PPO separate",))
 
 
+# ---- One layer -------------------------------------------------------------------------------------------------
+def measure_layers(args: Args) -> list[Row]:
+    """Of 256 images: each layer forwards and backwards (in its weights, and but for the first one in its inputs)."""
+    torch.set_num_threads(1)
+    x = blpo.pixels(torch.randint(0, 256, (256, 84, 84, 4), dtype=torch.uint8))
+    square = torch.randn(2048, 2048)
+    calls: dict[str, tuple[Callable[[], object], float]] = {"2048 x 2048 matrix product": (lambda: square @ square, 2 * 2048**3)}
+    for index, layer in enumerate(blpo.nature_cnn().to(memory_format=torch.channels_last)):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            inputs = x.detach().requires_grad_(index > 0)
+            slope = torch.randn_like(layer(inputs))
+            products = slope.numel() * layer.weight[0].numel()
+            calls[str(layer).split("(")[0] + f" {tuple(layer.weight.shape)}"] = (
+                lambda layer=layer, inputs=inputs, slope=slope: layer(inputs).backward(slope), (6 if index else 4) * products
+            )  # fmt: skip
+        x = layer(x)
+    rows: list[Row] = []
+    for name, (call, operations) in calls.items():
+        times = []
+        for _ in range(args.rounds + 1):
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
+        times = times[1:]
+        rows.append({"layer": name, "cpu_ms": [1e3 * t for t in times], "GFLOPS": [1e-9 * operations / t for t in times]})
+    show("Layers: 256 images, one torch thread", rows)
+    return rows
+
+
 # ---- One hypergradient -----------------------------------------------------------------------------------------
 def measure_solvers(args: Args) -> list[Row]:
     """On 4 chunks of 64 steps of random images: the gradient of a PPO minibatch with separate trunks, and z by each solver."""
@@ -290,13 +320,14 @@ def main(args: Args) -> None:
     commit = f"commit {str(made_by['commit'])[:7]}{' with changes' if made_by['dirty'] else ''}"
     print(f"{made_by['cpu']}, {os.cpu_count()} cores, {cores()} usable, {commit}")
     print(f"{made_by['command']}: times on the CPU; median (lowest..highest) of the turns")
-    measures = {"loops": measure_loops, "followers": measure_followers, "solvers": measure_solvers}
+    measures = {"loops": measure_loops, "followers": measure_followers, "layers": measure_layers}
+    measures["solvers"] = measure_solvers
     everything: dict[str, dict] = {}
     if args.results_dir is not None:
         args.results_dir.mkdir(parents=True, exist_ok=True)
         path = args.results_dir / "speed_atari.json"
         everything = json.loads(path.read_text()) if path.exists() else {}
-    for part in (part for part in PARTS if part in args.parts):  # solvers last: torch forbids forks once autograd has run here
+    for part in (part for part in PARTS if part in args.parts):  # loops first: torch forbids forks once autograd has run here
         before, start = os.getloadavg(), time.perf_counter()
         rows = measures[part](args)
         load, seconds = {"before": before, "after": os.getloadavg()}, round(time.perf_counter() - start)
