@@ -179,15 +179,16 @@ def make_envs(
     env_id: str, num_envs: int, seed: int, threads: int = 1, episodic_life: bool = True, clip_reward: bool = True,
     repeat_action_probability: float = 0.0, **options,
 ) -> tuple[gym.vector.VectorEnv, int]:  # fmt: skip
-    """Parallel games, preprocessed by EnvPool: at the start of a game 1 to 30 no-ops and FIRE where there is one; an action
-    lasts 4 frames, of the last two the brighter pixels count; 84 x 84 grey pixels; the last 4 images are an observation.
+    """Parallel games, preprocessed by EnvPool: 1 to 30 frames without an action at the start, the last with FIRE in games that
+    have it; an action lasts 4 frames, of the last two the brighter pixels count; 84 x 84 grey pixels; the last 4 images are
+    an observation.
 
     They reset on the step after an end (Gymnasium's NEXT_STEP mode). What a row of `step` means, by its flags:
     terminated without info["terminated"]  a lost life (with episodic_life); the game goes on after its reset row
     terminated with info["terminated"]     the game is over
     truncated                              the game is cut off after 27,000 steps
     The row after any of these is a reset: its action is ignored, reward and info["reward"] (the points, not clipped) are 0.
-    In the reset after a lost life 1 to 30 frames of the game pass without an action, then FIRE.
+    In the reset after a lost life the game goes on for 1 to 30 such frames.
 
     Returns the games, already seeded, and the number of actions. Raises BadInput if there is no such game.
     """
