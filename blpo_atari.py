@@ -156,7 +156,7 @@ class Args:
     damping: float = 1.0
     """alpha, added to the curvature of the critic's loss, in (0, inf)"""
     nystrom_rank: int = 10
-    """q, directions in the Nystrom approximation, in [1, inf); 20 bytes each for every parameter of the follower; more than
+    """q, directions in the Nystrom approximation, in [1, inf); 12 bytes each for every parameter of the follower; more than
     513 add nothing"""
     cg_iterations: int = 10
     """conjugate gradient steps, in [1, inf)"""
@@ -375,8 +375,8 @@ def gae_operator(ended: Tensor, valid: Tensor, gamma: float, gae_lambda: float) 
     step = torch.arange(length, device=ended.device)
     powers = torch.tril((gamma * gae_lambda) ** (step[:, None] - step[None, :]).clamp(min=0).to(ended.dtype)).T
     episode = torch.cumsum(ended, -1) - ended  # a step that ends an episode still belongs to it
-    operator = powers * (episode[:, :, None] == episode[:, None, :])
-    return operator.mul_(valid[:, :, None]).mul_(valid[:, None, :])
+    rows, columns = (torch.where(valid > 0, episode, nowhere) for nowhere in (-1.0, -2.0))
+    return powers * (rows[:, :, None] == columns[:, None, :])
 
 
 def lambda_returns(values: Tensor, rewards: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
@@ -484,7 +484,7 @@ class CriticJacobian:
 def hypergradient_memory(follower: nn.Sequential, rows: int, rank: int, size: int = 84) -> tuple[int, int]:
     """Bytes that one hypergradient takes at most, for `rank` Nystrom columns and for the convolutions of `rows` rows.
 
-    A column is one number a parameter, held in float32 and twice in float64 (`nystrom_solver`). A convolution keeps the
+    A column is one number a parameter, held in float32 and in float64 (`nystrom_solver`). A convolution keeps the
     gradient of every row and, while it is formed, the patches of the images (n, 4, size, size).
     """
     parameters, width = sum(parameter.numel() for parameter in follower.parameters()), follower[-1].in_features
@@ -493,7 +493,7 @@ def hypergradient_memory(follower: nn.Sequential, rows: int, rank: int, size: in
         if isinstance(layer, nn.Conv2d):
             kernel, size = layer.weight[0].numel(), (size - layer.kernel_size[0]) // layer.stride[0] + 1
             kept, patches = kept + layer.weight.numel(), [*patches, kernel * size * size]
-    return 20 * min(rank, width + 1) * parameters, 4 * rows * (kept + max(patches))
+    return 12 * min(rank, width + 1) * parameters, 4 * rows * (kept + max(patches))
 
 
 class GaussNewton:
@@ -542,16 +542,16 @@ def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[T
     except torch.linalg.LinAlgError:  # M is not finite
         return lambda b: b * math.nan
     smallest = floor * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    scales = torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # D^-1/2, 0 where dropped
-    factor = (vectors * scales).T @ columns.double()  # F^T
-    inner = factor @ factor.T
+    basis = vectors * torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # E D^-1/2, 0 where dropped
+    columns = columns.double()
+    inner = basis.T @ (columns @ columns.T) @ basis  # F^T F
     inner.diagonal().add_(damping)
     cholesky = torch.linalg.cholesky_ex(inner)[0]
 
     def solve(b: Tensor) -> Tensor:
-        right = b.double()[:, None]
-        small = torch.cholesky_solve(factor @ right, cholesky)
-        return ((right - factor.T @ small) / damping)[:, 0].to(b.dtype)
+        right = b.double()
+        small = basis @ torch.cholesky_solve(basis.T @ (columns @ right)[:, None], cholesky)
+        return torch.addmv(right, columns.T, small[:, 0], alpha=-1).div_(damping).to(b.dtype)
 
     return solve
 
@@ -1155,7 +1155,7 @@ def train(args: Args) -> Path:
     free = available_memory(device)
     if columns + convolutions > free:
         raise BadInput(
-            f"--nystrom-rank {args.nystrom_rank} with --follower {args.follower} takes rank x {parameters} parameters x 20 "
+            f"--nystrom-rank {args.nystrom_rank} with --follower {args.follower} takes rank x {parameters} parameters x 12 "
             f"bytes = {columns / 1e9:.2f} GB, and {convolutions / 1e9:.2f} GB for the convolutions of {rows} rows, but "
             f"{free / 1e9:.2f} GB of memory are free; lower the rank, raise num-minibatches or use --follower head"
         )
@@ -1296,7 +1296,7 @@ def train(args: Args) -> Path:
                         else:
                             b, v = exact_ihvp(curvature, u, args.damping)
                         response = jacobian.jvp(v[None]).view(len(mb_obs), -1)
-                        finite = torch.isfinite(response).all()  # if not, this step falls back to the direct gradient
+                        finite = response.sum().isfinite()  # if not, this step falls back to the direct gradient
                         z = torch.where(finite, response[:, :-1], 0.0)
                         fallbacks += ~finite
                     actor_start = time.perf_counter()

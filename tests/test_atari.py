@@ -486,16 +486,16 @@ def test_compile_without_a_compiler(script, monkeypatch):
 
 # ---- Memory of the hypergradient -------------------------------------------------------------------------------
 def test_memory_of_rank_q_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
-    """20 bytes for each of q columns and each parameter; a head's columns fit where those of the full critic do not."""
+    """12 bytes for each of q columns and each parameter; a head's columns fit where those of the full critic do not."""
     monkeypatch.undo()  # the real network
-    monkeypatch.setattr(blpo, "available_memory", lambda device: 300_000_000)
+    monkeypatch.setattr(blpo, "available_memory", lambda device: 150_000_000)
     monkeypatch.setattr(blpo, "Run", lambda *arguments: pytest.fail("the run began"))
     changes = {"run_dir": tmp_path / "runs", "ihvp": "nystrom", "nystrom_rank": 10}
     with pytest.raises(blpo.BadInput) as refusal:
         train("blpo_atari.py", follower="full", **changes)
     message = str(refusal.value)
-    assert "--nystrom-rank 10 with --follower full takes rank x 1684641 parameters x 20 bytes = 0.34 GB" in message
-    assert "0.30 GB of memory are free" in message and "--follower head" in message
+    assert "--nystrom-rank 10 with --follower full takes rank x 1684641 parameters x 12 bytes = 0.20 GB" in message
+    assert "0.15 GB of memory are free" in message and "--follower head" in message
     assert not (tmp_path / "runs").exists()
     with pytest.raises(pytest.fail.Exception, match="the run began"):
         train("blpo_atari.py", follower="head", **changes)
