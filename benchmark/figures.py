@@ -61,7 +61,7 @@ class Results:
     """What is committed of a suite's runs."""
 
     runs: dict[tuple[str, str], list[dict]]
-    """(method, environment) -> its entries of runs.json, by seed; those of jobs the suite has"""
+    """(method, environment) -> its entries of runs.json, by seed; those of jobs the suite has; wall_time_s None if untimed"""
     curves: dict[str, dict[str, np.ndarray]]
     """job -> columns global_step, wall_time_s, episodic_return, each (grid points,); nan where no episode had ended yet"""
     missing: list[str]
@@ -79,7 +79,10 @@ def load_results(suite: Suite, results: Path) -> Results:
     curves, missing = {}, []
     for job in suite.jobs():  # by seed
         if job.name in made:
-            runs.setdefault((job.method, job.environment), []).append(made.pop(job.name))
+            run = made.pop(job.name)
+            if suite.methods[job.method].untimed:
+                run["wall_time_s"] = None
+            runs.setdefault((job.method, job.environment), []).append(run)
             curves[job.name] = load_curve(folder / f"{job.name}.csv")
         else:
             missing.append(job.name)
@@ -130,9 +133,11 @@ def normalised_scores(results: Results, method: str, environments: list[str], le
 
 def time_pairs(results: Results, method: str, baseline: str, environment: str) -> np.ndarray:
     """Ratios (pairs,) of wall-clock time, method over baseline, of the runs with the same environment and seed."""
-    base = {run["seed"]: run["wall_time_s"] for run in results.runs.get((baseline, environment), [])}
-    mine = results.runs.get((method, environment), [])
-    return np.array([run["wall_time_s"] / base[run["seed"]] for run in mine if run["seed"] in base])
+    base, mine = (
+        {run["seed"]: run["wall_time_s"] for run in results.runs.get((each, environment), []) if run["wall_time_s"] is not None}
+        for each in (baseline, method)
+    )
+    return np.array([mine[seed] / base[seed] for seed in mine if seed in base])
 
 
 def time_ratio(ratios: list[np.ndarray]) -> statistics.Interval:
@@ -242,7 +247,7 @@ def return_curves(suite: Suite, results: Results, against: str = "steps") -> Fig
     for panel, environment in zip(axes, environments):
         for name in suite.methods:
             runs = results.runs.get((name, environment), [])
-            if not runs:
+            if not runs or (against == "minutes" and suite.methods[name].untimed):
                 continue
             curves = [results.curves[run["job"]] for run in runs]
             x, returns = on_steps(curves) if against == "steps" else on_minutes(curves)
@@ -384,7 +389,9 @@ def figures(suite: Suite, results: Results) -> dict[str, Figure]:
     """File name without suffix -> figure: those that the suite's kind and the runs it has allow."""
     if not results.runs:
         return {}
-    made = {"returns_steps": return_curves(suite, results), "returns_minutes": return_curves(suite, results, "minutes")}
+    made = {"returns_steps": return_curves(suite, results)}
+    if any(not suite.methods[method].untimed for method, _ in results.runs):
+        made["returns_minutes"] = return_curves(suite, results, "minutes")
     pooled = pooled_methods(suite, results)
     if is_aggregated(suite) and pooled:
         made["aggregate"] = aggregate_curves(suite, results)

@@ -228,7 +228,7 @@ def time_table(suite: Suite, results: Results) -> list[str]:
     for name, method in suite.methods.items():
         cells = [method.label]
         for each in suite.environments:
-            seconds = [run["wall_time_s"] for run in results.runs.get((name, each), [])]
+            seconds = [run["wall_time_s"] for run in results.runs.get((name, each), []) if not method.untimed]
             cell = number(float(np.median(seconds))) if seconds else "-"
             if suite.baselines and name != suite.baselines[0]:
                 cell += time_cell(results, name, suite.baselines[0], each)
@@ -238,6 +238,8 @@ def time_table(suite: Suite, results: Results) -> list[str]:
     if suite.baselines:
         label = suite.methods[suite.baselines[0]].label
         words += f"; in brackets the ratio to {label}, geometric mean over equal seeds, from 2 pairs on with 95 % interval"
+    left_out = [f"{method.label}, {method.untimed}" for method in suite.methods.values() if method.untimed]
+    words = ". ".join([words, *(["Left out: " + "; ".join(left_out)] if left_out else [])])
     return ["### Wall-clock time", "", f"{words}.", *table(["method", *suite.environments], rows)]
 
 

@@ -20,6 +20,7 @@ A suite `benchmark/suites/NAME.toml`:
     arguments = { num-minibatches = 8 }
     environments = ["Hopper-v4"]       # instead of the suite's (optional)
     seeds = [1]                        # instead of the suite's (optional)
+    untimed = "the machine was busy"   # why tables and figures leave out its wall-clock times (optional)
 
     [methods.ppo.arguments-by-environment.Hopper-v4]
     learning-rate = 1e-3               # on this environment (optional)
@@ -67,6 +68,7 @@ class Method:
     environments: tuple[str, ...]
     seeds: tuple[int, ...]
     by_environment: dict[str, dict[str, Any]] = field(default_factory=dict)
+    untimed: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ SUITE_KEYS = {
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
+    "untimed": str,
 }  # fmt: skip
 CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str}
 TYPE_NAMES = {str: "a text", list: "a list", int: "a whole number", bool: "true or false", dict: "a table"}
@@ -270,6 +273,7 @@ def load_suite(name: str, check: bool = True) -> Suite:
             own_environments,
             check_seeds(inside, entry.get("seeds", list(seeds))),
             by_environment,
+            entry.get("untimed", ""),
         )
     for key in ("baselines",):
         for method in table.get(key, []):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -63,6 +64,24 @@ def test_time_is_undecided_when_the_pairs_disagree(tmp_path):
     path.write_text(json.dumps(made))
     judged = judge(suite, tmp_path, TIME)
     assert (judged.said, judged.evidence) == ("undecided at n = 2 pairs", "ratio = 1.00 [0.50, 2.00]")
+
+
+def test_an_untimed_method_has_returns_and_no_times(tmp_path):
+    suite = make_suite(methods=4, seeds=3, claims=(TIME,))
+    busy = dataclasses.replace(suite.methods["blpo"], untimed="the machine was busy")
+    suite = dataclasses.replace(suite, methods=suite.methods | {"blpo": busy})
+    make_results(suite, tmp_path)
+    judged = judge(suite, tmp_path, TIME)
+    assert judged.said == "undecided at n = 0 pairs" and judged.missing == []
+    report.report([suite], tmp_path, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    times = text.split("### Wall-clock time")[1].split("###")[0]
+    assert "Left out: BLPO, the machine was busy." in times and "| BLPO | - | - |" in times
+    assert not re.search(r"\| BLPO \| - \| - \|", text.split("### Final return")[1].split("###")[0])
+    made = figures.figures(suite, figures.load_results(suite, tmp_path))
+    for name, there in (("returns_steps", True), ("aggregate", True), ("returns_minutes", False), ("runtime", False)):
+        labels = [each.get_text() for each in made[name].legends[0].get_texts()]
+        assert any(each.startswith("BLPO (") for each in labels) == there and len(labels) == 3 + there, name
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
