@@ -191,6 +191,22 @@ def script_loop(script, words: list[str], rollout_done: Callable[[dict[str, floa
     script.train(script.parse_args(script.Args, words))
 
 
+def with_processor_time(loop: Loop) -> Loop:
+    """The loop, whose rollouts tell their processor time as well."""
+
+    def run(rollout_done: Callable[[dict[str, float]], None]) -> None:
+        start = time.process_time()
+
+        def done(seconds: dict[str, float]) -> None:
+            nonlocal start
+            rollout_done(seconds | {"cpu": time.process_time() - start})
+            start = time.process_time()
+
+        loop(done)
+
+    return run
+
+
 class Recorder:
     """Environments that keep the actions they were sent in the list `sent`."""
 
@@ -753,6 +769,17 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerows(lines)
 
 
+def provenance(module: str) -> dict:
+    """What made the numbers of benchmark.`module`: command, commit, versions, machine, date."""
+    made_by = ppo.provenance() | {
+        "script": f"benchmark/{module}.py",
+        "command": shlex.join(["python", "-m", f"benchmark.{module}", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    del made_by["argv"]
+    return made_by
+
+
 def main(args: Args) -> None:
     if min(args.rounds, args.micro_rounds) < 1:
         sys.exit("error: --rounds and --micro-rounds must be at least 1")
@@ -762,12 +789,7 @@ def main(args: Args) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if args.quick:
         args.rounds, args.micro_rounds = 1, 2
-    made_by = ppo.provenance() | {
-        "script": "benchmark/speed.py",
-        "command": shlex.join(["python", "-m", "benchmark.speed", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    del made_by["argv"]
+    made_by = provenance("speed")
     machine = f"{made_by['cpu']}, {os.cpu_count()} cores"
     commit = f"commit {str(made_by['commit'])[:7]}{' with changes' if made_by['dirty'] else ''}"
     print(f"{machine}, {commit}")

@@ -25,14 +25,12 @@ Without --results-dir nothing is written. With it: {part}.csv and speed_atari.js
 import itertools
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -46,7 +44,9 @@ from torch import Tensor
 
 import blpo_atari as blpo
 import ppo_atari as ppo
-from benchmark.speed import Loop, Row, loops_in_turns, milliseconds, ratios, script_loop, show, write_csv
+from benchmark.speed import (
+    Loop, Row, loops_in_turns, milliseconds, provenance, ratios, script_loop, show, with_processor_time, write_csv
+)  # fmt: skip
 
 PARTS = ("loops", "followers", "layers", "solvers")
 
@@ -162,22 +162,6 @@ def reference_loop(words: list[str], threads: int, rollout_done: Callable[[dict[
         now = time.perf_counter()
         policy_time = update_start - rollout_start - env_time
         rollout_done({"env": env_time, "policy": policy_time, "update": now - update_start})
-
-
-def with_processor_time(loop: Loop) -> Loop:
-    """The loop, whose rollouts tell their processor time as well."""
-
-    def run(rollout_done: Callable[[dict[str, float]], None]) -> None:
-        start = time.process_time()
-
-        def done(seconds: dict[str, float]) -> None:
-            nonlocal start
-            rollout_done(seconds | {"cpu": time.process_time() - start})
-            start = time.process_time()
-
-        loop(done)
-
-    return run
 
 
 def cores() -> int:
@@ -311,12 +295,7 @@ def main(args: Args) -> None:
     if args.rounds < 1 or args.torch_threads < 0:
         sys.exit("error: --rounds must be at least 1 and --torch-threads at least 0")
     args.rounds = 1 if args.quick else args.rounds
-    made_by = ppo.provenance() | {
-        "script": "benchmark/speed_atari.py",
-        "command": shlex.join(["python", "-m", "benchmark.speed_atari", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    del made_by["argv"]
+    made_by = provenance("speed_atari")
     commit = f"commit {str(made_by['commit'])[:7]}{' with changes' if made_by['dirty'] else ''}"
     print(f"{made_by['cpu']}, {os.cpu_count()} cores, {cores()} usable, {commit}")
     print(f"{made_by['command']}: times on the CPU; median (lowest..highest) of the turns")

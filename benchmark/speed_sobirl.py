@@ -19,14 +19,12 @@ critics that collect gradients as well, another sample of the policy for the tem
 
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -40,7 +38,7 @@ import tyro
 from torch import Tensor
 
 import sobirl_rlhf
-from benchmark.speed import Row, loops_in_turns, ratios, show, write_csv
+from benchmark.speed import Row, loops_in_turns, provenance, ratios, script_loop, show, with_processor_time, write_csv
 
 STEPS = sobirl_rlhf.Args.num_steps  # of a turn: an iteration of the script with default arguments
 METHODS = {
@@ -120,7 +118,7 @@ def reference_loop(env_id: str, seed: int, rollout_done: Callable[[dict[str, flo
     stored_actions = np.zeros((capacity, 1, action_dim), dtype=np.float32)
     rewards, dones = (np.zeros((capacity, 1), dtype=np.float32) for _ in range(2))
     obs, _ = envs.reset(seed=seed)
-    position, step, start, cpu_start, env_time = 0, 0, time.perf_counter(), time.process_time(), 0.0
+    position, step, start, env_time = 0, 0, time.perf_counter(), 0.0
     while True:
         if step < STEPS:
             actions = np.array([envs.single_action_space.sample()])
@@ -164,24 +162,9 @@ def reference_loop(env_id: str, seed: int, rollout_done: Callable[[dict[str, flo
                 for parameter, slow in zip(source.parameters(), target.parameters()):
                     slow.data.copy_(0.005 * parameter.data + 0.995 * slow.data)
         if step % STEPS == 0:
-            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-            rollout_done({"env": env_time, "policy": 0.0, "update": seconds - env_time, "cpu": cpu})
-            start, cpu_start, env_time = time.perf_counter(), time.process_time(), 0.0
-
-
-def script_loop(words: list[str], rollout_done: Callable[[dict[str, float]], None]) -> None:
-    """The training of the script, as it is, logging included: its log entry marks the end of an iteration."""
-    log, cpu_start = sobirl_rlhf.Run.log, time.process_time()
-
-    def log_and_tell(run, global_step, metrics, *rest):
-        nonlocal cpu_start
-        log(run, global_step, metrics, *rest)
-        seconds = {name: metrics[f"time/{name}"] for name in ("env", "policy", "update")}
-        rollout_done(seconds | {"cpu": time.process_time() - cpu_start})
-        cpu_start = time.process_time()
-
-    sobirl_rlhf.Run.log = log_and_tell
-    sobirl_rlhf.train(sobirl_rlhf.parse_args(sobirl_rlhf.Args, words))
+            seconds = time.perf_counter() - start
+            rollout_done({"env": env_time, "policy": 0.0, "update": seconds - env_time})
+            start, env_time = time.perf_counter(), 0.0
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------
@@ -193,8 +176,8 @@ def measure(args: Args) -> list[Row]:
         words += ["--warmup-pairs", "3000", "--warmup-epochs", "0", "--label-budget", "1000000"]
         loops = {"reference SAC": partial(reference_loop, args.env_id, 1)}
         for method in args.methods:
-            loops[method] = partial(script_loop, [*words, *METHODS[method].split()])
-        samples = loops_in_turns(loops, args.rounds, 1)
+            loops[method] = partial(script_loop, sobirl_rlhf, [*words, *METHODS[method].split()])
+        samples = loops_in_turns({name: with_processor_time(loop) for name, loop in loops.items()}, args.rounds, 1)
     reference = samples["reference SAC"]
 
     def faster(turns: list[dict[str, float]], name: str) -> list[float]:
@@ -218,12 +201,7 @@ def main(args: Args) -> None:
     if args.rounds < 1:
         sys.exit(f"error: --rounds is {args.rounds}, it must be at least 1")
     warnings.simplefilter("ignore")
-    made_by = sobirl_rlhf.provenance() | {
-        "script": "benchmark/speed_sobirl.py",
-        "command": shlex.join(["python", "-m", "benchmark.speed_sobirl", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    del made_by["argv"]
+    made_by = provenance("speed_sobirl")
     before, start = os.getloadavg(), time.perf_counter()
     rows = measure(args)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}

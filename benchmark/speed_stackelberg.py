@@ -19,12 +19,9 @@ paper's setting, in which the guard may end a solve earlier.
 Writes speed_stackelberg.csv and speed_stackelberg.json (all samples, command, commit, versions, load).
 """
 
-import csv
 import json
 import math
 import os
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +32,7 @@ import tyro
 
 import stddpg
 import stsac
-from benchmark.speed import loops_in_turns, ratios, script_loop
+from benchmark.speed import loops_in_turns, provenance, ratios, script_loop, show, write_csv
 
 REFERENCE = "none-sequential"
 COMPETITORS = {  # name -> (words, whether conjugate gradient makes all its iterations)
@@ -92,49 +89,31 @@ def measure(script, args: Args) -> dict[str, list[dict[str, float]]]:
         return loops_in_turns(loops, args.rounds, 1)
 
 
-def spread(samples: list[float], digits: int) -> str:
-    """Median (lowest..highest)."""
-    return f"{statistics.median(samples):.{digits}f} ({min(samples):.{digits}f}..{max(samples):.{digits}f})"
-
-
 def main(args: Args) -> None:
     """Measure, print, and write if asked."""
-    modules, rows, samples = {"stddpg.py": stddpg, "stsac.py": stsac}, [], {}
-    load = [os.getloadavg()[0]]
-    for script in args.scripts:
-        seconds = measure(modules[script], args)
+    made_by, load, rows = provenance("speed_stackelberg"), [os.getloadavg()[0]], []
+    for name in args.scripts:
+        seconds = measure({"stddpg.py": stddpg, "stsac.py": stsac}[name], args)
         load.append(os.getloadavg()[0])
-        samples[script] = seconds
-        reference = [each["update"] for each in seconds[REFERENCE]]
-        whole = [each["rollout"] for each in seconds[REFERENCE]]
-        for name, turns in seconds.items():
-            update = [each["update"] for each in turns]
-            target = TARGETS[script].get(name)
-            rows.append({
-                "script": script,
-                "update": name,
-                "milliseconds": spread([1e3 * each / args.num_steps for each in update], 2),
-                "ratio": spread(ratios(update, reference), 2),
-                "target": target or "",
-                "loop": spread(ratios([each["rollout"] for each in turns], whole), 2),
-            })  # fmt: skip
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
-    print("  ".join(name.ljust(width) for name, width in widths.items()))
-    for row in rows:
-        print("  ".join(str(row[name]).ljust(width) for name, width in widths.items()))
-    print(f"{args.env_id}, {args.rounds} turns of {args.num_steps} updates, load average {load[0]:.1f} to {load[-1]:.1f}")
+        update, loop = ({key: [turn[part] for turn in turns] for key, turns in seconds.items()} for part in ("update", "rollout"))
+        rows += [
+            {
+                "script": name,
+                "update": key,
+                "ms": [1e3 * each / args.num_steps for each in update[key]],
+                "ratio": ratios(update[key], update[REFERENCE]),
+                "target": str(TARGETS[name].get(key, "-")),
+                "loop": ratios(loop[key], loop[REFERENCE]),
+            }
+            for key in seconds
+        ]
+    title = f"{args.env_id}, {args.rounds} turns of {args.num_steps} updates, load average {load[0]:.1f} to {load[-1]:.1f}"
+    show(title, rows)
     if args.results_dir is not None:
         args.results_dir.mkdir(parents=True, exist_ok=True)
-        with open(args.results_dir / "speed_stackelberg.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        made = {name: value for name, value in stddpg.provenance().items() if name not in ("script", "argv")}
-        made |= {"command": " ".join(["python", "-m", "benchmark.speed_stackelberg", *sys.argv[1:]]), "load": load}
-        stddpg.write_atomically(
-            args.results_dir / "speed_stackelberg.json",
-            lambda new: new.write_text(json.dumps(made | {"rows": rows, "samples": samples}, indent=1) + "\n"),
-        )
+        write_csv(args.results_dir / "speed_stackelberg.csv", rows)
+        content = {"provenance": made_by | {"load_average": load}, "rows": rows}
+        (args.results_dir / "speed_stackelberg.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
