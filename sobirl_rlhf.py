@@ -8,16 +8,16 @@ The leader's theta is a reward network r, the follower answers with the soft act
                                                                  eq. (12), (13)        -> implicit_term
     grad Q*(s, a), grad V*(s) = E_pi*[sum_t gamma^t grad r(s_t, a_t)], from (s, a), from s    Prop. 5.1
 
-`--reward-update` names who moves theta: sobirl -> sobirl_loss; drlhf (Christiano et al. 2017), (12) alone -> drlhf_loss; pbrl
-(Shen et al. 2024), a value penalty and a second actor -> pbrl_loss, pbrl_policy_term; hpgd (Thoma et al. 2024), (12) + (13)
-from fresh pairs and rollouts of geometric length -> hpgd_loss; ground-truth, SAC on the true reward. Controls: constant,
+`--reward-update` names who moves theta: drlhf (Christiano et al. 2017), (12) alone -> drlhf_loss; others add to it: sobirl (13)
+-> sobirl_term; hpgd (Thoma et al. 2024), (13) from rollouts of geometric length -> hpgd_term; pbrl (Shen et al. 2024),
+a value penalty, and a second actor -> pbrl_term, pbrl_policy_term; ground-truth is SAC on the true reward. Controls: constant,
 frozen, --permute-cross-entropy, --no-terminate. `--implicit` names how Prop. 5.1 is cut: one-step, as released ->
 one_step_advantages; rollouts, Stoc-SoBiRL's (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
 reward-to-go-style, a biased heuristic -> reward_to_go_advantages. SAC is CleanRL's, with both critics in one batched product.
 
-Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a baseline, and 1/alpha
-is capped; both levels see the same bounded reward; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers
-the details and the traps.
+Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a baseline; it is taken
+once for each theta that the policy answers, not in every minibatch; 1/alpha and its gradient's norm are limited; both levels
+see the same bounded reward; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers details and traps.
 
     python sobirl_rlhf.py --env-id Hopper-v4 --reward-update sobirl
 """
@@ -166,15 +166,15 @@ class Args:
     queue_size: int = 3000
     """labelled pairs kept, in [2, inf), the newest"""
     label_budget: int = 3000
-    """labels in all, in [0, inf)"""
+    """labels in all, in [0, inf); 3,000 comparisons are the paper's"""
     warmup_pairs: int = 600
     """pairs labelled in the random steps, in [0, inf)"""
     warmup_epochs: int = 50
     """passes over them by the cross-entropy alone, in [0, inf) (512 with dropout as released)"""
-    pairs_per_iteration: int = 10
-    """pairs labelled in an iteration after that, in [0, inf)"""
+    pairs_per_iteration: int | None = None
+    """labels of an iteration after that, in [0, inf); default: what is left of the budget, evenly over the run"""
     heldout_pairs: int = 64
-    """unlabelled pairs of an iteration for the logged accuracy, in [0, inf)"""
+    """unlabelled pairs of an iteration for the logged accuracy and cross-entropy, in [0, inf)"""
     teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic"] = "oracle"
     """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule; see teacher_labels"""
     teacher_temperature: float = 1.0
@@ -190,17 +190,19 @@ class Args:
     implicit: Literal["one-step", "rollouts", "reward-to-go-style"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
     implicit_pairs: Literal["newest", "queue"] = "newest"
-    """pairs that carry sobirl's implicit term: the policy's newest, as (13) demands, or the minibatch's, as released"""
+    """what carries sobirl's implicit term: the policy's newest pairs, once an iteration; or every minibatch's, as released"""
     implicit_actions: int = 2
     """actions drawn for the one-step grad V, in [1, 1024]"""
     implicit_starts: int = 0
     """environment steps before the implicit term counts, in [0, inf) (100,000 as released)"""
     max_inverse_temperature: float = 10.0
     """largest 1 / alpha in the implicit term, in (0, inf] (inf as released)"""
+    max_gradient_ratio: float = 10.0
+    """largest norm of the gradient that sobirl, hpgd or pbrl add, over the cross-entropy's, in (0, inf] (inf as released)"""
     baseline: bool = True
     """in the implicit term, take the mean of the other pairs off each cross-entropy (not in the paper)"""
-    rollouts: int = 1
-    """M, independent rollouts for each estimate of sobirl and hpgd; pbrl takes so many from the start states, in [1, 1024]"""
+    rollouts: int | None = None
+    """M, rollouts for each estimate of sobirl and hpgd, for pbrl of each actor, in [1, 1024]; default: 1, for pbrl 10"""
     rollout_length: int | None = None
     """T, steps of a rollout, in [1, 100000]; default: 10 for sobirl, 200 for pbrl; hpgd draws it"""
     pbrl_penalty: float = 1.0
@@ -324,27 +326,28 @@ class Simulator:
         self.env.set_state(qpos, np.asarray(obs[self.env.model.nq - self.hidden :], dtype=np.float64))
 
     def roll_out(
-        self, obs: Tensor | None, actions: Tensor | None, lengths: Tensor, decay: float, policy: "NumpyActor"
-    ) -> tuple[Tensor, Tensor]:
+        self, obs: Tensor | None, actions: Tensor | None, lengths: Tensor, decay: float, policy: "NumpyActor",
+        seed: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Independent rollouts (eq. 78): from observations (R, D), or from start states if None; with first actions (R, A),
-        or with the policy's own if None; of `lengths` (R,) steps, or to a termination.
+        or with the policy's own if None; of `lengths` (R,) steps, or to a termination. With a `seed`, start states and
+        noise are those of any other call with it.
 
         Returns the inputs of the reward (R, T, D+A) and their weights (R, T): decay^t, 0 after the end.
         """
         rows: list[list[np.ndarray]] = []
-        noise = torch.randn(int(lengths.sum()), *self.action_space.shape).numpy()
-        used = 0
-        for i, length in enumerate(lengths.tolist()):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        noises = torch.randn(int(lengths.sum()), *self.action_space.shape, generator=generator).split(lengths.tolist())
+        for i, noise in enumerate(noises):
             if obs is None:
-                state, _ = self.env.reset()
+                state, _ = self.env.reset(seed=None if seed is None else seed + i)
             else:
                 state = obs[i].numpy()
                 self.set(state)
             rows.append([])
-            for t in range(length):
+            for t, step_noise in enumerate(noise.numpy()):
                 state = state.astype(np.float32)
-                action = actions[i].numpy() if t == 0 and actions is not None else policy(state[None], noise[used][None])[0]
-                used += 1
+                action = actions[i].numpy() if t == 0 and actions is not None else policy(state[None], step_noise[None])[0]
                 rows[-1].append(np.concatenate([state, action]))
                 state, _, terminated, truncated, _ = self.env.step(task_actions(action, self.action_space))
                 if terminated or truncated:
@@ -595,6 +598,19 @@ def teacher_labels(
     return labels, answered
 
 
+def labels_wanted(args: Args, iteration: int, iterations: int, warmup_iterations: int) -> int:
+    """How many labels there are to be after an iteration (from 1) of so many, of which the first are random.
+
+    The warm-up's, evenly over its iterations; then `pairs_per_iteration`, or so that the last iteration spends the last of
+    the budget: the implicit term lives on labels of the policy's newest pairs to the end."""
+    warmup_pairs, learning = min(args.warmup_pairs, args.label_budget), iteration - warmup_iterations
+    if learning <= 0:
+        return warmup_pairs * iteration // warmup_iterations
+    if args.pairs_per_iteration is None:
+        return warmup_pairs + (args.label_budget - warmup_pairs) * learning // (iterations - warmup_iterations)
+    return min(args.label_budget, warmup_pairs + args.pairs_per_iteration * learning)
+
+
 class PreferenceQueue:
     """The newest `size` labelled pairs: inputs of the reward network (size, 2, L, D+A) and labels (size,)."""
 
@@ -644,22 +660,25 @@ def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.softplus(logits) - labels * logits
 
 
-def implicit_term(losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False) -> Tensor:
+def implicit_term(
+    losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False, shift: int = 0
+) -> Tensor:
     """What has the gradient l sum_h (grad Q - grad V)(s_h, a_h) / alpha (eq. 13) for each pair (P,).
 
     losses (P,) are the l, through which no gradient flows; scores (P,) the sums over both fragments of Q - V, linear in r,
     so that their derivative is the sum of grad Q - grad V. With `baseline`, l minus the mean of the others' l: at pi* the
     scores' gradient has mean 0, and the expectation stays as it is.
+    With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the baseline leaves out both. No pair
+    meets its own l, so with independent pairs the expectation at pi* is 0.
     """
     losses = losses.detach()
-    if baseline and len(losses) > 1:
-        losses = losses - (losses.sum() - losses) / (len(losses) - 1)
-    return inverse_temperature * losses * scores
-
-
-def of_other_pairs(losses: Tensor) -> Tensor:
-    """A control: every pair gets the loss (P,) of another one, the same number of places away, drawn uniformly."""
-    return losses.roll(int(torch.randint(1, max(2, len(losses)), ())))
+    taken, left = losses.roll(-shift), losses.sum() - losses
+    others = len(losses) - 1
+    if shift:
+        left, others = left - taken, others - 1
+    if baseline and others > 0:
+        taken = taken - left / others
+    return inverse_temperature * taken * scores
 
 
 def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
@@ -697,26 +716,24 @@ def drlhf_loss(losses: Tensor) -> Tensor:
     return losses.mean()
 
 
-def sobirl_loss(
-    losses: Tensor, implicit_losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False
+def sobirl_term(
+    losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False, shift: int = 0
 ) -> Tensor:
-    """SoBiRL (Algorithm 5, line 5): the gradient is (14), mean grad l (12) + mean l sum_h (grad Q - grad V) / alpha (13).
+    """What SoBiRL adds to `drlhf_loss` (Algorithm 5, line 5), so that the gradient is (14): mean grad l (12) +
+    mean l sum_h (grad Q - grad V)(s_h, a_h) / alpha (13). losses and scores (P,), see `implicit_term`."""
+    return implicit_term(losses, scores, inverse_temperature, baseline, shift).mean()
 
-    losses (P,); implicit_losses and scores (P'), of the same pairs or of others, see `implicit_term`."""
-    return losses.mean() + implicit_term(implicit_losses, scores, inverse_temperature, baseline).mean()
 
-
-def hpgd_loss(
-    losses: Tensor, implicit_losses: Tensor, advantages: Tensor, length: int, inverse_temperature: float, baseline: bool = False
+def hpgd_term(
+    losses: Tensor, advantages: Tensor, length: int, inverse_temperature: float, baseline: bool = False, shift: int = 0
 ) -> Tensor:
-    """HPGD (Thoma et al. 2024): (12) + (13) on fresh pairs of the policy's own, with unbiased rollouts.
+    """What HPGD (Thoma et al. 2024) adds to `drlhf_loss`: (13) on the policy's own pairs, with unbiased rollouts.
 
-    losses and implicit_losses (P,), the same but for a control; advantages (P, 2), Q - V at one step of each fragment, drawn
-    uniformly, which stands for all `length` of them. Rollouts have geometric length, P(T >= t) = gamma^(t/2), and weights
-    gamma^(t/2): E[sum_{t <= T} gamma^(t/2) g_t] = sum_t gamma^t g_t.
+    losses (P,); advantages (P, 2), Q - V at one step of each fragment, drawn uniformly, which stands for all `length` of
+    them. Rollouts have geometric length, P(T >= t) = gamma^(t/2), and weights gamma^(t/2): E[sum_{t <= T} gamma^(t/2) g_t] =
+    sum_t gamma^t g_t.
     """
-    scores = length * advantages.sum(1)
-    return losses.mean() + implicit_term(implicit_losses, scores, inverse_temperature, baseline).mean()
+    return implicit_term(losses, length * advantages.sum(1), inverse_temperature, baseline, shift).mean()
 
 
 def geometric_lengths(count: int, gamma: float) -> Tensor:
@@ -726,14 +743,13 @@ def geometric_lengths(count: int, gamma: float) -> Tensor:
     return 1 + (torch.rand(count, dtype=torch.float64).clamp(min=1e-300).log() / (0.5 * math.log(gamma))).long()
 
 
-def pbrl_loss(losses: Tensor, tracker_returns: Tensor, policy_returns: Tensor, penalty: float) -> Tensor:
-    """PBRL with the value penalty (Shen et al. 2024): f(theta, pi_y) + lambda p, p = V^{pi*} - V^{pi_y} >= 0, whose gradient is
-    mean grad l + lambda (E_{pi*}[sum_t gamma^t grad r] - E_{pi_y}[sum_t gamma^t grad r]).
+def pbrl_term(tracker_returns: Tensor, policy_returns: Tensor, penalty: float) -> Tensor:
+    """What PBRL (Shen et al. 2024) adds to `drlhf_loss`: the value penalty lambda p, p = V^{pi*} - V^{pi_y} >= 0, whose
+    gradient is lambda (E_{pi*}[sum_t gamma^t grad r] - E_{pi_y}[sum_t gamma^t grad r]).
 
-    losses (P,); discounted sums of r from the start states: tracker_returns (M,) of the tracker of pi*, policy_returns (M,)
-    of pi_y.
+    Discounted sums of r from the start states: tracker_returns (M,) of the tracker of pi*, policy_returns (M,) of pi_y.
     """
-    return losses.mean() + penalty * (tracker_returns.mean() - policy_returns.mean())
+    return penalty * (tracker_returns.mean() - policy_returns.mean())
 
 
 def pbrl_policy_term(losses: Tensor, logprobs: Tensor, penalty: float, gamma: float) -> Tensor:
@@ -744,6 +760,17 @@ def pbrl_policy_term(losses: Tensor, logprobs: Tensor, penalty: float, gamma: fl
     others' l is a baseline.
     """
     return (1 - gamma) * implicit_term(losses, logprobs.sum((1, 2)), 1 / penalty, baseline=True).mean()
+
+
+def limited_sum(gradients: list[Tensor], added: list[Tensor], limit: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """gradients + f added, f = min(1, limit |gradients| / |added|), with the norm over all tensors.
+
+    Returns the sum, |added| / |gradients| and f. An estimate from a handful of pairs can be a thousand times the
+    cross-entropy's gradient, and one such enters AdamW's second moments for a thousand steps.
+    """
+    norm, other = (torch.stack(torch._foreach_norm(each)).norm() for each in (gradients, added))
+    factor = (limit * norm / other).nan_to_num(1.0).clamp(max=1.0)
+    return [each + factor * more for each, more in zip(gradients, added)], other / norm, factor
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------
@@ -1169,7 +1196,8 @@ def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
 def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
     """Undiscounted returns of one episode in each of `episodes` fresh environments (seeds unlike the training's).
     Where a task has no time limit, an episode counts up to its 100,000th step."""
-    envs, *_ = make_envs(args.env_id, episodes, derived_seed(args.seed, 2**40), args.env_backend, args.env_threads)
+    seed = derived_seed(args.seed, 2**40)
+    envs, *_ = make_envs(args.env_id, episodes, seed, args.env_backend, args.env_threads, args.terminate)
     obs, _ = envs.reset()
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
     for _ in range(100_000):
@@ -1233,6 +1261,8 @@ def check_batch_shape(args: Args) -> None:
         raise BadInput("--implicit rollouts starts from the newest pairs' states; --implicit-pairs queue must be left out")
     if args.permute_cross_entropy and args.reward_update not in ("sobirl", "hpgd"):
         raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd, not for {args.reward_update}; leave it out")
+    if args.permute_cross_entropy and args.implicit_pairs == "queue":
+        raise BadInput("--permute-cross-entropy is for the newest pairs; --implicit-pairs queue must be left out")
     if (args.implicit != "one-step" or args.implicit_pairs != "newest") and args.reward_update != "sobirl":
         raise BadInput(f"--implicit and --implicit-pairs are for sobirl, not for {args.reward_update}; leave them out")
 
@@ -1275,7 +1305,8 @@ def train(args: Args) -> Path:
     learners = [SoftActorCritic(agent, args, action_dim) for agent in agents]
     agent = agents[0]
     model = RewardNetwork(obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound).to(device).eval()
-    reward_optimiser = torch.optim.AdamW(model.parameters(), args.reward_learning_rate, fused=True)
+    reward_parameters = list(model.parameters())
+    reward_optimiser = torch.optim.AdamW(reward_parameters, args.reward_learning_rate, fused=True)
     optimisers = [each for learner in learners for each in learner.optimisers] + [reward_optimiser]
     queue = PreferenceQueue(args.queue_size, args.fragment_length, obs_dim + action_dim)
     num_iterations = args.total_timesteps // batch_size
@@ -1307,6 +1338,29 @@ def train(args: Args) -> Path:
     ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
     warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
+
+    def added_term(pairs: Tensor, rollouts: list[tuple[Tensor, Tensor]], weight: float) -> tuple[Tensor, Tensor]:
+        """What sobirl, hpgd or pbrl add to the mean cross-entropy, from these pairs of the queue and these rollouts, and
+        the pairs' scores."""
+        sums = [(model(each) * weights).sum(-1) for each, weights in rollouts]  # discounted, of each rollout
+        if args.reward_update == "pbrl":
+            return pbrl_term(sums[1], sums[0], weight), torch.full((1,), math.nan)
+        pair_inputs = queue.inputs[pairs].to(device)
+        rewards = model(pair_inputs)
+        losses = cross_entropies(rewards, queue.labels[pairs].to(device))
+        shift = int(torch.randint(1, len(pairs), ())) if args.permute_cross_entropy else 0
+        if args.reward_update == "hpgd":
+            advantages = rollout_advantages(*(each.view(len(pairs), 2, -1) for each in sums))
+            return hpgd_term(losses, advantages, args.fragment_length, weight, args.baseline, shift), advantages.sum(1)
+        if args.implicit == "one-step":
+            resampled = resample_actions(agent.actor, pair_inputs, obs_dim, args.implicit_actions)
+            advantages = one_step_advantages(rewards, model(resampled))
+        elif args.implicit == "rollouts":
+            advantages = rollout_advantages(*(each.view(*rewards.shape, -1) for each in sums))
+        else:
+            advantages = reward_to_go_advantages(rewards, args.gamma)
+        scores = advantages.sum((1, 2))
+        return sobirl_term(losses, scores, weight, args.baseline, shift), scores
 
     def lower_reward(batch: Batch) -> Tensor:
         """The reward (B,) that the lower level sees; the network is in evaluation mode."""
@@ -1369,17 +1423,17 @@ def train(args: Args) -> Path:
             reward_start = time.perf_counter()
             rollout_inputs, rollout_rewards = torch.from_numpy(inputs), torch.from_numpy(true_rewards)
             windows = fragment_windows(torch.from_numpy(valid), args.fragment_length)
-            # Accuracy on pairs that nobody labels, before the network has seen a transition of this iteration.
+            # Measured on pairs that nobody labels, before the network has seen a transition of this iteration.
             heldout, heldout_rewards = draw_pairs(
                 windows, args.heldout_pairs, args.fragment_length, rollout_inputs, rollout_rewards
             )
+            heldout_labels, _ = teacher_labels(heldout_rewards, "oracle")
             rows = torch.from_numpy(valid).bool()
             with torch.no_grad():
-                heldout_accuracy = accuracy(model(heldout.to(device)).cpu(), heldout_rewards)
+                heldout_guess = model(heldout.to(device)).cpu()
                 learned_rewards = model(rollout_inputs[rows].to(device)).cpu()
-            warm_up = args.warmup_pairs * iteration // warmup_iterations - queue.added
-            due = min(args.pairs_per_iteration if learning else warm_up, args.label_budget - queue.added)
-            due = max(0, due) if args.reward_update in LEARNED else 0
+            due = max(0, labels_wanted(args, iteration, num_iterations, warmup_iterations) - queue.added)
+            due = due if args.reward_update in LEARNED else 0
             pairs, pair_rewards = draw_pairs(windows, due, args.fragment_length, rollout_inputs, rollout_rewards)
             labels, answered = teacher_labels(
                 pair_rewards, args.teacher, args.teacher_temperature, args.teacher_error, args.teacher_threshold,
@@ -1388,23 +1442,23 @@ def train(args: Args) -> Path:
             queue.push(pairs[answered], labels[answered])
             newest = (queue.added - 1 - torch.arange(min(int(answered.sum()), args.queue_size))) % args.queue_size
 
-            # ---- Upper level: rollouts for the implicit term or the penalty ------------------------------------
+            # ---- Upper level: rollouts for the term that is added to the cross-entropy --------------------------
             global_step, alpha = iteration * batch_size, float(agent.log_alpha.detach().exp())
-            inverse_temperature = min(1 / alpha, args.max_inverse_temperature)
-            if not learning or global_step <= args.implicit_starts:
-                inverse_temperature = 0.0
-            implicit = inverse_temperature > 0 and args.reward_update in ("sobirl", "hpgd")
-            on_policy = args.implicit_pairs == "newest"
+            weight = args.pbrl_penalty if args.reward_update == "pbrl" else min(1 / alpha, args.max_inverse_temperature)
+            adds = learning and args.reward_update in ("sobirl", "hpgd", "pbrl")
+            if args.reward_update != "pbrl":  # the permuted control needs a second pair
+                adds = adds and global_step > args.implicit_starts and len(newest) > int(args.permute_cross_entropy)
             rollouts: list[tuple[Tensor, Tensor]] = []
-            if simulator is not None and learning and args.reward_update == "pbrl":
-                lengths = torch.full((args.rollouts,), args.rollout_length or 200)
-                rollouts = [simulator.roll_out(None, None, lengths, args.gamma, NumpyActor(each.actor)) for each in agents]
-            elif simulator is not None and implicit and len(newest):
+            if adds and args.reward_update == "pbrl":  # both actors with the same starts and noise: equal ones have no penalty
+                lengths = torch.full((args.rollouts or 10,), args.rollout_length or 200)
+                seed = derived_seed(args.seed, 2**42 + global_step)
+                rollouts = [simulator.roll_out(None, None, lengths, args.gamma, NumpyActor(each.actor), seed) for each in agents]
+            elif adds and simulator is not None:
                 visited = queue.inputs[newest]
                 if args.reward_update == "hpgd":  # one step of each fragment
                     steps = torch.randint(args.fragment_length, visited.shape[:2])
                     visited = visited.gather(2, steps[..., None, None].expand(-1, -1, 1, visited.shape[-1]))
-                visited = visited.flatten(0, 2).repeat_interleave(args.rollouts, 0)
+                visited = visited.flatten(0, 2).repeat_interleave(args.rollouts or 1, 0)
                 for first_actions in (visited[:, obs_dim:], None):
                     lengths, decay = torch.full((len(visited),), args.rollout_length or 10), args.gamma
                     if args.reward_update == "hpgd":
@@ -1414,76 +1468,61 @@ def train(args: Args) -> Path:
             rollouts = [(each.to(device), weights.to(device)) for each, weights in rollouts]
 
             # ---- Upper level: move theta -----------------------------------------------------------------------
+            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch, so what is added
+            # counts there and nowhere else; as released, it counts in every minibatch, with that one's pairs.
             epochs = args.reward_epochs if learning else args.warmup_epochs if iteration == warmup_iterations else 0
+            epochs = epochs if len(queue) and args.reward_update in LEARNED else 0
+            minibatches = [mb for _ in range(epochs) for mb in torch.randperm(len(queue)).split(args.reward_batch_size)]
+            carriers = (minibatches if args.implicit_pairs == "queue" else [newest]) if adds else []
+            epoch_losses, scores, ratios, factors = [], [], [], []
             model.train()
-            losses = scores = torch.full((1,), math.nan)
-            for _ in range(epochs if len(queue) and args.reward_update in LEARNED else 0):
-                minibatches = torch.randperm(len(queue)).split(args.reward_batch_size)
-                if args.reward_update == "hpgd" and learning:
-                    minibatches = [newest] if len(newest) else []
-                for mb in minibatches:
-                    mb_inputs, mb_labels = queue.inputs[mb].to(device), queue.labels[mb].to(device)
-                    mb_rewards = model(mb_inputs)
-                    losses = cross_entropies(mb_rewards, mb_labels)
-                    sums = [(model(each) * weights).sum(-1) for each, weights in rollouts]  # discounted, of each rollout
-                    loss = drlhf_loss(losses)
-                    if args.reward_update == "pbrl" and learning:
-                        loss = pbrl_loss(losses, sums[1], sums[0], args.pbrl_penalty)
-                    elif args.reward_update == "hpgd" and implicit:
-                        advantages = rollout_advantages(*(each.view(len(mb), 2, args.rollouts) for each in sums))
-                        implicit_losses = of_other_pairs(losses) if args.permute_cross_entropy else losses
-                        loss = hpgd_loss(
-                            losses, implicit_losses, advantages, args.fragment_length, inverse_temperature, args.baseline
-                        )
-                    elif args.reward_update == "sobirl" and implicit and (len(newest) or not on_policy):
-                        implicit_losses = losses
-                        if on_policy:
-                            mb_inputs = queue.inputs[newest].to(device)
-                            mb_rewards = model(mb_inputs)
-                            implicit_losses = cross_entropies(mb_rewards, queue.labels[newest].to(device))
-                        if args.implicit == "one-step":
-                            resampled = resample_actions(agent.actor, mb_inputs, obs_dim, args.implicit_actions)
-                            advantages = one_step_advantages(mb_rewards, model(resampled))
-                        elif args.implicit == "rollouts":
-                            shaped = (each.view(*mb_rewards.shape, args.rollouts) for each in sums)
-                            advantages = rollout_advantages(*shaped)
-                        else:
-                            advantages = reward_to_go_advantages(mb_rewards, args.gamma)
-                        scores = advantages.sum((1, 2))
-                        if args.permute_cross_entropy:
-                            implicit_losses = of_other_pairs(implicit_losses)
-                        loss = sobirl_loss(losses, implicit_losses, scores, inverse_temperature, args.baseline)
-                    reward_optimiser.zero_grad()
-                    loss.backward()
-                    reward_optimiser.step()
+            for k, mb in enumerate(minibatches):
+                losses = cross_entropies(model(queue.inputs[mb].to(device)), queue.labels[mb].to(device))
+                gradients = torch.autograd.grad(drlhf_loss(losses), reward_parameters)
+                if k < len(carriers):
+                    term, pair_scores = added_term(carriers[k], rollouts, weight)
+                    added = torch.autograd.grad(term, reward_parameters)
+                    gradients, ratio, factor = limited_sum(gradients, added, args.max_gradient_ratio)
+                    for values, value in ((scores, pair_scores.detach()), (ratios, ratio), (factors, factor)):
+                        values.append(value)
+                for parameter, gradient in zip(reward_parameters, gradients):
+                    parameter.grad = gradient
+                reward_optimiser.step()
+                epoch_losses.append(losses.detach())
             model.eval()
             pair_inputs = pair_losses = None
-            if args.reward_update == "pbrl" and len(newest):
+            if args.reward_update == "pbrl" and learning and len(newest):
                 pair_inputs, pair_labels = queue.inputs[newest].to(device), queue.labels[newest].to(device)
                 with torch.no_grad():
                     pair_losses = cross_entropies(model(pair_inputs), pair_labels)
 
             # ---- Training: log and checkpoint ------------------------------------------------------------------
             now = time.perf_counter()
+            opinions = {
+                "bilevel/heldout_accuracy": accuracy(heldout_guess, heldout_rewards),
+                "bilevel/heldout_cross_entropy": cross_entropies(heldout_guess, heldout_labels).mean(),
+                "bilevel/reward_correlation": correlation(learned_rewards, rollout_rewards[rows]),
+                "bilevel/learned_reward": learned_rewards.mean(),
+            }
+            if args.reward_update in ("ground-truth", "constant"):  # nobody asks the network
+                opinions = dict.fromkeys(opinions, math.nan)
             names = ("losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/logprobs")
             metrics = {name: float(learners[0].statistics.get(name, torch.tensor(math.nan)).detach().mean()) for name in names}
             metrics |= {
                 "losses/alpha": alpha,
-                "losses/cross_entropy": float(losses.detach().mean()),
+                "losses/cross_entropy": float(torch.cat(epoch_losses)[-len(queue) :].mean()) if epoch_losses else math.nan,
                 "bilevel/labels": float(queue.added),
-                "bilevel/heldout_accuracy": float(heldout_accuracy),
-                "bilevel/reward_correlation": float(correlation(learned_rewards, rollout_rewards[rows])),
-                "bilevel/learned_reward": float(learned_rewards.mean()),
                 "bilevel/true_reward": float(rollout_rewards[rows].mean()),
-                "bilevel/inverse_temperature": inverse_temperature,
-                "bilevel/score_mean": float(scores.detach().mean()),
+                "bilevel/implicit_weight": weight * float(torch.stack(factors).mean()) if factors else 0.0,
+                "bilevel/implicit_ratio": float(torch.stack(ratios).mean()) if ratios else math.nan,
+                "bilevel/score_mean": float(torch.cat(scores).mean()) if scores else math.nan,
                 "bilevel/simulator_steps": float(simulator.steps if simulator else 0),
                 "time/env": env_time,
                 "time/policy": reward_start - iteration_start - env_time - update_time,
                 "time/update": now - reward_start + update_time,
                 "time/reward": now - reward_start,
             }
-            run.log(global_step, metrics, episodes)
+            run.log(global_step, metrics | {name: float(value) for name, value in opinions.items()}, episodes)
             if iteration % args.checkpoint_every == 0 or run.stop_signal or replay.spare_left < batch_size:
                 state = {
                     "replayed": replay.save(),
