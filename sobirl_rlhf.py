@@ -1514,7 +1514,7 @@ def train(args: Args) -> Path:
                 "bilevel/labels": float(queue.added),
                 "bilevel/true_reward": float(rollout_rewards[rows].mean()),
                 "bilevel/implicit_weight": weight * float(torch.stack(factors).mean()) if factors else 0.0,
-                "bilevel/implicit_ratio": float(torch.stack(ratios).mean()) if ratios else math.nan,
+                "bilevel/implicit_ratio": float(torch.stack(ratios).nanmean()) if ratios else math.nan,
                 "bilevel/score_mean": float(torch.cat(scores).mean()) if scores else math.nan,
                 "bilevel/simulator_steps": float(simulator.steps if simulator else 0),
                 "time/env": env_time,

@@ -1,5 +1,6 @@
 """sobirl_rlhf.py as a program: runs of every kind, what may influence them, run folder, replay file, resume, bad input."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -98,13 +99,19 @@ def test_a_run_of_each_kind(runs, way):
     asks = way.split()[0] in rlhf.LEARNED
     assert [float(row["bilevel/labels"]) for row in rows] == ([12, 16, 20, 24] if asks else [0] * 4)
     assert [row["losses/cross_entropy"] != "" for row in rows] == [asks] * 4
+    opinions = [f"bilevel/{name}" for name in ("heldout_accuracy", "heldout_cross_entropy", "reward_correlation", "learned_reward")]
     for row in rows:
+        if way in ("ground-truth", "constant"):  # nobody asks the network
+            assert all(row[name] == "" for name in opinions)
+            continue
+        assert float(row["bilevel/heldout_cross_entropy"]) > 0 and abs(float(row["bilevel/learned_reward"])) <= 1
         if "env_id" in WAYS[way]:  # every reward of InvertedPendulum is 1: all pairs tie
             assert row["bilevel/heldout_accuracy"] == ""
         else:
             assert 0 <= float(row["bilevel/heldout_accuracy"]) <= 1 and abs(float(row["bilevel/reward_correlation"])) <= 1
-    implicit = way.startswith(("sobirl", "hpgd"))
-    assert (float(rows[-1]["bilevel/inverse_temperature"]) > 0) and float(rows[0]["bilevel/inverse_temperature"]) == 0
+    implicit, adds = way.startswith(("sobirl", "hpgd")), way.startswith(("sobirl", "hpgd", "pbrl"))
+    assert [float(row["bilevel/implicit_weight"]) > 0 for row in rows] == [False] + [adds] * 3
+    assert [row["bilevel/implicit_ratio"] != "" for row in rows] == [False] + [adds] * 3
     assert (float(rows[-1]["bilevel/simulator_steps"]) > 0) == ("rollouts" in way or way.startswith(("hpgd", "pbrl")))
     assert implicit or rows[-1]["bilevel/score_mean"] == ""
 
@@ -141,7 +148,7 @@ def test_each_argument_of_the_algorithm_matters(tmp_path):
         {"teacher": "mistake", "teacher_error": 0.4},
         {"teacher": "equal", "teacher_threshold": 1.0}, {"teacher": "skip", "teacher_threshold": 1.0},
         {"teacher": "myopic", "teacher_gamma": 0.1}, {"implicit_actions": 3}, {"implicit_starts": 96},
-        {"max_inverse_temperature": 0.5}, {"baseline": False}, {"implicit_pairs": "queue"}, {"permute_cross_entropy": True},
+        {"max_inverse_temperature": 0.5}, {"max_gradient_ratio": 0.01}, {"baseline": False}, {"implicit_pairs": "queue"}, {"permute_cross_entropy": True},
     ]  # fmt: skip
     small = {"num_steps": 16, "total_timesteps": 4 * 32, "learning_starts": 32, "buffer_size": 60}
     found = [learned(train(run_dir=tmp_path / str(i), **small | change)) for i, change in enumerate(changes)]
@@ -153,6 +160,14 @@ def test_each_argument_of_the_algorithm_matters(tmp_path):
 def test_heldout_pairs_leave_the_number_of_labels_alone(tmp_path):
     rows = read_csv(train(run_dir=tmp_path, heldout_pairs=0) / "metrics.csv")
     assert all(row["bilevel/heldout_accuracy"] == "" for row in rows) and float(rows[-1]["bilevel/labels"]) == 24
+
+
+def test_labels_last_to_the_end(tmp_path):
+    """And with them the implicit term, which is of the newest alone."""
+    rows = read_csv(train(run_dir=tmp_path / "1", pairs_per_iteration=None, label_budget=33) / "metrics.csv")
+    assert [float(row["bilevel/labels"]) for row in rows] == [12, 19, 26, 33]
+    rows = read_csv(train(run_dir=tmp_path / "2", label_budget=14) / "metrics.csv")
+    assert [float(row["bilevel/implicit_weight"]) > 0 for row in rows] == [False, True, False, False]
 
 
 def test_the_label_budget_is_kept(tmp_path):
@@ -258,6 +273,123 @@ def test_the_reward_network_learns_in_training_mode_and_is_asked_in_evaluation_m
     assert set(asked) == {(True, True), (False, False)}
 
 
+EVENTS = {
+    "sobirl": {}, "sobirl rollouts": {}, "hpgd": {}, "pbrl": {}, "sobirl permuted": {}, "two epochs": {"reward_epochs": 2},
+    "sobirl queue": {}, "drlhf": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", EVENTS)
+def test_what_is_added_counts_once_for_each_theta_that_the_policy_answers(tmp_path, monkeypatch, way):
+    """In the first of an iteration's steps, at the weights before it; on the queue, as released, in each of them. The policy
+    stands still meanwhile, so a second time would be at a theta that it has not answered."""
+    events, thetas = [], []
+    original, step, log = rlhf.limited_sum, torch.optim.AdamW.step, rlhf.Run.log
+
+    def limited_sum(gradients, added, limit):
+        events.append("added")
+        return original(gradients, added, limit)
+
+    def stepped(optimiser, *arguments):
+        if events[-1:] != ["added"]:
+            events.append("alone")
+        events[-1] = {"added": "with", "alone": "alone"}[events[-1]]
+        return step(optimiser, *arguments)
+
+    monkeypatch.setattr(rlhf, "limited_sum", limited_sum)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    monkeypatch.setattr(rlhf.Run, "log", lambda *arguments: events.append("log") or log(*arguments))
+    train(run_dir=tmp_path, **WAYS.get(way, {}) | EVENTS[way])
+    iterations = [each.split() for each in " ".join(events).split("log")][:-1]
+    counts = [2 * 2] + [math.ceil(labels / 8) * EVENTS[way].get("reward_epochs", 1) for labels in (16, 20, 24)]  # of 12 pairs at first
+    expected = [["alone"] * counts[0]]
+    for count in counts[1:]:
+        with_term = count if way == "sobirl queue" else 0 if way == "drlhf" else 1
+        expected.append(["with"] * with_term + ["alone"] * (count - with_term))
+    assert iterations == expected
+
+
+def test_an_iteration_moves_theta_as_the_formulas_say(toy_envs, tmp_path, monkeypatch):
+    """One reward update of sobirl again by hand: an epoch of AdamW on the cross-entropy, the implicit term of the newest pairs
+    in its first minibatch, and nothing else."""
+    records, original = [], rlhf.resample_actions
+
+    def resample(actor, inputs, obs_dim, count):
+        records.append([inputs.clone(), original(actor, inputs, obs_dim, count)])
+        return records[-1][1]
+
+    monkeypatch.setattr(rlhf, "resample_actions", resample)
+    orders, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *arguments: orders.append(randperm(*arguments)) or orders[-1])
+    states, save = [], rlhf.Run.save_checkpoint
+    keep = ("reward", "optimisers", "queue", "agents")
+    monkeypatch.setattr(
+        rlhf.Run, "save_checkpoint", lambda run, state: states.append(copy.deepcopy({k: state[k] for k in keep})) or save(run, state)
+    )
+    free = {"max_gradient_ratio": math.inf, "max_inverse_temperature": math.inf, "reward_learning_rate": 1e-2}
+    train(run_dir=tmp_path, env_id="toy/Clock-v0", **free)
+    before, after = states[2], states[3]
+    inputs, labels = after["queue"]["inputs"], after["queue"]["labels"]
+    newest = torch.tensor([23, 22, 21, 20])
+    assert torch.equal(records[-1][0], inputs[newest])
+
+    def distance(carriers):
+        """How far by-hand weights are from the script's, with the implicit term in so many minibatches."""
+        model = rlhf.RewardNetwork(3, 6)
+        model.load_state_dict(before["reward"])
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+        optimiser.load_state_dict(copy.deepcopy(before["optimisers"][-1]))
+        for k, mb in enumerate(orders[-1].split(8)):
+            loss = rlhf.cross_entropies(model(inputs[mb]), labels[mb]).mean()
+            if k < carriers:
+                rewards = model(inputs[newest])
+                pair_losses = rlhf.cross_entropies(rewards, labels[newest]).detach()
+                scores = (rewards - model(records[-1][1]).mean(-1)).sum((1, 2))
+                others = (pair_losses.sum() - pair_losses) / 3
+                loss = loss + ((pair_losses - others) * scores).mean() / after["agents"][0]["log_alpha"].exp()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return max((value - after["reward"][name]).abs().max().item() for name, value in model.state_dict().items())
+
+    distances = [distance(carriers) for carriers in range(4)]
+    assert distances[1] < 1e-6 and min(distances[0], *distances[2:]) > 1e-4, distances
+
+
+def test_the_logged_cross_entropy_is_that_of_all_pairs_in_the_last_epoch(tmp_path, monkeypatch):
+    seen, original = [], rlhf.drlhf_loss
+    monkeypatch.setattr(rlhf, "drlhf_loss", lambda losses: seen.append(losses.detach()) or original(losses))
+    rows = read_csv(train(run_dir=tmp_path, reward_update="drlhf", reward_epochs=2) / "metrics.csv")
+    last = torch.cat(seen[-3:])  # 24 pairs in minibatches of 8
+    assert len(last) == 24 and float(rows[-1]["losses/cross_entropy"]) == pytest.approx(last.mean().item(), rel=1e-6)
+    last = torch.cat(seen[2:4])  # 12 pairs of the warm-up, its second epoch
+    assert len(last) == 12 and float(rows[0]["losses/cross_entropy"]) == pytest.approx(last.mean().item(), rel=1e-6)
+
+
+def test_pbrls_policy_term_is_of_the_policys_own_pairs(tmp_path, monkeypatch):
+    """Not of those of the random steps, which it did not choose."""
+    when, original = [], rlhf.pbrl_policy_term
+    log = rlhf.Run.log
+    monkeypatch.setattr(rlhf, "pbrl_policy_term", lambda *arguments: when.append("term") or original(*arguments))
+    monkeypatch.setattr(rlhf.Run, "log", lambda *arguments: when.append("log") or log(*arguments))
+    train(run_dir=tmp_path, **WAYS["pbrl"])
+    found = ["term" in part for part in " ".join(when).split("log")][:4]
+    assert found == [False, False, True, True]
+
+
+def test_pbrl_rolls_both_actors_out_with_the_same_starts_and_noise(tmp_path, monkeypatch):
+    calls, original = [], rlhf.Simulator.roll_out
+
+    def roll_out(sim, obs, actions, lengths, decay, policy, seed=None):
+        calls.append((lengths.tolist(), seed))
+        return original(sim, obs, actions, lengths, decay, policy, seed)
+
+    monkeypatch.setattr(rlhf.Simulator, "roll_out", roll_out)
+    train(run_dir=tmp_path, reward_update="pbrl", rollout_length=3)
+    assert calls[::2] == calls[1::2] and len({seed for _, seed in calls}) == 3  # three iterations learn
+    assert all(lengths == [3] * 10 for lengths, _ in calls)
+
+
 def test_constant_reward_is_that_number(tmp_path, monkeypatch):
     seen = []
     original = rlhf.critic_targets
@@ -289,6 +421,16 @@ def test_no_terminate(tmp_path, num_envs):
     changes["reward_update"] = "ground-truth"
     assert len(read_csv(train(run_dir=tmp_path / "1", **changes) / "episodes.csv")) > 2
     assert read_csv(train(run_dir=tmp_path / "2", terminate=False, **changes) / "episodes.csv") == []
+
+
+def test_evaluation_has_the_terminations_of_the_training(tmp_path, monkeypatch):
+    """A random Hopper falls within 200 steps; where falls end nothing, the time limit of 1000 does."""
+    changes = {"env_id": "Hopper-v4", "num_envs": 1, "num_steps": 64, "total_timesteps": 64, "eval_episodes": 2}
+    steps, original = [], rlhf.task_actions
+    for terminate in (True, False):
+        monkeypatch.setattr(rlhf, "task_actions", lambda *arguments: steps.append(terminate) or original(*arguments))
+        train(run_dir=tmp_path / str(terminate), reward_update="ground-truth", terminate=terminate, **changes)
+    assert steps.count(True) < 64 + 500 and steps.count(False) == 64 + 1000
 
 
 def test_saved_policy(tmp_path):
@@ -426,6 +568,7 @@ def test_every_number_states_its_interval_and_is_refused_outside(monkeypatch):
      ({"implicit": "rollouts"}, "--implicit rollouts needs a MuJoCo task"),
      ({"reward_update": "hpgd"}, "--reward-update hpgd needs a MuJoCo task"),
      ({"reward_update": "drlhf", "permute_cross_entropy": True}, "--permute-cross-entropy"),
+     ({"implicit_pairs": "queue", "permute_cross_entropy": True}, "--implicit-pairs queue must be left out"),
      ({"reward_update": "drlhf", "implicit": "rollouts"}, "--implicit and --implicit-pairs"),
      ({"reward_update": "pbrl", "implicit_pairs": "queue"}, "--implicit-pairs"), ({"terminate": False}, "--no-terminate"),
      ({"terminate": False, "env_id": PENDULUM, "num_envs": 2}, "--no-terminate"),
@@ -456,6 +599,7 @@ DIFFERS_FROM_PPO = {
     "Args", "make_envs",  # Gymnasium for one environment; terminations may be switched off
     "Agent", "check_action_space", "task_actions",  # actions squashed into a bounded box
     "load_policy", "check_batch_shape", "train",
+    "evaluate",  # with the training's terminations
 }  # fmt: skip
 
 
@@ -466,7 +610,7 @@ def test_what_the_scripts_share_is_identical():
     assert {name for name in shared if ppo_blocks.get(name) != mine[name]} == set()
     ppo, found = style.definitions("ppo_continuous.py"), style.definitions(SCRIPT)
     common = ppo.keys() & found.keys()
-    assert {"Run", "parse_args", "check_ranges", "load_checkpoint", "evaluate", "film", "rng_state"} <= common
+    assert {"Run", "parse_args", "check_ranges", "load_checkpoint", "film", "rng_state"} <= common
     assert {name for name in common if ppo[name] != found[name]} == DIFFERS_FROM_PPO
 
 

@@ -270,7 +270,7 @@ def test_sobirl_one_step(tiny, baseline):
     rewards = tiny.model(tiny.inputs)
     losses = rlhf.cross_entropies(rewards, tiny.labels)
     scores = rlhf.one_step_advantages(rewards, tiny.model(resampled)).sum((1, 2))
-    found = tiny.gradient(rlhf.sobirl_loss(losses, losses, scores, tiny.c, baseline))
+    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.sobirl_term(losses, scores, tiny.c, baseline))
     expected = implicit_by_hand(
         tiny,
         lambda i, j, h: tiny.grad_r(tiny.inputs[i, j, h]) - sum(tiny.grad_r(row) for row in resampled[i, j, h]) / 4,
@@ -289,7 +289,7 @@ def test_sobirl_rollouts(tiny):
     losses = rlhf.cross_entropies(rewards, tiny.labels)
     sums = (tiny.model(paths) * weights).sum(-1)
     scores = rlhf.rollout_advantages(*sums).sum((1, 2))
-    found = tiny.gradient(rlhf.sobirl_loss(losses, losses, scores, tiny.c))
+    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.sobirl_term(losses, scores, tiny.c))
 
     def advantage_gradient(i, j, h):
         total = 0.0
@@ -314,19 +314,18 @@ def test_reward_to_go_heuristic(tiny):
     def advantage_gradient(i, j, h):
         return to_go(i, j, h) - sum(to_go(*pair, h) for pair in itertools.product(range(PAIRS), range(2))) / (2 * PAIRS)
 
-    close(tiny.gradient(rlhf.sobirl_loss(losses, losses, scores, tiny.c)), implicit_by_hand(tiny, advantage_gradient))
+    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.sobirl_term(losses, scores, tiny.c))
+    close(found, implicit_by_hand(tiny, advantage_gradient))
 
 
-def test_the_implicit_term_of_other_pairs_than_the_explicit(tiny):
-    """The cross-entropy carries no gradient there, and the two means are over their own pairs."""
+def test_the_cross_entropy_carries_no_gradient_in_the_implicit_term(tiny):
     rewards = tiny.model(tiny.inputs)
     losses = rlhf.cross_entropies(rewards, tiny.labels)
-    scores = rewards.sum((1, 2))[2:]
-    found = tiny.gradient(rlhf.sobirl_loss(losses[:2], losses[2:], scores, tiny.c))
-    expected = sum(tiny.l_and_gradient(pair)[1] for pair in range(2)) / 2
-    for pair in (2, 3):
+    found = tiny.gradient(rlhf.sobirl_term(losses, rewards.sum((1, 2)), tiny.c))
+    expected = 0.0
+    for pair in range(PAIRS):
         score = sum(tiny.grad_r(row) for row in tiny.inputs[pair].flatten(0, 1))
-        expected = expected + tiny.c / 2 * tiny.l_and_gradient(pair)[0] * score
+        expected = expected + tiny.c / PAIRS * tiny.l_and_gradient(pair)[0] * score
     close(found, expected)
 
 
@@ -336,7 +335,7 @@ def test_hpgd(tiny):
     weights = math.sqrt(0.9) ** torch.arange(4)
     losses = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)
     sums = [(tiny.model(each) * weights).sum(-1) for each in (from_actions, from_policy)]
-    found = tiny.gradient(rlhf.hpgd_loss(losses, losses, rlhf.rollout_advantages(*sums), LENGTH, tiny.c))
+    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.hpgd_term(losses, rlhf.rollout_advantages(*sums), LENGTH, tiny.c))
     expected = 0.0
     for pair in range(PAIRS):
         value, grad = tiny.l_and_gradient(pair)
@@ -361,13 +360,33 @@ def test_geometric_lengths_make_discounted_sums_unbiased():
     assert rlhf.geometric_lengths(3, 0.0).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("scale, limit, factor", [(1e-3, 2.0, 1.0), (1e3, 2.0, None), (1e3, math.inf, 1.0), (0.0, 2.0, 1.0)])
+def test_limited_sum(scale, limit, factor):
+    """The added gradient as it is while its norm is at most `limit` of the other's; beyond, its direction with that norm."""
+    first, second = ([scale * torch.randn(3, 2), scale * torch.randn(4)] for scale in (1.0, scale))
+    total, ratio, found = rlhf.limited_sum(first, second, limit)
+    norms = [torch.cat([each.flatten() for each in gradients]).norm() for gradients in (first, second)]
+    assert ratio.item() == pytest.approx((norms[1] / norms[0]).item(), rel=1e-12)
+    expected = (limit * norms[0] / norms[1]).item() if factor is None else factor
+    assert found.item() == pytest.approx(expected, rel=1e-12) and (factor or found < 0.01)
+    for each, one, two in zip(total, first, second):
+        assert torch.allclose(each, one + expected * two, rtol=1e-12, atol=0)
+
+
+def test_nothing_is_added_to_no_gradient():
+    """Where every reward of the queue is clipped, the limit is 0."""
+    zeros, ones = [torch.zeros(3)], [torch.ones(3)]
+    assert rlhf.limited_sum(zeros, ones, 10.0)[0][0].tolist() == [0, 0, 0]
+    assert rlhf.limited_sum(zeros, zeros, 10.0)[0][0].tolist() == [0, 0, 0]
+
+
 def test_pbrl_reward_and_policy_terms(tiny):
     gamma, penalty = 0.9, 0.5
     tracker, policy = torch.randn(2, 3, 4, OBS + ACTIONS)
     weights = gamma ** torch.arange(4)
     losses = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)
     sums = [(tiny.model(each) * weights).sum(-1) for each in (tracker, policy)]
-    found = tiny.gradient(rlhf.pbrl_loss(losses, *sums, penalty))
+    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.pbrl_term(*sums, penalty))
     expected = sum(tiny.l_and_gradient(pair)[1] for pair in range(PAIRS)) / PAIRS
     for sign, paths in ((1, tracker), (-1, policy)):
         value = sum(weights[t] * tiny.grad_r(paths[k, t]) for k in range(3) for t in range(4)) / 3
@@ -487,22 +506,38 @@ def test_one_step_form_has_the_released_mean(tabular):
     close(found, implicit_terms(tabular.problem, tabular.problem.x, ())["one-step"][0], 1e-10)
 
 
-def test_permuted_cross_entropy_has_no_implicit_term_in_the_mean(tabular):
-    """The control: with l of an independent pair, E[l'] E[score] = 0, since the scores' gradient has mean 0 at pi*."""
-    scores = tabular.advantages(None).sum((1, 2))
-    losses = tabular.losses().detach()
-    mean_loss = (tabular.weights * losses).sum().expand_as(losses)
-    true = tabular.term(scores, losses)
-    assert tabular.term(scores, mean_loss).abs().max() < 1e-10 * true.abs().max()
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("pairs", [2, 3, 4])
+def test_permuted_cross_entropy_has_no_implicit_term_in_the_mean(pairs, baseline):
+    """By enumeration of all draws of so many independent pairs from a law in which l and the score are correlated: with every
+    shift the mean is 0; without one it is E[l score], with or without the baseline."""
+    probabilities, losses = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.1, 0.7, 2.0])
+    scores = torch.tensor([1.5, -2.0, 0.4])
+    scores = scores - (probabilities * scores).sum()  # mean 0, as at pi*
+    true = (probabilities * losses * scores).sum().item()
+    assert abs(true) > 0.1
+    for shift in range(pairs):
+        mean = 0.0
+        for draw in itertools.product(range(3), repeat=pairs):
+            index = torch.tensor(draw)
+            term = rlhf.sobirl_term(losses[index], scores[index], 1.0, baseline, shift)
+            mean += probabilities[index].prod().item() * term.item()
+        assert mean == pytest.approx(0.0 if shift else true, abs=1e-12), shift
 
 
-def test_no_pair_keeps_its_own_cross_entropy():
-    losses, seen = torch.arange(5.0), set()
-    for _ in range(60):
-        found = rlhf.of_other_pairs(losses)
-        assert sorted(found.tolist()) == losses.tolist() and (found != losses).all()
-        seen.add(found[0].item())
-    assert seen == {1, 2, 3, 4} and rlhf.of_other_pairs(losses[:1]).tolist() == [0]
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_shift_takes_the_cross_entropies_of_the_pairs_that_many_places_on(baseline):
+    """Row i of the matrix that makes the l into the factors of the scores."""
+    for pairs, shift in itertools.product((2, 3, 5), range(1, 5)):
+        if shift >= pairs:
+            continue
+        rows = [rlhf.implicit_term(unit, torch.ones(pairs), 1.0, baseline, shift) for unit in torch.eye(pairs)]
+        matrix = torch.stack(rows, 1)
+        for i in range(pairs):
+            taken = (i + shift) % pairs
+            expected = [-1 / (pairs - 2) if baseline and pairs > 2 else 0.0] * pairs
+            expected[i], expected[taken] = 0.0, 1.0
+            assert matrix[i].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_bias_of_the_forms(tabular, record_property):
@@ -578,6 +613,23 @@ def test_teacher_of_no_pairs():
     for rule in ("oracle", "stochastic", "mistake", "skip", "equal", "myopic"):
         labels, answered = rlhf.teacher_labels(torch.zeros(0, 2, 3), rule)
         assert len(labels) == len(answered) == 0
+
+
+def test_labels_last_to_the_end_of_the_run():
+    """Some in every iteration, the last of the budget in the last one; a number of one's own, until the budget is spent."""
+    args = rlhf.Args(label_budget=100, warmup_pairs=30)
+    wanted = [rlhf.labels_wanted(args, i, 12, 3) for i in range(13)]
+    assert wanted[:4] == [0, 10, 20, 30] and wanted[-1] == 100
+    assert set(np.diff(wanted[3:])) == {7, 8}
+    args = rlhf.Args(label_budget=100, warmup_pairs=30, pairs_per_iteration=15)
+    assert [rlhf.labels_wanted(args, i, 12, 3) for i in (1, 3, 4, 7, 8, 12)] == [10, 30, 45, 90, 100, 100]
+    for budget in (0, 20):  # less than the warm-up
+        args = rlhf.Args(label_budget=budget, warmup_pairs=30)
+        assert [rlhf.labels_wanted(args, i, 12, 3) for i in (3, 4, 12)] == [budget] * 3
+    args = rlhf.Args(total_timesteps=500_000)  # the defaults: never without new labels
+    wanted = [rlhf.labels_wanted(args, i, 250, 3) for i in range(251)]
+    assert wanted[3] == 600 and wanted[-1] == 3000 and np.diff(wanted[3:]).min() == 9
+    assert rlhf.labels_wanted(args, 3, 3, 3) == 600  # all of them random
 
 
 def test_queue_keeps_the_newest():
@@ -702,6 +754,20 @@ def test_rollouts_start_where_they_should_and_end_with_the_episode():
     assert torch.equal(again[:, 0, :4], obs) and not torch.equal(again[:, 0, 4:], first)
     fresh, _ = sim.roll_out(None, None, torch.tensor([3]), 0.9, actor)
     assert fresh[0, 0, :4].abs().max() < 0.011  # a start state
+
+
+def test_equal_policies_with_the_same_seed_have_the_same_rollouts():
+    """So that PBRL's penalty on them is 0, whatever the number of rollouts and however early they end."""
+    torch.set_default_dtype(torch.float32)
+    sim, lengths = simulator(settable=False), torch.full((4,), 40)
+    actor, other = (rlhf.relu_mlp(11, 8, 6) for _ in range(2))
+    inputs, weights = sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(actor), 7)
+    again, same_weights = sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(copy.deepcopy(actor)), 7)
+    assert torch.equal(inputs, again) and torch.equal(weights, same_weights)
+    starts = sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(other), 7)[0][:, 0]
+    assert torch.equal(starts[:, :11], inputs[:, 0, :11]) and not torch.equal(starts[:, 11:], inputs[:, 0, 11:])
+    assert len(inputs[:, 0].unique(dim=0)) == 4  # a start of its own each
+    assert not torch.equal(sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(actor), 8)[0][:, 0], inputs[:, 0])
 
 
 def test_rollout_steps_follow_the_dynamics():
