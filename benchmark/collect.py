@@ -87,9 +87,25 @@ def describe(job_folder: Path, run: Path) -> dict:
         "cores": attempts[-1].get("cores"),
         "attempts": len(job["attempts"]),
         "final_return": result["final_return"],
+        "diverged": diverged(run, result["final_return"]),
         "wall_time_s": result["wall_time_s"],
         "steps": result["global_step"],
     }
+
+
+PLAYERS = tuple(f"losses/{name}_loss" for name in ("policy", "actor", "value", "qf"))
+
+
+def diverged(run: Path, final_return: float | None) -> bool:
+    """Whether training ended with parameters that are not finite: the return, or a player's loss in the last row, is not.
+
+    The return alone does not tell: of logits that are nan argmax takes the first, and a simulator goes on with such actions.
+    """
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    losses = [rows[-1][name] for name in PLAYERS if name in rows[-1]] if rows else []
+    returned = final_return is None or math.isfinite(final_return)
+    return not returned or not all(cell and math.isfinite(float(cell)) for cell in losses)
 
 
 def blob(commit: str | None, script: str) -> str | None:

@@ -27,7 +27,9 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
 SOLID, DASHED, DOTTED, DASHDOT = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
 HATCHES = {SOLID: None, DASHED: "////", DOTTED: "....", DASHDOT: "xxxx"}
-STYLES = {  # method -> colour, dash. A new method gets a line here as soon as its figures are shown to anybody.
+# method -> colour, dash. A new method gets a line here as soon as its figures are shown to anybody. In all suites the baseline is
+# blue, its control without the leader's correction orange, the method itself green; no two methods of one suite look the same.
+STYLES = {
     "ppo": (BLUE, SOLID),
     "nested": (ORANGE, SOLID),
     "blpo": (GREEN, SOLID),
@@ -42,7 +44,43 @@ STYLES = {  # method -> colour, dash. A new method gets a line here as soon as i
     "one-step": (ORANGE, DASHED),
     "trajectory": (GREEN, DASHED),
     "reversed": (BLUE, DASHED),
+    "nested-entropy": (GREEN, DASHDOT),
+    "ppo-separate": (SKY, SOLID),
+    "blpo-cg-50": (PURPLE, DASHED),
+    "l0-trajectory": (BLUE, DOTTED),
+    "l0-constant": (BLUE, DASHDOT),
+    "l095-constant": (GREEN, DASHDOT),
+    # Stackelberg actor-critic
+    "ac-80": (BLUE, SOLID),
+    "ac-1": (BLUE, DASHED),
+    "ac-settings-80": (BLUE, DOTTED),
+    "plain-80": (ORANGE, SOLID),
+    "plain-1": (ORANGE, DASHED),
+    "stac-80": (GREEN, SOLID),
+    "stac-1": (GREEN, DASHED),
+    "stac-80-gauss-newton": (BLACK, SOLID),
+    "released-80": (VERMILION, SOLID),
+    "released-settings-80": (VERMILION, DOTTED),
+    "sequential": (BLUE, SOLID),
+    "simultaneous": (ORANGE, SOLID),
+    "actor": (GREEN, SOLID),
+    "critic": (VERMILION, SOLID),
+    "paper": (PURPLE, SOLID),
+    # SoBiRL
+    "ground-truth": (BLUE, SOLID),
+    "drlhf": (ORANGE, SOLID),
+    "sobirl": (GREEN, SOLID),
+    "pbrl": (PURPLE, SOLID),
+    "hpgd": (SKY, SOLID),
+    "sobirl-permuted": (PURPLE, DASHED),
+    "frozen": (BLACK, DASHED),
+    "ground-truth-endless": (BLUE, DOTTED),
+    "drlhf-endless": (ORANGE, DOTTED),
+    "sobirl-endless": (GREEN, DOTTED),
 }
+for name, colour in {"0": BLUE, "05": SKY, "09": ORANGE, "095": GREEN, "1": VERMILION}.items():  # lambda, with the correction and without
+    STYLES |= {f"{arm}{name}": (colour, SOLID) for arm in ("l", "both")}
+    STYLES |= {f"{arm}{name}-nested": (colour, DASHED) for arm in ("l", "both")}
 FALLBACKS = [(colour, dash) for dash in (DOTTED, DASHDOT) for colour in COLOURS]
 
 SETTINGS = {
@@ -68,6 +106,8 @@ class Results:
     """jobs of the suite without a run, in the suite's order"""
     ignored: list[str]
     """runs whose job the suite does not have any more"""
+    diverged: list[str]
+    """jobs whose parameters were not finite at the end; they count with the random policy's return, where that is known"""
 
 
 def load_results(suite: Suite, results: Path) -> Results:
@@ -76,21 +116,27 @@ def load_results(suite: Suite, results: Path) -> Results:
     path = folder / "runs.json"
     made = {run["job"]: run for run in json.loads(path.read_text())["runs"]} if path.exists() else {}
     runs: dict[tuple[str, str], list[dict]] = {}
-    curves, missing = {}, []
+    curves, missing, diverged, levels = {}, [], [], load_reference()
     for job in suite.jobs():  # by seed
         if job.name in made:
             run = made.pop(job.name)
+            if run.get("diverged"):
+                diverged.append(job.name)
+                run["final_return"] = levels.get(job.environment, {}).get("random")
             if suite.methods[job.method].untimed:
                 run["wall_time_s"] = None
             runs.setdefault((job.method, job.environment), []).append(run)
-            curves[job.name] = load_curve(folder / f"{job.name}.csv")
+            curves[job.name] = load_curve(folder / f"{job.name}.csv", run["final_return"] if run.get("diverged") else None)
         else:
             missing.append(job.name)
-    return Results(runs, curves, missing, sorted(made))
+    return Results(runs, curves, missing, sorted(made), diverged)
 
 
-def load_curve(path: Path) -> dict[str, np.ndarray]:
-    """The curve of one run, a bin without the end of an episode filled with the value before it."""
+def load_curve(path: Path, diverged_to: float | None = None) -> dict[str, np.ndarray]:
+    """The curve of one run, a bin without the end of an episode filled with the value before it.
+
+    With `diverged_to` the bins after the last finite return have that value.
+    """
     with open(path) as file:
         rows = list(csv.DictReader(file))
     columns = {}
@@ -99,6 +145,8 @@ def load_curve(path: Path) -> dict[str, np.ndarray]:
     values = columns["episodic_return"]
     last = np.maximum.accumulate(np.where(np.isnan(values), -1, np.arange(len(values))))
     columns["episodic_return"] = np.where(last < 0, math.nan, values[last])
+    if diverged_to is not None:
+        columns["episodic_return"][last.max(initial=0) + 1 :] = diverged_to
     return columns
 
 
@@ -106,6 +154,12 @@ def final_returns(results: Results, method: str, environment: str) -> np.ndarray
     """Final returns (n,) of the runs that have one: no episode may have ended in the last tenth of a run."""
     values = [run["final_return"] for run in results.runs.get((method, environment), [])]
     return np.array([value for value in values if value is not None and math.isfinite(value)])
+
+
+def training_returns(results: Results, method: str, environment: str) -> np.ndarray:
+    """Returns (n,), each the mean of a run's curve over all its steps, from its first episode's end on: how fast it learned."""
+    curves = [results.curves[run["job"]]["episodic_return"] for run in results.runs.get((method, environment), [])]
+    return np.array([np.nanmean(curve) for curve in curves if not np.isnan(curve).all()])
 
 
 def compared_environments(suite: Suite) -> list[str]:
@@ -122,8 +176,9 @@ def pooled_methods(suite: Suite, results: Results) -> list[str]:
 
 
 def is_aggregated(suite: Suite) -> bool:
-    """Whether tables and figures pool the environments."""
-    return suite.aggregate and len(compared_environments(suite)) > 1
+    """Whether tables and figures pool the environments; for that each of them needs levels in reference.json."""
+    pooled = compared_environments(suite)
+    return suite.aggregate and len(pooled) > 1 and set(pooled) <= load_reference().keys()
 
 
 def normalised_scores(results: Results, method: str, environments: list[str], levels: dict) -> list[np.ndarray]:

@@ -15,13 +15,14 @@ import numpy as np
 from benchmark import statistics
 from benchmark.figures import (
     Results, compared_environments, count, final_returns, is_aggregated, load_results, normalised_scores, pooled_methods,
-    time_pairs, time_ratio,
+    time_pairs, time_ratio, training_returns,
 )  # fmt: skip
-from benchmark.reference import load_reference
+from benchmark.reference import load_reference, normalise
 from benchmark.suites import Claim, Suite
 
 PAPER = Path(__file__).parent / "paper.json"
 MARGIN = 0.05  # normalised return that a method may lack and still be at least as good
+LEAST_FOR_ABOVE = 5  # seeds below which nothing is said to be above anything
 LEAST_FOR_IQM = 4  # runs: with fewer, nothing is cut
 FIGURES = (
     ("returns_steps", "Episodic return against environment steps; mean and 95 % interval over seeds"),
@@ -77,11 +78,16 @@ RULE = f"""A claim compares two methods, `better` and `than`, and is judged by o
 - **return**: d is the mean over the environments of the difference in mean normalised final return, `better` minus `than`,
   with its 95 % stratified bootstrap interval [low, high] over seeds. The claim **holds** (at least as good, to a margin of
   {MARGIN:g}) if low >= -{MARGIN:g}, **does not hold** if high < -{MARGIN:g}, and is **undecided** otherwise.
+- **above**: the same d. An environment is *for* the claim if the 95 % interval of its own difference lies above 0, *against* it if
+  below. The claim **holds** if low > 0 and no environment is against it, **does not hold** if high < 0 and none is for it, and is
+  **undecided** otherwise, and always with fewer than {LEAST_FOR_ABOVE} seeds.
 - **time**: the ratio of wall-clock time, `better` over `than`, geometric mean over the pairs of runs of the same environment
   and seed, with its 95 % bootstrap interval. The claim **holds** if high < 1, **does not hold** if low > 1, and is
   **undecided** otherwise.
+- A claim "over training" takes the mean return over all steps, the height of the learning curve, in place of the final one.
 - The environments are all those on which the suite runs both methods. With fewer than 2 seeds (for time: pairs) on one of them
   there is no interval, and the claim is undecided. Planned runs that are missing are named beside the verdict.
+- A run that diverged (parameters not finite at its end) counts with the random policy's return, and is named.
 
 Percentile bootstrap intervals of few seeds are too short: of two methods with normal scores they hold the true difference in
 about 70 to 80 % of the cases at 2 seeds, 80 to 90 % at 3, 90 % at 5, instead of 95 %. Read verdicts at few seeds so."""
@@ -107,8 +113,10 @@ def verdict(suite: Suite, results: Results, claim: Claim, levels: dict) -> Verdi
         numbers = [len(time_pairs(results, *pair, each)) for each in environments]
     else:
         unit, symbol, sign = "seeds", "d", True
-        numbers = [len(final_returns(results, name, each)) for each in environments for name in pair]
-    least = min(numbers, default=0)
+        returns = training_returns if claim.over == "training" else final_returns
+        scores = [[normalise(each, returns(results, name, each), levels) for each in environments] for name in pair]
+        numbers = [len(each) for each in (*scores[0], *scores[1])]
+    least, enough, grounds = min(numbers, default=0), LEAST_FOR_ABOVE if claim.measure == "above" else 2, ""
     where = listed(environments) if len(environments) <= 3 else f"{len(environments)} environments"
     n = f"{count(numbers).removeprefix('n=')} {unit}, {where}" if numbers else "no common environment"
     if least == 0:
@@ -117,14 +125,21 @@ def verdict(suite: Suite, results: Results, claim: Claim, levels: dict) -> Verdi
         interval = time_ratio([time_pairs(results, *pair, each) for each in environments])
         holds, fails = interval.high < 1, interval.low > 1
     else:
-        scores = [normalised_scores(results, name, environments, levels) for name in pair]
         interval = statistics.stratified_bootstrap(statistics.difference_of_means, *scores)
         holds, fails = interval.low >= -MARGIN, interval.high < -MARGIN
+        if claim.measure == "above" and least > 1:
+            alone = [statistics.stratified_bootstrap(statistics.difference_of_means, [mine], [base]) for mine, base in zip(*scores)]
+            against = [name for name, each in zip(environments, alone) if each.high < 0]
+            favour = [name for name, each in zip(environments, alone) if each.low > 0]
+            holds, fails = interval.low > 0 and not against, interval.high < 0 and not favour
+            if len(environments) > 1:
+                grounds = f"; for it: {listed(favour)}; against it: {listed(against)}"
     if least < 2:
         evidence = f"{symbol} = {number(interval.estimate, sign)}, no interval"
         return Verdict(f"undecided at n = {least} {unit}", evidence, n, missing)
-    said = "holds" if holds else "does not hold" if fails else f"undecided at n = {least} {unit}"
-    return Verdict(said, f"{symbol} = {bracketed(interval, sign)}", n, missing)
+    decided = "holds" if holds else "does not hold" if fails else ""
+    said = decided if decided and least >= enough else f"undecided at n = {least} {unit}"
+    return Verdict(said, f"{symbol} = {bracketed(interval, sign)}{grounds}", n, missing)
 
 
 def claims_table(suite: Suite, results: Results) -> list[str]:
@@ -135,6 +150,7 @@ def claims_table(suite: Suite, results: Results) -> list[str]:
     for claim in suite.claims:
         judged = verdict(suite, results, claim, levels)
         compared = f"{suite.methods[claim.better].label} / {suite.methods[claim.than].label}, {claim.measure}"
+        compared += " over training" if claim.over == "training" else ""
         rows.append([claim.text, compared, f"**{judged.said}**", judged.evidence, judged.n, jobs_in_words(judged.missing)])
     return ["### Claims", *table(["claim", "better / than, measure", "verdict", "evidence", "n", "missing runs"], rows)]
 
@@ -346,8 +362,10 @@ def suite_lines(suite: Suite, results_root: Path, out: Path) -> list[str]:
         run["job"]
         for group in results.runs.values()
         for run in group
-        if run["final_return"] is None or not math.isfinite(run["final_return"])
+        if (run["final_return"] is None or not math.isfinite(run["final_return"])) and run["job"] not in results.diverged
     ]
+    if results.diverged:
+        lines += [f"Diverged (parameters not finite at the end): {', '.join(results.diverged)}.", ""]
     if silent:
         lines += [f"Without a final return, since no episode ended in the last 10 % of training: {', '.join(silent)}.", ""]
     if results.ignored:

@@ -29,7 +29,8 @@ A suite `benchmark/suites/NAME.toml`:
     text = "BLPO at least as good as PPO"
     better = "blpo"
     than = "ppo"
-    measure = "return"                 # or "time", for a claim that `better` takes less wall-clock time
+    measure = "return"                 # at least as good; "above": better; "time": takes less wall-clock time
+    over = "end"                       # the return of the last 10 % of the steps; "training": of all of them
 
 Every (method, environment, seed) is a job, and a job has one name for good: ENVIRONMENT__METHOD__SEED.
 """
@@ -45,6 +46,8 @@ import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from benchmark.reference import REFERENCE, load_reference
 
 ROOT = Path(__file__).parent.parent
 SUITES = Path(__file__).parent / "suites"
@@ -79,6 +82,7 @@ class Claim:
     better: str
     than: str
     measure: str = "return"
+    over: str = "end"
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
     "untimed": str,
 }  # fmt: skip
-CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str}
+CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str, "over": str}
 TYPE_NAMES = {str: "a text", list: "a list", int: "a whole number", bool: "true or false", dict: "a table"}
 
 
@@ -286,8 +290,10 @@ def load_suite(name: str, check: bool = True) -> Suite:
         for key in ("better", "than"):
             if entry[key] not in methods:
                 raise BadSuite(f"{inside}: {key} names {entry[key]!r}, which is no method of the suite{nearest(entry[key], methods)}")
-        if entry.get("measure", "return") not in ("return", "time"):
-            raise BadSuite(f"{inside}: measure is {entry['measure']!r}, it must be \"return\" or \"time\"")
+        if entry.get("measure", "return") not in ("return", "above", "time"):
+            raise BadSuite(f"{inside}: measure is {entry['measure']!r}, it must be \"return\", \"above\" or \"time\"")
+        if entry.get("over", "end") not in ("end", "training"):
+            raise BadSuite(f"{inside}: over is {entry['over']!r}, it must be \"end\" or \"training\"")
         claims.append(Claim(**entry))
     suite = Suite(
         path.stem,
@@ -302,9 +308,26 @@ def load_suite(name: str, check: bool = True) -> Suite:
         table.get("aggregate", True),
         tuple(claims),
     )
+    check_levels(suite, where)
     if check:
         check_jobs(suite, where)
     return suite
+
+
+def check_levels(suite: Suite, where: str) -> None:
+    """Raise BadSuite if a claim of returns is made on an environment without levels: found out before the runs."""
+    needed = []
+    for claim in suite.claims:
+        if claim.measure != "time":
+            pair = suite.methods[claim.better].environments, suite.methods[claim.than].environments
+            needed += [each for each in pair[0] if each in pair[1]]
+    levels = load_reference()
+    for environment in needed:
+        if environment not in levels:
+            raise BadSuite(
+                f"{where}: claims compare returns on {environment}, which {REFERENCE.name} has no levels of to normalise them"
+                " with; add them there or leave out the claims"
+            )
 
 
 # ---- Asking the scripts ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """benchmark/: suite files, the local launcher through kills and failures, and what collect makes of run folders."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from conftest import REPO, environment, read_csv, wait_for
 
 from benchmark import __main__ as command_line
 from benchmark import launch
-from benchmark.collect import Mixed, collect
+from benchmark.collect import Mixed, collect, diverged
 from benchmark.suites import BadSuite, known_suites, load_suite
 
 SUITE = """
@@ -41,6 +42,14 @@ script = "ppo_continuous.py"
 label = "BLPO"
 script = "blpo_continuous.py"
 arguments = { chunk-length = 8, nystrom-rank = 3 }
+"""
+
+
+CLAIM = """
+[[claims]]
+text = "BLPO above PPO"
+better = "blpo"
+than = "ppo"
 """
 
 
@@ -114,6 +123,9 @@ BAD = [
     ([('baselines = ["ppo"]', 'baselines = ["sac"]')], "baselines names 'sac', which is no method of the suite"),
     ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
     ([("[arguments]", "[arguments")], "this is no TOML"),
+    ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),
+    ([(SUITE, SUITE + CLAIM + 'measure = "best"\n')], 'measure is \'best\', it must be "return", "above" or "time"'),
+    ([(SUITE, SUITE + CLAIM + 'over = "all"\n')], 'over is \'all\', it must be "end" or "training"'),
 ]
 
 
@@ -305,7 +317,25 @@ def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
             assert "bilevel/cosine" not in rows[0]
     made = content["runs"][0]
     assert made["command"].startswith("python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1") and made["commit"]
-    assert made["versions"]["torch"] and made["wall_time_s"] > 0 and made["steps"] == 1024
+    assert made["versions"]["torch"] and made["wall_time_s"] > 0 and made["steps"] == 1024 and not made["diverged"]
+
+
+@pytest.mark.parametrize(
+    ("final_return", "losses", "said"),
+    [
+        (1.0, {"policy_loss": "0.1", "value_loss": "0.2", "approx_kl": ""}, False),
+        (None, {"policy_loss": "0.1", "value_loss": "0.2"}, False),
+        (9.0, {"policy_loss": "", "value_loss": "0.2"}, True),  # argmax of logits that are nan: returns stay finite
+        (1.0, {"actor_loss": "inf", "qf_loss": "0.2"}, True),
+        (1.0, {"actor_loss": "0.1", "qf_loss": ""}, True),
+        (math.nan, {"policy_loss": "0.1", "value_loss": "0.2"}, True),
+    ],
+)
+def test_a_run_diverged_if_its_return_or_a_players_last_loss_is_not_finite(tmp_path, final_return, losses, said):
+    names, cells = zip(*((f"losses/{name}", cell) for name, cell in losses.items()))
+    table = [",".join(["global_step", *names]), ",".join(["1", *("0.5" for _ in names)]), ",".join(["2", *cells])]
+    (tmp_path / "metrics.csv").write_text("\n".join(table) + "\n")
+    assert diverged(tmp_path, final_return) == said
 
 
 def test_collect_names_what_is_missing_and_keeps_what_was_collected_before(launched, tmp_path):

@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmark import figures
-from benchmark.suites import Method, Suite
+from benchmark.suites import Method, Suite, known_suites, load_suite
 
 LABELS = {
     "ppo": "PPO", "nested": "nested control", "blpo": "BLPO", "blpo-cg": "BLPO, conjugate gradient", "authors": "released code",
@@ -123,10 +124,37 @@ def test_a_method_has_one_colour_in_all_figures_and_suites(tmp_path):
 
 
 def test_no_two_methods_of_a_suite_look_the_same():
-    names = [*figures.STYLES, *(f"unknown-{index}" for index in range(len(figures.FALLBACKS)))]
+    names = ["ppo", "nested", "blpo", *(f"unknown-{index}" for index in range(len(figures.FALLBACKS)))]
     table = {name: Method(name, name, "ppo_continuous.py", {}, ENVIRONMENTS[:1], (1,)) for name in names}
-    looks = figures.styles(dataclasses.replace(make_suite(), methods=table))
-    assert len(set(looks.values())) == len(names)
+    suites = [dataclasses.replace(make_suite(), methods=table), *(load_suite(name, check=False) for name in known_suites())]
+    for suite in suites:
+        looks = figures.styles(suite)
+        assert len(set(looks.values())) == len(suite.methods), suite.name
+
+
+def test_a_diverged_run_counts_as_a_random_policy(tmp_path):
+    suite = make_suite(environments=1)
+    make_results(suite, tmp_path)
+    name = "Hopper-v4__blpo__2"
+    path = tmp_path / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    for run in made["runs"]:
+        if run["job"] == name:
+            run |= {"diverged": True, "final_return": math.nan}
+    path.write_text(json.dumps(made))
+    table = tmp_path / suite.name / f"{name}.csv"
+    rows = list(csv.reader(table.open()))
+    for row in rows[8:]:
+        row[2] = "nan"
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    results = figures.load_results(suite, tmp_path)
+    random = LEVELS["Hopper-v4"][0]
+    assert results.diverged == [name]
+    returns = figures.final_returns(results, "blpo", "Hopper-v4")
+    assert len(returns) == 3 and returns[1] == random != returns[0]
+    curve = results.curves[name]["episodic_return"]
+    assert np.array_equal(curve[-5:], np.full(5, random)) and np.isfinite(curve[1:]).all() and curve[3] != random
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from benchmark import figures, report
 from benchmark.suites import Claim
 
 RETURN = Claim("BLPO at least as good as PPO", "blpo", "ppo")
+ABOVE = Claim("BLPO above PPO", "blpo", "ppo", "above")
 TIME = Claim("BLPO takes less time than PPO", "blpo", "ppo", "time")
 
 
@@ -43,6 +45,53 @@ def test_equal_returns_hold_and_a_loss_just_beyond_the_margin_does_not(tmp_path)
             run["final_return"] = zero + (one - zero) * (1 - loss * (run["method"] == "blpo"))
         path.write_text(json.dumps(made))
         assert judge(suite, tmp_path, RETURN).said == said
+
+
+def shifted(folder, suite, shifts: dict[str, float], seeds_apart: float = 0.01) -> None:
+    """Every run ends at the reference level, plus 0.01 of it a seed; BLPO's by as much as `shifts` says more, by environment."""
+    path = folder / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    for run in made["runs"]:
+        zero, one = (figures.load_reference()[run["environment"]][key] for key in ("random", "reference"))
+        shift = shifts.get(run["environment"], 0.0) * (run["method"] == "blpo")
+        run["final_return"] = zero + (one - zero) * (1 + shift + seeds_apart * run["seed"])
+    path.write_text(json.dumps(made))
+
+
+@pytest.mark.parametrize(
+    "seeds, hopper, cheetah, said, words",
+    [
+        (5, 0.0, 0.0, "undecided at n = 5 seeds", "for it: none; against it: none"),
+        (5, 0.2, 0.2, "holds", "for it: Hopper-v4, HalfCheetah-v4; against it: none"),
+        (5, 0.2, 0.0, "holds", "for it: Hopper-v4; against it: none"),
+        (5, 0.3, -0.1, "undecided at n = 5 seeds", "for it: Hopper-v4; against it: HalfCheetah-v4"),
+        (5, -0.2, 0.0, "does not hold", "for it: none; against it: Hopper-v4"),
+        (5, -0.3, 0.1, "undecided at n = 5 seeds", "for it: HalfCheetah-v4; against it: Hopper-v4"),
+        (4, 0.2, 0.2, "undecided at n = 4 seeds", "for it: Hopper-v4, HalfCheetah-v4"),
+    ],
+)
+def test_above_needs_an_interval_above_zero_no_task_against_it_and_five_seeds(tmp_path, seeds, hopper, cheetah, said, words):
+    suite = make_suite(seeds=seeds)
+    make_results(suite, tmp_path)
+    shifted(tmp_path, suite, {"Hopper-v4": hopper, "HalfCheetah-v4": cheetah})
+    judged = judge(suite, tmp_path, ABOVE)
+    assert judged.said == said and words in judged.evidence
+    if hopper == cheetah == 0 and seeds == 5:
+        assert judge(suite, tmp_path, RETURN).said == "holds"  # at least as good, and yet not above
+
+
+def test_a_claim_over_training_judges_the_whole_curve(tmp_path):
+    suite = make_suite(seeds=5, environments=1)
+    make_results(suite, tmp_path, noise=0.0)
+    shifted(tmp_path, suite, {"Hopper-v4": 0.2})
+    over = dataclasses.replace(ABOVE, over="training")
+    assert judge(suite, tmp_path, ABOVE).said == judge(suite, tmp_path, over).said == "holds"
+    for path in (tmp_path / suite.name).glob("*__blpo__*.csv"):  # the final returns stay
+        lines = path.read_text().splitlines()
+        cells = [line.split(",") for line in lines[1:]]
+        lines[1:] = [",".join([step, seconds, value and "0", n]) for step, seconds, value, n in cells]
+        path.write_text("\n".join(lines) + "\n")
+    assert judge(suite, tmp_path, ABOVE).said == "holds" and judge(suite, tmp_path, over).said == "does not hold"
 
 
 @pytest.mark.parametrize("slower, said", [(("ppo",), "holds"), (("blpo",), "does not hold")])
@@ -169,8 +218,21 @@ def test_a_run_without_a_final_return_is_named_and_left_out(tmp_path):
     path.write_text(json.dumps(made))
     report.report([suite], tmp_path, tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
-    assert f"no episode ended in the last 10 % of training: {made['runs'][0]['job']}." in text
+    assert f"no episode ended in the last 10 % of training: {made['runs'][0]['job']}." in text and "Diverged" not in text
     assert judge(suite, tmp_path, RETURN).n == "2-3 seeds, Hopper-v4"
+
+
+def test_a_diverged_run_is_named_and_counts(tmp_path):
+    suite = make_suite(environments=1)
+    make_results(suite, tmp_path)
+    path = tmp_path / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    made["runs"][0] |= {"final_return": math.nan, "diverged": True}
+    path.write_text(json.dumps(made))
+    report.report([suite], tmp_path, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert f"Diverged (parameters not finite at the end): {made['runs'][0]['job']}." in text and "no episode ended" not in text
+    assert judge(suite, tmp_path, RETURN).n == "3 seeds, Hopper-v4"
 
 
 def test_paper_and_reference_files_are_complete():
