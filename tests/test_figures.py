@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import figures
+from benchmark import figures, reference
 from benchmark.suites import Method, Suite, known_suites, load_suite
 
 LABELS = {
@@ -234,3 +234,15 @@ def test_plot_removes_the_figures_that_it_no_longer_draws(tmp_path):
     assert {path.name for path in (tmp_path / suite.name).iterdir() if path.suffix not in (".csv", ".json")} == {
         "notes.txt", *(path.name for path in written),
     }  # fmt: skip
+
+
+def test_the_scale_of_the_scores_is_written_only_when_asked(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "reference.json"
+    table = json.loads(reference.REFERENCE.read_text())
+    copy.write_text(json.dumps(table))
+    monkeypatch.setattr(reference, "REFERENCE", copy)
+    monkeypatch.setattr(reference, "random_returns", lambda *_: (np.array([-7.0, -9.0]), "made up"))
+    reference.measure(reference.Args(episodes=2))
+    assert json.loads(copy.read_text()) == table and "Hopper-v4 -8.0\n" in capsys.readouterr().out
+    reference.measure(reference.Args(episodes=2, write=True))
+    assert json.loads(copy.read_text())["environments"]["Hopper-v4"]["random"] == -8.0
