@@ -240,7 +240,7 @@ def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
     assert first.returncode == 143 and out.count("paused") == 2 and not err, (out, err)
     assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"interrupted"}
     second = start_launcher(path, run_dir)
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0 and out.count("(resumed)") == 2, (out, err)
     assert_complete(path, run_dir, resumed=True)
 
@@ -253,7 +253,7 @@ def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_p
     first.communicate()
     assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"running"}
     second = start_launcher(path, run_dir)
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0 and "start" not in out, (out, err)
     assert_complete(path, run_dir, resumed=False)
 
@@ -265,7 +265,7 @@ def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     for child in map(int, children):
         os.kill(child, signal.SIGKILL)
-    out, err = launcher.communicate(timeout=120)
+    out, err = launcher.communicate(timeout=300)
     assert launcher.returncode == 0 and out.count("exit status -9, once more") == 2, (out, err)
     assert_complete(path, run_dir, resumed=True)
 
