@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmark import statistics
-from benchmark.figures import Results, count, final_returns, time_pairs, time_ratio, training_returns
 from benchmark.markdown import bracketed, jobs_in_words, listed, number, table
 from benchmark.reference import load_reference, normalise
+from benchmark.scores import Results, count, final_returns, time_pairs, time_ratio, training_returns
 from benchmark.suites import Claim, Suite
 
 MARGIN = 0.05  # normalised return that a method may lack and still be at least as good

@@ -1,7 +1,7 @@
 """Which directions and which damping: the residual of a rank-10 Nystrom solve on critics from real training.
 
-    python -m benchmark.ihvp_study                                                   prints the table
-    python -m benchmark.ihvp_study --results-dir benchmark/results/ihvp_study        and writes residuals.csv, summary.md, study.json
+    python -m benchmark.ihvp_study                                                prints the table
+    python -m benchmark.ihvp_study --results-dir benchmark/results/ihvp_study     and writes residuals.csv, summary.md, study.json
 
 It captures systems from three runs of 102,400 steps, then solves them all.
 

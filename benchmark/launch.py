@@ -197,7 +197,8 @@ class Attempt:
         made_by = ppo_continuous.provenance()
         self.job["attempts"].append({
             "argv": ["python", *words], "host": os.uname().nodename, "cores": cores, "gpu_index": gpu, "start": now(),
-            "load_at_start": load(), "resumed": resume is not None, **{key: made_by[key] for key in ("commit", "dirty", "versions", "cpu", "gpu")},
+            "load_at_start": load(), "resumed": resume is not None,
+            **{key: made_by[key] for key in ("commit", "dirty", "versions", "cpu", "gpu")},
         })  # fmt: skip
         write_job(folder, self.job)
         with open(folder / "log.txt", "a") as log:

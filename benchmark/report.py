@@ -14,12 +14,12 @@ import numpy as np
 
 from benchmark import statistics
 from benchmark.claims import RULE, claims_lines, summary_lines
-from benchmark.figures import (
+from benchmark.markdown import bracketed, jobs_in_words, listed, number, table
+from benchmark.reference import load_reference
+from benchmark.scores import (
     Results, compared_environments, count, final_returns, is_aggregated, load_results, normalised_scores, pooled_methods,
     time_pairs, time_ratio,
 )  # fmt: skip
-from benchmark.markdown import bracketed, jobs_in_words, listed, number, table
-from benchmark.reference import load_reference
 from benchmark.suites import Suite
 
 PAPER = Path(__file__).parent / "paper.json"

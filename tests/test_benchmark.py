@@ -15,7 +15,7 @@ from conftest import REPO, environment, read_csv, wait_for
 from benchmark import __main__ as command_line
 from benchmark import launch
 from benchmark.collect import Mixed, blob, collect, diverged
-from benchmark.suites import BadSuite, known_suites, load_suite
+from benchmark.suites import known_suites, load_suite
 
 SUITE = """
 description = "tiny runs"

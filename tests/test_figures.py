@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import figures, reference
+from benchmark import figures, reference, scores
+from benchmark.reference import load_reference
 from benchmark.suites import Method, Suite, known_suites, load_suite
 
 LABELS = {
@@ -20,7 +21,7 @@ LABELS = {
 ENVIRONMENTS = (
     "Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Humanoid-v4", "Reacher-v4", "Pusher-v4", "InvertedDoublePendulum-v4",
 )  # fmt: skip
-LEVELS = {name: (entry["random"], entry["reference"]) for name, entry in figures.load_reference().items()}
+LEVELS = {name: (entry["random"], entry["reference"]) for name, entry in load_reference().items()}
 
 
 def make_suite(methods: int = 3, environments: int = 2, seeds: int = 3, **changes) -> Suite:
@@ -69,7 +70,7 @@ def make_results(suite: Suite, folder: Path, better=(), slower=(), leave_out=(),
 
 def drawn(suite: Suite, folder: Path) -> dict:
     """The figures of the suite's results, not saved."""
-    return figures.figures(suite, figures.load_results(suite, folder))
+    return figures.figures(suite, scores.load_results(suite, folder))
 
 
 def texts(figure) -> list[str]:
@@ -148,10 +149,10 @@ def test_a_diverged_run_counts_as_a_random_policy(tmp_path):
         row[2] = "nan"
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    results = figures.load_results(suite, tmp_path)
+    results = scores.load_results(suite, tmp_path)
     random = LEVELS["Hopper-v4"][0]
     assert results.diverged == [name]
-    returns = figures.final_returns(results, "blpo", "Hopper-v4")
+    returns = scores.final_returns(results, "blpo", "Hopper-v4")
     assert len(returns) == 3 and returns[1] == random != returns[0]
     curve = results.curves[name]["episodic_return"]
     assert np.array_equal(curve[-5:], np.full(5, random)) and np.isfinite(curve[1:]).all() and curve[3] != random
@@ -173,19 +174,19 @@ def test_small_suites_have_the_figures_that_make_sense(tmp_path, changes):
 def test_without_results_there_are_no_figures(tmp_path):
     suite = make_suite()
     assert figures.plot(suite, tmp_path) == []
-    assert figures.load_results(suite, tmp_path).missing == [job.name for job in suite.jobs()]
+    assert scores.load_results(suite, tmp_path).missing == [job.name for job in suite.jobs()]
 
 
 def test_a_method_without_runs_on_an_environment_is_not_pooled(tmp_path):
     suite = make_suite(seeds=1)
     make_results(suite, tmp_path, leave_out=("Hopper-v4__blpo__1",))
-    assert figures.pooled_methods(suite, figures.load_results(suite, tmp_path)) == ["ppo", "nested"]
+    assert scores.pooled_methods(suite, scores.load_results(suite, tmp_path)) == ["ppo", "nested"]
 
 
 def test_empty_bins_carry_the_last_value(tmp_path):
     path = tmp_path / "curve.csv"
     path.write_text("global_step,wall_time_s,episodic_return,episodes\n10,1,,0\n20,2,5.0,1\n30,3,,0\n40,4,7.0,2\n")
-    np.testing.assert_array_equal(figures.load_curve(path)["episodic_return"], [np.nan, 5, 5, 7])
+    np.testing.assert_array_equal(scores.load_curve(path)["episodic_return"], [np.nan, 5, 5, 7])
 
 
 def test_curves_share_the_steps_and_minutes_that_every_run_has():

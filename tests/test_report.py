@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_figures import ENVIRONMENTS, make_results, make_suite
 
-from benchmark import claims, figures, markdown, report, statistics
+from benchmark import claims, figures, markdown, report, scores, statistics
+from benchmark.reference import load_reference, normalise
 from benchmark.suites import Claim
 
 RETURN = Claim("BLPO at least as good as PPO", "blpo", "ppo")
@@ -38,7 +39,7 @@ def rows_of(text: str, heading: str) -> list[list[str]]:
 
 
 def judge(suite, folder, claim) -> claims.Verdict:
-    return claims.verdict(suite, figures.load_results(suite, folder), claim, figures.load_reference())
+    return claims.verdict(suite, scores.load_results(suite, folder), claim, load_reference())
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_equal_returns_hold_and_a_loss_just_beyond_the_margin_does_not(tmp_path)
     make_results(suite, tmp_path, noise=0.0)
     path = tmp_path / suite.name / "runs.json"
     made = json.loads(path.read_text())
-    zero, one = (figures.load_reference()["Hopper-v4"][key] for key in ("random", "reference"))
+    zero, one = (load_reference()["Hopper-v4"][key] for key in ("random", "reference"))
     for loss, said in ((0.0, "holds"), (0.049, "holds"), (0.051, "does not hold")):
         for run in made["runs"]:
             run["final_return"] = zero + (one - zero) * (1 - loss * (run["method"] == "blpo"))
@@ -72,7 +73,7 @@ def shifted(folder, suite, shifts: dict[str, float], seeds_apart: float = 0.01) 
     path = folder / suite.name / "runs.json"
     made = json.loads(path.read_text())
     for run in made["runs"]:
-        zero, one = (figures.load_reference()[run["environment"]][key] for key in ("random", "reference"))
+        zero, one = (load_reference()[run["environment"]][key] for key in ("random", "reference"))
         shift = shifts.get(run["environment"], 0.0) * (run["method"] == "blpo")
         run["final_return"] = zero + (one - zero) * (1 + shift + seeds_apart * run["seed"])
     path.write_text(json.dumps(made))
@@ -147,7 +148,7 @@ def test_an_untimed_method_has_returns_and_no_times(tmp_path):
     times = text.split("### Wall-clock time")[1].split("###")[0]
     assert "Left out: BLPO, the machine was busy." in times and "| BLPO | - | - |" in times
     assert not re.search(r"\| BLPO \| - \| - \|", text.split("### Final return")[1].split("###")[0])
-    made = figures.figures(suite, figures.load_results(suite, tmp_path))
+    made = figures.figures(suite, scores.load_results(suite, tmp_path))
     for name, there in (("returns_steps", True), ("aggregate", True), ("returns_minutes", False), ("runtime", False)):
         labels = [each.get_text() for each in made[name].legends[0].get_texts()]
         assert any(each.startswith("BLPO (") for each in labels) == there and len(labels) == 3 + there, name
@@ -181,8 +182,8 @@ def test_the_page_has_every_table_and_names_what_is_missing(tmp_path):
     for path in (tmp_path / "results", tmp_path):
         assert str(path) not in text
     for heading in (
-        "### Claims\n", "### Claims, each environment alone", "### Final return", "### Difference to PPO", "### Difference to nested control",
-        "### All environments together", "### Wall-clock time", "### Beside the paper", "### Figures",
+        "### Claims\n", "### Claims, each environment alone", "### Final return", "### Difference to PPO",
+        "### Difference to nested control", "### All environments together", "### Wall-clock time", "### Beside the paper", "### Figures",
         "### Where it comes from",
     ):  # fmt: skip
         assert text.count(heading) == 1, heading
@@ -190,7 +191,7 @@ def test_the_page_has_every_table_and_names_what_is_missing(tmp_path):
     assert "](../results/synthetic/returns_steps.png)" in text and "runtime.png" not in text
     assert "31 runs; seeds 1, 2, 3, 4;" in text
     assert "commits 0123456789;" in text and "a processor" in text and "torch 2.13.0" in text
-    returns = figures.final_returns(figures.load_results(suite, tmp_path / "results"), "ppo", "Hopper-v4")
+    returns = scores.final_returns(scores.load_results(suite, tmp_path / "results"), "ppo", "Hopper-v4")
     assert f"| PPO | {returns.mean():.0f} ± {np.std(returns, ddof=1):.0f} (4)<br>[" in text
 
 
@@ -214,10 +215,10 @@ def test_the_papers_returns_stand_beside_ours_where_the_task_is_the_same(tmp_pat
         methods = {name: dataclasses.replace(each, environments=(environment,)) for name, each in suite.methods.items()}
         suite = dataclasses.replace(suite, name=environment, environments=(environment,), methods=methods)
         make_results(suite, tmp_path)
-        results = figures.load_results(suite, tmp_path)
+        results = scores.load_results(suite, tmp_path)
         table = [line.split(" | ") for line in report.paper_table(suite, results) if line.startswith(f"| {environment}")]
         assert [cells[1] for cells in table] == rows
-        ours = figures.final_returns(results, "blpo", environment).mean()
+        ours = scores.final_returns(results, "blpo", environment).mean()
         assert table[-1][3:5] == (["500", f"{ours:.0f}"] if environment == "CartPole-v1" else ["-", "-"])
         assert table[-1][5] == ("1.18" if environment == "CartPole-v1" else "1.09")
 
@@ -257,13 +258,13 @@ def test_a_diverged_run_is_named_and_counts(tmp_path):
 
 
 def test_paper_and_reference_files_are_complete():
-    levels, paper = figures.load_reference(), json.loads(report.PAPER.read_text())
+    levels, paper = load_reference(), json.loads(report.PAPER.read_text())
     for environment in (*ENVIRONMENTS, "InvertedPendulum-v4", "CartPole-v1", "Acrobot-v1"):
         entry = levels[environment]
         assert entry["random"] < entry["reference"] and entry["random_source"] and entry["reference_source"]
         assert paper["final_return"][environment]
     with pytest.raises(ValueError, match="no levels of Nowhere-v0"):
-        figures.normalise("Nowhere-v0", np.zeros(1), levels)
+        normalise("Nowhere-v0", np.zeros(1), levels)
 
 
 @pytest.mark.parametrize("value, text", [(2383.4, "2383"), (41.54, "41.5"), (-0.123, "-0.12"), (-0.001, "0.00")])
