@@ -1171,7 +1171,8 @@ def train(args: Args) -> Path:
                     env_start = time.perf_counter()
                     next_obs, reward, ends, cut, _ = envs.step(task_actions(actions, action_space))
                     env_time += time.perf_counter() - env_start
-                    transition, ended = ~ended, ends | cut
+                    transition = ~ended
+                    ended = ends | cut
                     # A reset row is no transition; a time limit is no end: its final observation is bootstrapped from.
                     columns = (obs, actions, reward, next_obs, ends)
                     replay.add(*columns if transition.all() else [column[transition] for column in columns])

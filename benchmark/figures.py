@@ -8,12 +8,14 @@ import csv
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmark import statistics
@@ -101,9 +103,13 @@ class Results:
     runs: dict[tuple[str, str], list[dict]]
     """(method, environment) -> its entries of runs.json, by seed; those of jobs the suite has; wall_time_s None if untimed"""
     curves: dict[str, dict[str, np.ndarray]]
-    """job -> columns global_step, wall_time_s, episodic_return, each (grid points,); nan where no episode had ended yet"""
+    """job -> columns global_step, wall_time_s, episodic_return and diagnostics, each (grid points,); nan where there is no value"""
     missing: list[str]
     """jobs of the suite without a run, in the suite's order"""
+    failed: list[str]
+    """those of the missing jobs that ended with an error"""
+    mixed: list[str]
+    """what keeps the runs from one table, though they were collected together; each a phrase"""
     ignored: list[str]
     """runs whose job the suite does not have any more"""
     diverged: list[str]
@@ -114,7 +120,8 @@ def load_results(suite: Suite, results: Path) -> Results:
     """Read `results/SUITE/`; without that folder every job is missing."""
     folder = results / suite.name
     path = folder / "runs.json"
-    made = {run["job"]: run for run in json.loads(path.read_text())["runs"]} if path.exists() else {}
+    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    made = {run["job"]: run for run in content["runs"]}
     runs: dict[tuple[str, str], list[dict]] = {}
     curves, missing, diverged, levels = {}, [], [], load_reference()
     for job in suite.jobs():  # by seed
@@ -129,18 +136,19 @@ def load_results(suite: Suite, results: Path) -> Results:
             curves[job.name] = load_curve(folder / f"{job.name}.csv", run["final_return"] if run.get("diverged") else None)
         else:
             missing.append(job.name)
-    return Results(runs, curves, missing, sorted(made), diverged)
+    failed = [name for name in missing if name in content.get("failed", [])]
+    return Results(runs, curves, missing, failed, content.get("mixed", []), sorted(made), diverged)
 
 
 def load_curve(path: Path, diverged_to: float | None = None) -> dict[str, np.ndarray]:
-    """The curve of one run, a bin without the end of an episode filled with the value before it.
+    """The columns of one run, its curve with bins without the end of an episode filled with the value before them.
 
     With `diverged_to` the bins after the last finite return have that value.
     """
     with open(path) as file:
         rows = list(csv.DictReader(file))
     columns = {}
-    for name in ("global_step", "wall_time_s", "episodic_return"):
+    for name in rows[0]:
         columns[name] = np.array([float(row[name]) if row[name] else math.nan for row in rows])
     values = columns["episodic_return"]
     last = np.maximum.accumulate(np.where(np.isnan(values), -1, np.arange(len(values))))
@@ -237,8 +245,11 @@ def panels(number: int, width: float, height: float) -> tuple[Figure, list]:
 def add_legend(figure: Figure, handles: dict[str, object]) -> None:
     """One legend for all axes, under them, with as many columns as fit; label -> what it names. The figure grows by it."""
     width, height = figure.get_size_inches()
-    inches = 0.6 + 0.068 * max(map(len, handles))  # of the widest entry: its line, its text, the gap
-    columns = max(1, min(len(handles), int(width / inches)))
+    size = FontProperties(size=matplotlib.rcParams["legend.fontsize"]).get_size_in_points()
+    # of each entry: its line (2.6 of the font's size), its text, and what matplotlib leaves free around them (0.8 and 2)
+    inches = [(5.4 * size + TextPath((0, 0), label, size=size).get_extents().x1) / 72 for label in handles]
+    widths = {number: sum(max(column) for column in np.array_split(inches, number)) for number in range(1, len(inches) + 1)}
+    columns = max(number for number in widths if number == 1 or widths[number] <= width)
     figure.set_size_inches(width, height + 0.2 + 0.19 * math.ceil(len(handles) / columns))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=2.6)
 
@@ -326,7 +337,7 @@ def aggregate_curves(suite: Suite, results: Results) -> Figure:
 
     This and the next two figures need a method with runs on every compared environment.
     """
-    figure, (axes,) = panels(1, 5.8, 3.4)
+    figure, (axes,) = panels(1, 7.2, 3.4)
     looks, lines, levels = styles(suite), {}, load_reference()
     environments = compared_environments(suite)
     for name in pooled_methods(suite, results):
@@ -351,7 +362,7 @@ def aggregate_curves(suite: Suite, results: Results) -> Figure:
 
 def performance_profiles(suite: Suite, results: Results) -> Figure:
     """Fraction of runs with a normalised final return above tau, with interval."""
-    figure, (axes,) = panels(1, 5.8, 3.4)
+    figure, (axes,) = panels(1, 7.2, 3.4)
     looks, lines, levels = styles(suite), {}, load_reference()
     environments = compared_environments(suite)
     scores = {name: normalised_scores(results, name, environments, levels) for name in pooled_methods(suite, results)}
@@ -441,7 +452,10 @@ def runtime(suite: Suite, results: Results) -> Figure:
 
 
 def figures(suite: Suite, results: Results) -> dict[str, Figure]:
-    """File name without suffix -> figure: those that the suite's kind and the runs it has allow."""
+    """File name without suffix -> figure: those that the suite's kind and the runs it has allow, of the methods it shows."""
+    methods = {name: method for name, method in suite.methods.items() if not suite.figures or name in suite.figures}
+    suite = replace(suite, methods=methods, baselines=tuple(name for name in suite.baselines if name in methods))
+    results = replace(results, runs={key: runs for key, runs in results.runs.items() if key[0] in methods})
     if not results.runs:
         return {}
     made = {"returns_steps": return_curves(suite, results)}
@@ -464,7 +478,7 @@ def figures(suite: Suite, results: Results) -> dict[str, Figure]:
 
 
 def plot(suite: Suite, results: Path) -> list[Path]:
-    """Write every figure of the suite as PNG and PDF into `results/SUITE/`; returns the files."""
+    """Write every figure of the suite as PNG and PDF into `results/SUITE/`, remove those of earlier; returns the files."""
     written = []
     # matplotlib's defaults first, so that nobody's matplotlibrc changes a committed figure.
     with matplotlib.rc_context():
@@ -474,4 +488,6 @@ def plot(suite: Suite, results: Path) -> list[Path]:
             for suffix, metadata in (("png", PNG_METADATA), ("pdf", PDF_METADATA)):
                 written.append(results / suite.name / f"{name}.{suffix}")
                 figure.savefig(written[-1], metadata=metadata)
+    for path in {*(results / suite.name).glob("*.png"), *(results / suite.name).glob("*.pdf")} - {*written}:
+        path.unlink()
     return written

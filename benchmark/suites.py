@@ -10,6 +10,8 @@ A suite `benchmark/suites/NAME.toml`:
     workers = 1                        # at most so many runs at a time (default: as many as --workers says)
     baselines = ["ppo"]                # methods that every other one is compared with (default: none)
     aggregate = false                  # whether tables and figures pool the environments (default: true)
+    figures = ["ppo", "blpo"]          # methods that the figures show (default: all, as in the tables)
+    headline = true                    # whether its section is the first of the report (default: false)
 
     [arguments]                        # of every script, by their names on the command line
     total-timesteps = 300000
@@ -123,6 +125,8 @@ class Suite:
     baselines: tuple[str, ...]
     aggregate: bool
     claims: tuple[Claim, ...]
+    figures: tuple[str, ...] = ()
+    headline: bool = False
 
     def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
         """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
@@ -170,7 +174,7 @@ def command_words(method: Method, environment: str) -> tuple[str, ...]:
 # ---- Reading a file --------------------------------------------------------------------------------------------
 SUITE_KEYS = {
     "description": str, "environments": list, "seeds": list, "grid": int, "diagnostics": list, "workers": int,
-    "baselines": list, "aggregate": bool, "arguments": dict, "methods": dict, "claims": list,
+    "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "arguments": dict, "methods": dict, "claims": list,
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
@@ -279,7 +283,7 @@ def load_suite(name: str, check: bool = True) -> Suite:
             by_environment,
             entry.get("untimed", ""),
         )
-    for key in ("baselines",):
+    for key in ("baselines", "figures"):
         for method in table.get(key, []):
             if method not in methods:
                 raise BadSuite(f"{where}: {key} names {method!r}, which is no method of the suite{nearest(method, methods)}")
@@ -307,6 +311,8 @@ def load_suite(name: str, check: bool = True) -> Suite:
         tuple(table.get("baselines", [])),
         table.get("aggregate", True),
         tuple(claims),
+        tuple(table.get("figures", [])),
+        table.get("headline", False),
     )
     check_levels(suite, where)
     if check:

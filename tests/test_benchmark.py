@@ -14,7 +14,7 @@ from conftest import REPO, environment, read_csv, wait_for
 
 from benchmark import __main__ as command_line
 from benchmark import launch
-from benchmark.collect import Mixed, collect, diverged
+from benchmark.collect import Mixed, blob, collect, diverged
 from benchmark.suites import BadSuite, known_suites, load_suite
 
 SUITE = """
@@ -121,6 +121,8 @@ BAD = [
     ([("grid = 256", "gird = 256")], "the key 'gird' is unknown; the nearest are grid"),
     ([('label = "PPO"\n', "")], "methods.ppo: the key 'label' is missing"),
     ([('baselines = ["ppo"]', 'baselines = ["sac"]')], "baselines names 'sac', which is no method of the suite"),
+    ([("grid = 256", 'grid = 256\nfigures = ["sac"]')], "figures names 'sac', which is no method of the suite"),
+    ([("grid = 256", 'grid = 256\nheadline = "yes"')], "headline must be true or false, not 'yes'"),
     ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
     ([("[arguments]", "[arguments")], "this is no TOML"),
     ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),
@@ -294,6 +296,36 @@ def test_a_job_is_never_run_twice_at_once(tmp_path):
     assert launch.job_status(folder) == "failed"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_of_another_process_takes_a_workers_place_and_cores(tmp_path, monkeypatch, workers):
+    """As after a killed launcher: with one worker nothing is started beside its run, with two one run, on the other cores."""
+    suite = load_suite(write(tmp_path, ("[1, 2]", "[1, 2, 3]")), check=False).only(("ppo",), (), ())
+    folders = launch.prepare(suite, tmp_path / "runs")
+    cores, beside = launch.split_cores(workers), []
+    attempt = {"host": os.uname().nodename, "cores": cores[0], "resumed": False, "commit": None, "dirty": False}
+    edit_json(folders[0] / "job.json", lambda made: made["attempts"].append(attempt))
+    orphan = open(folders[0] / "lock", "w")
+    launch.fcntl.flock(orphan, launch.fcntl.LOCK_EX)
+    sleep = launch.time.sleep
+
+    def look(seconds):
+        """In place of the pause between two rounds of the launcher; the other process ends after 20."""
+        if len(beside) < 20:
+            beside.append([launch.job_status(folder) for folder in folders[1:]].count("running"))
+            if len(beside) == 20:
+                launch.fcntl.flock(orphan, launch.fcntl.LOCK_UN)
+        sleep(seconds)
+
+    monkeypatch.setattr(launch.time, "sleep", look)
+    assert launch.run_local(suite, tmp_path / "runs", workers) == 0
+    orphan.close()
+    attempts = [json.loads((folder / "job.json").read_text())["attempts"] for folder in folders]
+    assert len(attempts[0]) == 2 and all(launch.job_status(folder) == "finished" for folder in folders)
+    assert max(beside) == workers - 1
+    assert workers == 1 or attempts[1][0]["cores"] == cores[1]
+    assert all(each[-1]["load_at_start"] >= 0 and each[-1]["load_at_end"] >= 0 for each in attempts)
+
+
 # ---- Collect ---------------------------------------------------------------------------------------------------
 def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
     path, run_dir, _ = launched
@@ -402,3 +434,34 @@ def test_collect_on_the_command_line(copied, tmp_path, capsys):
     assert command_line.main(words) == 0
     assert capsys.readouterr().out == f"4 runs in {tmp_path / 'results' / 'tiny'}\n"
     assert tomllib.loads(suite.path.read_text())["seeds"] == [1, 2]
+
+
+def test_collect_records_which_missing_jobs_failed_and_how_often_a_run_was_begun(copied, tmp_path):
+    suite, run_dir = copied
+    ppo, blpo, other = (run_dir / "tiny" / f"toy_envs_Walk-v0__{name}" for name in ("ppo__1", "blpo__1", "ppo__2"))
+    for folder, code in ((ppo, 1), (blpo, 143)):  # that one was stopped and may go on
+        (run,) = launch.run_folders(folder)
+        edit_json(run / "result.json", lambda made: made.update(status="failed"))
+        edit_json(folder / "job.json", lambda made, code=code: made["attempts"][-1].update(exit_code=code))
+    edit_json(other / "job.json", lambda made: made["attempts"].insert(0, made["attempts"][0] | {"load_at_start": 99.5}))
+    content = collect(suite, run_dir, tmp_path / "results")
+    assert content["missing"] == [ppo.name, blpo.name] and content["failed"] == [ppo.name]
+    runs = {run["job"]: run for run in content["runs"]}
+    assert (runs[other.name]["attempts"], runs[other.name]["load"]) == (2, 99.5)
+    again = collect(suite, tmp_path / "nothing here", tmp_path / "results")
+    assert again["failed"] == [ppo.name] and again["runs"] == content["runs"]
+
+
+def test_collect_works_without_git_and_removes_figures_of_earlier_csv_files(copied, tmp_path, monkeypatch):
+    suite, run_dir = copied
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    for old in ("returns_steps.png", "returns_steps.pdf", "notes.txt"):
+        (folder / old).touch()
+    for path in run_dir.glob("tiny/*/job.json"):  # as if run where there was no git either
+        edit_json(path, lambda made: made["attempts"][0].update(commit=None, dirty=None))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert blob("HEAD", "ppo_continuous.py") is None
+    content = collect(suite, run_dir, tmp_path / "results")
+    assert content["mixed"] == [] and {run["commit"] for run in content["runs"]} == {None}
+    assert {path.name for path in folder.iterdir() if path.suffix != ".csv"} == {"runs.json", "notes.txt"}

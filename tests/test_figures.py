@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import figures
+from benchmark import figures, reference
 from benchmark.suites import Method, Suite, known_suites, load_suite
 
 LABELS = {
@@ -199,3 +199,50 @@ def test_curves_share_the_steps_and_minutes_that_every_run_has():
     minutes, returns = figures.on_minutes([one, other])
     assert (minutes[0], minutes[-1]) == (2.0, 3.0)
     assert returns[:, 0].tolist() == [1.0, 5.5] and returns[:, -1].tolist() == [2.0, 6.0]
+
+
+def test_a_suite_names_the_methods_that_its_figures_show(tmp_path):
+    suite = make_suite(methods=4, baselines=("nested", "ppo"), figures=("blpo", "ppo"))
+    make_results(suite, tmp_path)
+    made = drawn(suite, tmp_path)
+    assert [text.get_text() for text in made.pop("improvement").axes[0].get_yticklabels()] == ["BLPO (n=3)"]
+    for name, figure in made.items():
+        assert {text.replace(" = 1", "") for text in texts(figure)} == {"PPO (n=3)", "BLPO (n=3)"}, name
+    assert set(made) == {"returns_steps", "returns_minutes", "aggregate", "profile", "runtime"}
+
+
+def test_the_legend_stays_inside_the_figure_and_below_three_tenths_of_it(tmp_path):
+    for methods in (4, 8):
+        suite = make_suite(methods=methods, seeds=2)
+        long = dataclasses.replace(suite.methods["nested"], label="one-step leader, trajectory term")
+        suite = dataclasses.replace(suite, methods=suite.methods | {"nested": long})
+        make_results(suite, tmp_path / str(methods))
+        for name, figure in drawn(suite, tmp_path / str(methods)).items():
+            if name == "improvement":
+                continue
+            figure.draw_without_rendering()
+            box, (width, height) = figure.legends[0].get_window_extent(), figure.get_size_inches() * figure.dpi
+            assert 0 <= box.x0 and box.x1 <= width and box.height < 0.3 * height, (name, methods, box.height / height)
+
+
+def test_plot_removes_the_figures_that_it_no_longer_draws(tmp_path):
+    suite = make_suite(methods=2, seeds=2, environments=1)
+    make_results(suite, tmp_path)
+    for old in ("profile.png", "profile.pdf", "notes.txt"):
+        (tmp_path / suite.name / old).touch()
+    written = figures.plot(suite, tmp_path)
+    assert {path.name for path in (tmp_path / suite.name).iterdir() if path.suffix not in (".csv", ".json")} == {
+        "notes.txt", *(path.name for path in written),
+    }  # fmt: skip
+
+
+def test_the_scale_of_the_scores_is_written_only_when_asked(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "reference.json"
+    table = json.loads(reference.REFERENCE.read_text())
+    copy.write_text(json.dumps(table))
+    monkeypatch.setattr(reference, "REFERENCE", copy)
+    monkeypatch.setattr(reference, "random_returns", lambda *_: (np.array([-7.0, -9.0]), "made up"))
+    reference.measure(reference.Args(episodes=2))
+    assert json.loads(copy.read_text()) == table and "Hopper-v4 -8.0\n" in capsys.readouterr().out
+    reference.measure(reference.Args(episodes=2, write=True))
+    assert json.loads(copy.read_text())["environments"]["Hopper-v4"]["random"] == -8.0
