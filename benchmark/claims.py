@@ -126,7 +126,9 @@ def summary_lines(judged: Iterable[tuple[Suite, Results]]) -> list[str]:
         for claim in suite.claims:
             said = verdict(suite, results, claim, levels)
             rows.append([link, claim.text, f"**{said.said}**", said.evidence, said.n])
-    lines = ["## Verdicts", *table(["suite", "claim", "verdict", "evidence", "n"], rows)] if rows else []
+    if not rows:
+        return []
+    lines = ["## Verdicts", *table(["suite", "claim", "verdict", "evidence", "n"], rows)]
     return lines + ([f"Suites without a claim: {', '.join(without)}.", ""] if without else [])
 
 

@@ -345,7 +345,14 @@ def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None
     todo = deque(folder for folder in folders if finished_run(folder) is None)
     elsewhere: deque[Path] = deque()
     cores, gpus = split_cores(workers), visible_gpus()
-    others = sum(cores_in_use(folder) is not None for folder in todo)
+
+    def used_by_others() -> list[set[int]]:
+        """The cores of each run of the suite, chosen here or not, that another process has on this machine."""
+        mine = {each.folder for each in state.running.values()}
+        folders = {path.parent for path in (run_dir / suite.name).glob("*/lock")} - mine
+        return [used for folder in folders if (used := cores_in_use(folder)) is not None]
+
+    others = len(used_by_others())
     places = f"{workers} at a time" + (f" with the {others} that another process runs" if others else "")
     console.print(f"{suite.name}: {len(folders)} jobs, {len(folders) - len(todo)} finished, {places}, in {run_dir}")
 
@@ -355,9 +362,8 @@ def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None
             each.terminate()  # at the second signal the script stops at once
 
     def free_workers() -> list[int]:
-        """Those without a run, less one for each run of the suite that another process has on this machine; the workers whose
-        cores such a run uses come last."""
-        used = [theirs for folder in (*todo, *elsewhere) if (theirs := cores_in_use(folder)) is not None]
+        """Those without a run, less one for each run of another process; the workers whose cores such a run uses come last."""
+        used = used_by_others()
         free = [worker for worker in range(workers) if worker not in state.running]
         free.sort(key=lambda worker: len(set().union(*used).intersection(cores[worker] or ())))
         return free[: max(0, workers - len(state.running) - len(used))]

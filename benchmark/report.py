@@ -292,8 +292,8 @@ def provenance(suite: Suite, results: Results) -> list[str]:
     again = [run["job"] for run in runs if run.get("attempts", 1) > 1]
     if again:
         lines += [
-            f"{len(again)} runs took more than one attempt: they were interrupted and went on from their last checkpoint (or anew, "
-            "without one) in new episodes. Their wall-clock time is that of the steps that count, without those that were lost: "
+            f"In more than one attempt: {len(again)} of the runs. Each was interrupted or failed and went on in new episodes from its "
+            "last checkpoint, without one anew; its wall-clock time is that of the steps that count, without those that were lost: "
             f"{jobs_in_words(again)}."
         ]
     returned = {run["job"] for run in runs if run["final_return"] is not None and math.isfinite(run["final_return"])}

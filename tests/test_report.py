@@ -316,7 +316,7 @@ def test_runs_collected_together_though_mixed_are_disclosed_with_the_commit_of_e
     assert "Commit 0123456789: PPO; nested control.\n" in text and "Commit fedcba9876+: BLPO.\n" in text
     assert "**Mixed** (`--allow-mixed`): the commits 0123456789, fedcba9876.\n" in text
     assert "load average at their starts and ends at most 1.3;" in text
-    assert "1 runs took more than one attempt" in text and ": Hopper-v4: ppo (1).\n" in text
+    assert "In more than one attempt: 1 of the runs." in text and ": Hopper-v4: ppo (1).\n" in text
 
 
 def test_runs_made_without_git_are_reported(tmp_path):
