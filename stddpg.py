@@ -1,4 +1,4 @@
-"""DDPG and STDDPG: Stackelberg deep deterministic policy gradient (Zheng et al. 2021, arXiv:2109.12286), off-policy.
+"""DDPG and STDDPG: Stackelberg deep deterministic policy gradient (Zheng et al. 2022, arXiv:2109.12286), off-policy.
 
 Actor theta (policy mu) and critic omega (Q, with a slow target Q') minimise, on a minibatch (s, a, r, s', terminated),
 

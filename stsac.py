@@ -1,4 +1,4 @@
-"""SAC and STSAC: Stackelberg soft actor-critic (Zheng et al. 2021, arXiv:2109.12286), off-policy.
+"""SAC and STSAC: Stackelberg soft actor-critic (Zheng et al. 2022, arXiv:2109.12286), off-policy.
 
 `stddpg.py` with a stochastic actor a = tanh(mean + std noise), two critics and an entropy term of the fixed weight eta:
 

@@ -134,6 +134,9 @@ def aggregate_table(suite: Suite, results: Results) -> list[str]:
 
 def time_table(suite: Suite, results: Results) -> list[str]:
     """Median wall-clock seconds, and the ratio to the first baseline."""
+    reasons = {method.untimed for method in suite.methods.values()}
+    if "" not in reasons:
+        return ["### Wall-clock time", "", f"Not shown: {'; '.join(sorted(reasons))}.", ""]
     rows = []
     for name, method in suite.methods.items():
         cells = [method.label]

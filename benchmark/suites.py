@@ -12,6 +12,7 @@ A suite `benchmark/suites/NAME.toml`:
     aggregate = false                  # whether tables and figures pool the environments (default: true)
     figures = ["ppo", "blpo"]          # methods that the figures show (default: all, as in the tables)
     headline = true                    # whether its section is the first of the report (default: false)
+    untimed = "the machine was busy"   # why tables and figures leave out the wall-clock times (default: they do not)
 
     [arguments]                        # of every script, by their names on the command line
     total-timesteps = 300000
@@ -22,7 +23,7 @@ A suite `benchmark/suites/NAME.toml`:
     arguments = { num-minibatches = 8 }
     environments = ["Hopper-v4"]       # instead of the suite's (optional)
     seeds = [1]                        # instead of the suite's (optional)
-    untimed = "the machine was busy"   # why tables and figures leave out its wall-clock times (optional)
+    untimed = "it shared its cores"    # why tables and figures leave out this method's times (optional)
 
     [methods.ppo.arguments-by-environment.Hopper-v4]
     learning-rate = 1e-3               # on this environment (optional)
@@ -174,7 +175,8 @@ def command_words(method: Method, environment: str) -> tuple[str, ...]:
 # ---- Reading a file --------------------------------------------------------------------------------------------
 SUITE_KEYS = {
     "description": str, "environments": list, "seeds": list, "grid": int, "diagnostics": list, "workers": int,
-    "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "arguments": dict, "methods": dict, "claims": list,
+    "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "untimed": str, "arguments": dict,
+    "methods": dict, "claims": list,
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
@@ -281,7 +283,7 @@ def load_suite(name: str, check: bool = True) -> Suite:
             own_environments,
             check_seeds(inside, entry.get("seeds", list(seeds))),
             by_environment,
-            entry.get("untimed", ""),
+            entry.get("untimed", table.get("untimed", "")),
         )
     for key in ("baselines", "figures"):
         for method in table.get(key, []):

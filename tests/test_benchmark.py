@@ -95,6 +95,11 @@ def test_a_method_may_have_its_own_seeds_environments_and_arguments_by_environme
     assert not any("--no-norm-adv" in job.command for job in suite.jobs() if job.method == "blpo")
 
 
+def test_a_suite_or_a_method_may_be_untimed(tmp_path):
+    suite = load_suite(write(tmp_path, ("grid = 256", 'grid = 256\nuntimed = "busy"'), ('label = "PPO"', 'label = "PPO"\nuntimed = "shared"')))
+    assert (suite.methods["ppo"].untimed, suite.methods["blpo"].untimed) == ("shared", "busy")
+
+
 def test_a_part_of_a_suite_can_be_chosen(tmp_path, capsys):
     suite = load_suite(write(tmp_path))
     assert [(job.method, job.seed) for job in suite.only(("blpo",), (), (2,)).jobs()] == [("blpo", 2)]

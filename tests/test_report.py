@@ -154,6 +154,17 @@ def test_an_untimed_method_has_returns_and_no_times(tmp_path):
         assert any(each.startswith("BLPO (") for each in labels) == there and len(labels) == 3 + there, name
 
 
+def test_a_suite_without_times_says_why_and_draws_none(tmp_path):
+    suite = make_suite(seeds=2)
+    methods = {name: dataclasses.replace(each, untimed="the machine was busy") for name, each in suite.methods.items()}
+    suite = dataclasses.replace(suite, methods=methods)
+    make_results(suite, tmp_path)
+    report.report([suite], tmp_path, tmp_path / "results.md")
+    times = (tmp_path / "results.md").read_text().split("### Wall-clock time")[1].split("###")[0]
+    assert times.strip() == "Not shown: the machine was busy."
+    assert not {"returns_minutes", "runtime"} & figures.figures(suite, figures.load_results(suite, tmp_path)).keys()
+
+
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     suite = make_suite(seeds=1, claims=(RETURN, TIME))
     make_results(suite, tmp_path, better=("blpo",), slower=("ppo",))
