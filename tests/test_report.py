@@ -162,7 +162,7 @@ def test_a_suite_without_times_says_why_and_draws_none(tmp_path):
     report.report([suite], tmp_path, tmp_path / "results.md")
     times = (tmp_path / "results.md").read_text().split("### Wall-clock time")[1].split("###")[0]
     assert times.strip() == "Not shown: the machine was busy."
-    assert not {"returns_minutes", "runtime"} & figures.figures(suite, figures.load_results(suite, tmp_path)).keys()
+    assert not {"returns_minutes", "runtime"} & figures.figures(suite, scores.load_results(suite, tmp_path)).keys()
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
