@@ -770,7 +770,7 @@ def provenance() -> dict:
             return None
 
     try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
     except OSError:  # no git on this machine
         commit, dirty = None, None
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

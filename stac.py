@@ -1,4 +1,4 @@
-"""AC and STAC: Stackelberg actor-critic (Zheng et al. 2021, arXiv:2109.12286), on-policy, the actor leads.
+"""AC and STAC: Stackelberg actor-critic (Zheng et al. 2022, arXiv:2109.12286), on-policy, the actor leads.
 
 The actor theta anticipates how the critic omega responds to it. With the follower's loss L = mean_k (V_omega(s_k) - G_k)^2
 and the leader's objective J, Algorithm 2 climbs the total derivative of J:
@@ -138,7 +138,7 @@ class Args:
     discount_gradient: bool = False
     """weigh step t of a trajectory by gamma^t, as in the paper's theorems; its code does not"""
     bootstrap_truncation: bool = True
-    """a time limit bootstraps from the final observation; otherwise it counts as a termination, as in the paper's code"""
+    """a time limit bootstraps from the final observation; otherwise it is a termination, as below 1000 steps in the paper's code"""
     first_width: int = 64
     """units in the first hidden layer of actor and critic, in [1, 65536]"""
     second_width: int = 32
@@ -518,7 +518,7 @@ def provenance() -> dict:
             return None
 
     try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
     except OSError:  # no git on this machine
         commit, dirty = None, None
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

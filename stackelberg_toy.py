@@ -1,4 +1,4 @@
-"""The motivating example of Stackelberg actor-critic (Zheng et al. 2021, arXiv:2109.12286, section 3.2 and appendix A).
+"""The motivating example of Stackelberg actor-critic (Zheng et al. 2022, arXiv:2109.12286, section 3.2 and appendix A).
 
 One step, one actor parameter theta, one critic parameter w. The reward is R = -a theta^2 with a = 1/5, the critic is
 Q = w theta; the actor maximises J = w theta, the critic minimises L = (w theta + a theta^2)^2:

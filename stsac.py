@@ -1,4 +1,4 @@
-"""SAC and STSAC: Stackelberg soft actor-critic (Zheng et al. 2021, arXiv:2109.12286), off-policy.
+"""SAC and STSAC: Stackelberg soft actor-critic (Zheng et al. 2022, arXiv:2109.12286), off-policy.
 
 `stddpg.py` with a stochastic actor a = tanh(mean + std noise), two critics and an entropy term of the fixed weight eta:
 
@@ -785,7 +785,7 @@ def provenance() -> dict:
             return None
 
     try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
     except OSError:  # no git on this machine
         commit, dirty = None, None
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -1180,7 +1180,8 @@ def train(args: Args) -> Path:
                     env_start = time.perf_counter()
                     next_obs, reward, ends, cut, _ = envs.step(task_actions(actions, action_space))
                     env_time += time.perf_counter() - env_start
-                    transition, ended = ~ended, ends | cut
+                    transition = ~ended
+                    ended = ends | cut
                     # A reset row is no transition; a time limit is no end: its final observation is bootstrapped from.
                     columns = (obs, actions, reward, next_obs, ends)
                     replay.add(*columns if transition.all() else [column[transition] for column in columns])

@@ -82,7 +82,10 @@ class Run:
 
 @dataclass
 class Collect:
-    """Turn the finished runs of a suite into the csv files of benchmark/results; name those that are missing."""
+    """Turn the finished runs of a suite into the csv files of benchmark/results; name those that are missing or failed.
+
+    Figures of earlier csv files are removed; `plot` draws them anew.
+    """
 
     suite: tyro.conf.Positional[str]
     """name of a suite in benchmark/suites, or the path of a .toml file"""
@@ -99,8 +102,9 @@ class Collect:
         suite = load_suite(self.suite, check=False)
         content = collect(suite, self.run_dir, self.results, self.allow_mixed)
         print(f"{len(content['runs'])} runs in {self.results / suite.name}")
-        if content["missing"]:
-            print(f"missing: {', '.join(content['missing'])}")
+        for word in ("missing", "failed"):
+            if content[word]:
+                print(f"{word}: {', '.join(content[word])}")
         return 0
 
 

@@ -3,7 +3,10 @@
     JOB.csv      global_step, wall_time_s, episodic_return, episodes, and the suite's diagnostics; one row for each
                  `grid` steps: the mean return of the episodes that ended in them, how many these were, the mean of a
                  diagnostic over the iterations in them. A cell is empty where there is nothing to average.
-    runs.json    command, commit, versions, machine, final return and wall-clock time of every run; the jobs missing
+    runs.json    command, commit, versions, machine, attempts, load, final return and wall-clock time of every run; the jobs
+                 missing, and those of them that failed
+
+Figures drawn from earlier csv files are removed: `python -m benchmark plot SUITE` draws them anew.
 """
 
 import csv
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark.launch import finished_run
+from benchmark.launch import finished_run, job_status
 from benchmark.suites import RESULTS, ROOT, BadSuite, Suite, read_json
 from ppo_continuous import ANY_TIME, write_atomically
 
@@ -34,8 +37,9 @@ def collect(suite: Suite, run_dir: Path, results: Path = RESULTS, allow_mixed: b
     than the suite's, unless `allow_mixed`.
     """
     folder = results / suite.name
-    earlier = {run["job"]: run for run in (read_json(folder / "runs.json") or {}).get("runs", [])}
-    runs, curves, missing = [], {}, []
+    before = read_json(folder / "runs.json") or {}
+    earlier = {run["job"]: run for run in before.get("runs", [])}
+    runs, curves, missing, failed = [], {}, [], []
     for job in suite.jobs():
         source = finished_run(run_dir / suite.name / job.name)
         if source is not None:
@@ -45,6 +49,8 @@ def collect(suite: Suite, run_dir: Path, results: Path = RESULTS, allow_mixed: b
             runs.append(earlier[job.name])
         else:
             missing.append(job.name)
+            if did_fail(run_dir / suite.name / job.name, job.name in before.get("failed", [])):
+                failed.append(job.name)
             continue
         runs[-1]["suite_command"] = job.command
     problems = mixtures(runs)
@@ -58,9 +64,16 @@ def collect(suite: Suite, run_dir: Path, results: Path = RESULTS, allow_mixed: b
     for path in folder.glob("*.csv"):  # of jobs that the suite no longer has
         if path.stem not in {run["job"] for run in runs}:
             path.unlink()
-    content = {"suite": suite.name, "mixed": problems, "missing": missing, "runs": runs}
+    for path in (*folder.glob("*.png"), *folder.glob("*.pdf")):
+        path.unlink()
+    content = {"suite": suite.name, "mixed": problems, "missing": missing, "failed": failed, "runs": runs}
     write_atomically(folder / "runs.json", lambda new: new.write_text(json.dumps(content, indent=1) + "\n"))
     return content
+
+
+def did_fail(job_folder: Path, before: bool) -> bool:
+    """Whether a job that has not finished ended with an error; what was known before, if its folder is not here."""
+    return job_status(job_folder) == "failed" if job_folder.exists() else before
 
 
 def describe(job_folder: Path, run: Path) -> dict:
@@ -86,15 +99,36 @@ def describe(job_folder: Path, run: Path) -> dict:
         "gpu": made["gpu"],
         "cores": attempts[-1].get("cores"),
         "attempts": len(job["attempts"]),
+        "load": max((each[key] for each in attempts for key in LOADS if each.get(key) is not None), default=None),
         "final_return": result["final_return"],
+        "diverged": diverged(run, result["final_return"]),
         "wall_time_s": result["wall_time_s"],
         "steps": result["global_step"],
     }
 
 
+LOADS = ("load_at_start", "load_at_end")
+PLAYERS = tuple(f"losses/{name}_loss" for name in ("policy", "actor", "value", "qf"))
+
+
+def diverged(run: Path, final_return: float | None) -> bool:
+    """Whether training ended with parameters that are not finite: the return, or a player's loss in the last row, is not.
+
+    The return alone does not tell: of logits that are nan argmax takes the first, and a simulator goes on with such actions.
+    """
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    losses = [rows[-1][name] for name in PLAYERS if name in rows[-1]] if rows else []
+    returned = final_return is None or math.isfinite(final_return)
+    return not returned or not all(cell and math.isfinite(float(cell)) for cell in losses)
+
+
 def blob(commit: str | None, script: str) -> str | None:
-    """Git's name for the content of a script at a commit: equal names, equal code."""
-    done = subprocess.run(["git", "rev-parse", f"{commit}:{script}"], cwd=ROOT, capture_output=True, text=True)
+    """Git's name for the content of a script at a commit: equal names, equal code. None if git does not know it or is not there."""
+    try:
+        done = subprocess.run(["git", "rev-parse", f"{commit}:{script}"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -4,20 +4,23 @@ Every band and bar is a 95 % interval, stratified bootstrap over seeds (`benchma
 same matplotlib give bitwise the same files. A method has one colour, dash and hatch in all figures of all suites: STYLES.
 """
 
-import csv
-import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmark import statistics
 from benchmark.reference import load_reference, normalise
+from benchmark.scores import (
+    Results, compared_environments, count, is_aggregated, load_results, normalised_scores, pooled_methods, time_pairs, time_ratio,
+)  # fmt: skip
 from benchmark.suites import Suite
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too faint for a line on white.
@@ -27,7 +30,9 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
 SOLID, DASHED, DOTTED, DASHDOT = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
 HATCHES = {SOLID: None, DASHED: "////", DOTTED: "....", DASHDOT: "xxxx"}
-STYLES = {  # method -> colour, dash. A new method gets a line here as soon as its figures are shown to anybody.
+# method -> colour, dash. A new method gets a line here as soon as its figures are shown to anybody. In all suites the baseline is
+# blue, its control without the leader's correction orange, the method itself green; no two methods of one suite look the same.
+STYLES = {
     "ppo": (BLUE, SOLID),
     "nested": (ORANGE, SOLID),
     "blpo": (GREEN, SOLID),
@@ -42,7 +47,43 @@ STYLES = {  # method -> colour, dash. A new method gets a line here as soon as i
     "one-step": (ORANGE, DASHED),
     "trajectory": (GREEN, DASHED),
     "reversed": (BLUE, DASHED),
+    "nested-entropy": (GREEN, DASHDOT),
+    "ppo-separate": (SKY, SOLID),
+    "blpo-cg-50": (PURPLE, DASHED),
+    "l0-trajectory": (BLUE, DOTTED),
+    "l0-constant": (BLUE, DASHDOT),
+    "l095-constant": (GREEN, DASHDOT),
+    # Stackelberg actor-critic
+    "ac-80": (BLUE, SOLID),
+    "ac-1": (BLUE, DASHED),
+    "ac-settings-80": (BLUE, DOTTED),
+    "plain-80": (ORANGE, SOLID),
+    "plain-1": (ORANGE, DASHED),
+    "stac-80": (GREEN, SOLID),
+    "stac-1": (GREEN, DASHED),
+    "stac-80-gauss-newton": (BLACK, SOLID),
+    "released-80": (VERMILION, SOLID),
+    "released-settings-80": (VERMILION, DOTTED),
+    "sequential": (BLUE, SOLID),
+    "simultaneous": (ORANGE, SOLID),
+    "actor": (GREEN, SOLID),
+    "critic": (VERMILION, SOLID),
+    "paper": (PURPLE, SOLID),
+    # SoBiRL
+    "ground-truth": (BLUE, SOLID),
+    "drlhf": (ORANGE, SOLID),
+    "sobirl": (GREEN, SOLID),
+    "pbrl": (PURPLE, SOLID),
+    "hpgd": (SKY, SOLID),
+    "sobirl-permuted": (PURPLE, DASHED),
+    "frozen": (BLACK, DASHED),
+    "ground-truth-endless": (BLUE, DOTTED),
+    "drlhf-endless": (ORANGE, DOTTED),
+    "sobirl-endless": (GREEN, DOTTED),
 }
+for name, colour in {"0": BLUE, "05": SKY, "09": ORANGE, "095": GREEN, "1": VERMILION}.items():  # lambda, with the correction and without
+    STYLES |= {f"{arm}{name}": (colour, SOLID) for arm in ("l", "both")}
+    STYLES |= {f"{arm}{name}-nested": (colour, DASHED) for arm in ("l", "both")}
 FALLBACKS = [(colour, dash) for dash in (DOTTED, DASHDOT) for colour in COLOURS]
 
 SETTINGS = {
@@ -53,97 +94,6 @@ SETTINGS = {
 PNG_METADATA = {"Software": None}
 PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
 TIME_POINTS = 200  # of a curve against time
-
-
-# ---- Results ---------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Results:
-    """What is committed of a suite's runs."""
-
-    runs: dict[tuple[str, str], list[dict]]
-    """(method, environment) -> its entries of runs.json, by seed; those of jobs the suite has; wall_time_s None if untimed"""
-    curves: dict[str, dict[str, np.ndarray]]
-    """job -> columns global_step, wall_time_s, episodic_return, each (grid points,); nan where no episode had ended yet"""
-    missing: list[str]
-    """jobs of the suite without a run, in the suite's order"""
-    ignored: list[str]
-    """runs whose job the suite does not have any more"""
-
-
-def load_results(suite: Suite, results: Path) -> Results:
-    """Read `results/SUITE/`; without that folder every job is missing."""
-    folder = results / suite.name
-    path = folder / "runs.json"
-    made = {run["job"]: run for run in json.loads(path.read_text())["runs"]} if path.exists() else {}
-    runs: dict[tuple[str, str], list[dict]] = {}
-    curves, missing = {}, []
-    for job in suite.jobs():  # by seed
-        if job.name in made:
-            run = made.pop(job.name)
-            if suite.methods[job.method].untimed:
-                run["wall_time_s"] = None
-            runs.setdefault((job.method, job.environment), []).append(run)
-            curves[job.name] = load_curve(folder / f"{job.name}.csv")
-        else:
-            missing.append(job.name)
-    return Results(runs, curves, missing, sorted(made))
-
-
-def load_curve(path: Path) -> dict[str, np.ndarray]:
-    """The curve of one run, a bin without the end of an episode filled with the value before it."""
-    with open(path) as file:
-        rows = list(csv.DictReader(file))
-    columns = {}
-    for name in ("global_step", "wall_time_s", "episodic_return"):
-        columns[name] = np.array([float(row[name]) if row[name] else math.nan for row in rows])
-    values = columns["episodic_return"]
-    last = np.maximum.accumulate(np.where(np.isnan(values), -1, np.arange(len(values))))
-    columns["episodic_return"] = np.where(last < 0, math.nan, values[last])
-    return columns
-
-
-def final_returns(results: Results, method: str, environment: str) -> np.ndarray:
-    """Final returns (n,) of the runs that have one: no episode may have ended in the last tenth of a run."""
-    values = [run["final_return"] for run in results.runs.get((method, environment), [])]
-    return np.array([value for value in values if value is not None and math.isfinite(value)])
-
-
-def compared_environments(suite: Suite) -> list[str]:
-    """The environments of at least two methods (of the only one, if the suite has one): only those can be pooled."""
-    least = min(2, len(suite.methods))
-    methods = suite.methods.values()
-    return [each for each in suite.environments if sum(each in method.environments for method in methods) >= least]
-
-
-def pooled_methods(suite: Suite, results: Results) -> list[str]:
-    """The methods with a final return on every compared environment: an aggregate over fewer would be of other tasks."""
-    environments = compared_environments(suite)
-    return [name for name in suite.methods if all(len(final_returns(results, name, each)) for each in environments)]
-
-
-def is_aggregated(suite: Suite) -> bool:
-    """Whether tables and figures pool the environments."""
-    return suite.aggregate and len(compared_environments(suite)) > 1
-
-
-def normalised_scores(results: Results, method: str, environments: list[str], levels: dict) -> list[np.ndarray]:
-    """Normalised final returns, one array (runs,) an environment."""
-    return [normalise(each, final_returns(results, method, each), levels) for each in environments]
-
-
-def time_pairs(results: Results, method: str, baseline: str, environment: str) -> np.ndarray:
-    """Ratios (pairs,) of wall-clock time, method over baseline, of the runs with the same environment and seed."""
-    base, mine = (
-        {run["seed"]: run["wall_time_s"] for run in results.runs.get((each, environment), []) if run["wall_time_s"] is not None}
-        for each in (baseline, method)
-    )
-    return np.array([mine[seed] / base[seed] for seed in mine if seed in base])
-
-
-def time_ratio(ratios: list[np.ndarray]) -> statistics.Interval:
-    """Geometric mean with interval of ratios, one array (pairs,) an environment; every environment weighs the same."""
-    interval = statistics.stratified_bootstrap(statistics.mean, [np.log(each) for each in ratios])
-    return statistics.Interval(*(math.exp(value) for value in interval))
 
 
 # ---- Looks -----------------------------------------------------------------------------------------------------
@@ -162,11 +112,6 @@ def styles(suite: Suite) -> dict[str, tuple]:
     return chosen
 
 
-def count(numbers: list[int]) -> str:
-    """n=5, or n=3-5 where it differs."""
-    return f"n={min(numbers)}" if min(numbers) == max(numbers) else f"n={min(numbers)}-{max(numbers)}"
-
-
 def panels(number: int, width: float, height: float) -> tuple[Figure, list]:
     """A figure with so many axes, at most four in a row; `width` and `height` of one, in inches."""
     columns = number if number <= 3 else min(4, math.ceil(number / 2))
@@ -182,8 +127,11 @@ def panels(number: int, width: float, height: float) -> tuple[Figure, list]:
 def add_legend(figure: Figure, handles: dict[str, object]) -> None:
     """One legend for all axes, under them, with as many columns as fit; label -> what it names. The figure grows by it."""
     width, height = figure.get_size_inches()
-    inches = 0.6 + 0.068 * max(map(len, handles))  # of the widest entry: its line, its text, the gap
-    columns = max(1, min(len(handles), int(width / inches)))
+    size = FontProperties(size=matplotlib.rcParams["legend.fontsize"]).get_size_in_points()
+    # of each entry: its line (2.6 of the font's size), its text, and what matplotlib leaves free around them (0.8 and 2)
+    inches = [(5.4 * size + TextPath((0, 0), label, size=size).get_extents().x1) / 72 for label in handles]
+    widths = {number: sum(max(column) for column in np.array_split(inches, number)) for number in range(1, len(inches) + 1)}
+    columns = max(number for number in widths if number == 1 or widths[number] <= width)
     figure.set_size_inches(width, height + 0.2 + 0.19 * math.ceil(len(handles) / columns))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=2.6)
 
@@ -271,7 +219,7 @@ def aggregate_curves(suite: Suite, results: Results) -> Figure:
 
     This and the next two figures need a method with runs on every compared environment.
     """
-    figure, (axes,) = panels(1, 5.8, 3.4)
+    figure, (axes,) = panels(1, 7.2, 3.4)
     looks, lines, levels = styles(suite), {}, load_reference()
     environments = compared_environments(suite)
     for name in pooled_methods(suite, results):
@@ -296,7 +244,7 @@ def aggregate_curves(suite: Suite, results: Results) -> Figure:
 
 def performance_profiles(suite: Suite, results: Results) -> Figure:
     """Fraction of runs with a normalised final return above tau, with interval."""
-    figure, (axes,) = panels(1, 5.8, 3.4)
+    figure, (axes,) = panels(1, 7.2, 3.4)
     looks, lines, levels = styles(suite), {}, load_reference()
     environments = compared_environments(suite)
     scores = {name: normalised_scores(results, name, environments, levels) for name in pooled_methods(suite, results)}
@@ -386,7 +334,10 @@ def runtime(suite: Suite, results: Results) -> Figure:
 
 
 def figures(suite: Suite, results: Results) -> dict[str, Figure]:
-    """File name without suffix -> figure: those that the suite's kind and the runs it has allow."""
+    """File name without suffix -> figure: those that the suite's kind and the runs it has allow, of the methods it shows."""
+    methods = {name: method for name, method in suite.methods.items() if not suite.figures or name in suite.figures}
+    suite = replace(suite, methods=methods, baselines=tuple(name for name in suite.baselines if name in methods))
+    results = replace(results, runs={key: runs for key, runs in results.runs.items() if key[0] in methods})
     if not results.runs:
         return {}
     made = {"returns_steps": return_curves(suite, results)}
@@ -409,7 +360,7 @@ def figures(suite: Suite, results: Results) -> dict[str, Figure]:
 
 
 def plot(suite: Suite, results: Path) -> list[Path]:
-    """Write every figure of the suite as PNG and PDF into `results/SUITE/`; returns the files."""
+    """Write every figure of the suite as PNG and PDF into `results/SUITE/`, remove those of earlier; returns the files."""
     written = []
     # matplotlib's defaults first, so that nobody's matplotlibrc changes a committed figure.
     with matplotlib.rc_context():
@@ -419,4 +370,6 @@ def plot(suite: Suite, results: Path) -> list[Path]:
             for suffix, metadata in (("png", PNG_METADATA), ("pdf", PDF_METADATA)):
                 written.append(results / suite.name / f"{name}.{suffix}")
                 figure.savefig(written[-1], metadata=metadata)
+    for path in {*(results / suite.name).glob("*.png"), *(results / suite.name).glob("*.pdf")} - {*written}:
+        path.unlink()
     return written

@@ -1,17 +1,21 @@
 """Which directions and which damping: the residual of a rank-10 Nystrom solve on critics from real training.
 
-    python -m benchmark.ihvp_study            captures systems from three runs of 102,400 steps, then solves them all
+    python -m benchmark.ihvp_study                                                prints the table
+    python -m benchmark.ihvp_study --results-dir benchmark/results/ihvp_study     and writes residuals.csv, summary.md, study.json
+
+It captures systems from three runs of 102,400 steps, then solves them all.
 
 The rule, written before the numbers: among the dampings 100, 30, 10, 3, 1, 0.3, 0.1 take the smallest at which the
 cheapest kind of directions leaves a relative residual |(H + damping I) v - b| / |b| below 0.3 in every captured system
 (the median of 5 draws of its random directions; v = 0 scores 1). A smaller damping is nearer to the hypergradient of the undamped
 follower. The runs train with `--ihvp exact`, so that no approximation shapes the critics it is judged on; their seed is
-used for nothing else. Writes benchmark/results/ihvp_study/{residuals.csv, summary.md, study.json}.
+used for nothing else.
 """
 
 import csv
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -39,8 +43,8 @@ class Args:
     """rollouts after which the last minibatch's system is taken"""
     seed: int = 900
     """seed of the runs and of the random directions, in [0, inf)"""
-    output: Path = Path(__file__).parent / "results" / "ihvp_study"
-    """folder of the results"""
+    results_dir: Path | None = None
+    """folder for the csv, md and json files; default: nothing is written"""
 
 
 def captured_systems(env_id: str, args: Args) -> list[tuple[int, blpo.GaussNewton, torch.Tensor]]:
@@ -72,7 +76,7 @@ def residual(curvature: blpo.GaussNewton, b: torch.Tensor, v: torch.Tensor, damp
 
 
 def main(args: Args) -> None:
-    """Capture, solve, write."""
+    """Capture, solve, print; write if asked."""
     rows, worst, started = [], defaultdict(list), time.time()
     for env_id in args.env_ids:
         for iteration, curvature, u in captured_systems(env_id, args):
@@ -97,11 +101,6 @@ def main(args: Args) -> None:
                         "solver": solver, "residual": f"{value:.4g}", "exact_weight_mean": f"{weights.mean():.4g}",
                         "exact_weight_std": f"{weights.std():.4g}",
                     })  # fmt: skip
-    args.output.mkdir(parents=True, exist_ok=True)
-    with open(args.output / "residuals.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
     count = len(worst[solvers[0], DAMPINGS[0]])
     lines = [f"Largest residual over {count} systems (median over {DRAWS} draws of directions), rank {RANK}.", ""]
@@ -109,12 +108,20 @@ def main(args: Args) -> None:
     lines += [
         f"| {damping:g} | " + " | ".join(f"{max(worst[solver, damping]):.2g}" for solver in solvers) + " |" for damping in DAMPINGS
     ]
-    (args.output / "summary.md").write_text("\n".join(lines) + "\n")
-    provenance = blpo.provenance() | {"script": "benchmark/ihvp_study.py", "command": "python -m benchmark.ihvp_study"}
+    print("\n".join(lines))
+    if args.results_dir is None:
+        return
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    with open(args.results_dir / "residuals.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    (args.results_dir / "summary.md").write_text("\n".join(lines) + "\n")
+    provenance = blpo.provenance() | {"script": "benchmark/ihvp_study.py"}
+    provenance |= {"command": " ".join(["python", "-m", "benchmark.ihvp_study", *sys.argv[1:]])}
     del provenance["argv"]
     provenance |= {"seed": args.seed, "seconds": round(time.time() - started)}
-    (args.output / "study.json").write_text(json.dumps(provenance, indent=1) + "\n")
-    print("\n".join(lines))
+    (args.results_dir / "study.json").write_text(json.dumps(provenance, indent=1) + "\n")
 
 
 if __name__ == "__main__":

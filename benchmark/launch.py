@@ -3,16 +3,18 @@
 A job has a folder `RUN_DIR/SUITE/JOB/`:
 
     job.json     suite, method, environment, seed, command; and a list of its attempts (command line, commit, versions,
-                 machine, start, end, exit status)
+                 machine, start, end, load average at both, exit status)
     log.txt      what the script printed, attempt after attempt
     exit_code    exit status of the last attempt
     lock         held (flock) by the training process itself, so that it outlives a killed launcher
     {run}/       the script's own run folder (docs/run_folder.md)
 
 Nothing else is remembered: what is finished, interrupted or failed is read from these folders, so a launcher may be
-killed at any moment and started again, and several may share the work.
+killed at any moment and started again, and several may share the work. The runs that a killed launcher left behind, and those
+of another one on the same machine, count among the `workers` runs at a time.
 """
 
+import contextlib
 import csv
 import fcntl
 import json
@@ -94,18 +96,33 @@ def job_status(folder: Path) -> str:
     """finished, running, failed, interrupted or waiting."""
     if finished_run(folder) is not None:
         return "finished"
-    lock = folder / "lock"
-    if lock.exists():
-        with open(lock) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return "running"
+    if locked(folder):
+        return "running"
     attempts = (read_json(folder / "job.json") or {}).get("attempts", [])
     if not attempts:
         return "waiting"
     code = attempts[-1].get("exit_code")
     return "interrupted" if code is None or code in STOPPED else "failed"
+
+
+def locked(folder: Path) -> bool:
+    """Whether a training process holds a job's folder."""
+    if not (folder / "lock").exists():
+        return False
+    with open(folder / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def cores_in_use(folder: Path) -> set[int] | None:
+    """The cores of the run that holds a job's folder; None if there is none, or on another machine."""
+    attempts = (read_json(folder / "job.json") or {}).get("attempts", []) if locked(folder) else []
+    if not attempts or attempts[-1]["host"] != os.uname().nodename:
+        return None
+    return set(attempts[-1].get("cores") or ())
 
 
 @dataclass
@@ -180,7 +197,8 @@ class Attempt:
         made_by = ppo_continuous.provenance()
         self.job["attempts"].append({
             "argv": ["python", *words], "host": os.uname().nodename, "cores": cores, "gpu_index": gpu, "start": now(),
-            "resumed": resume is not None, **{key: made_by[key] for key in ("commit", "dirty", "versions", "cpu", "gpu")},
+            "load_at_start": load(), "resumed": resume is not None,
+            **{key: made_by[key] for key in ("commit", "dirty", "versions", "cpu", "gpu")},
         })  # fmt: skip
         write_job(folder, self.job)
         with open(folder / "log.txt", "a") as log:
@@ -200,7 +218,7 @@ class Attempt:
             return 0
         code = self.process.poll()
         if code is not None and not self.lock.closed:
-            self.job["attempts"][-1] |= {"end": now(), "exit_code": code}
+            self.job["attempts"][-1] |= {"end": now(), "load_at_end": load(), "exit_code": code}
             write_job(self.folder, self.job)
             self.finish(code)
         return code
@@ -231,6 +249,11 @@ class Attempt:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def load() -> float | None:
+    """How many processes wanted a core of this machine in the last minute, on average."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def attempt(folder: Path, cores: list[int] | None = None, gpu: str | None = None) -> int:
@@ -276,6 +299,18 @@ def visible_gpus() -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
+@contextlib.contextmanager
+def alone(path: Path):
+    """Whether no other process is in this block with the same `path`: of two that count what runs, one would miss the other's."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 @dataclass
 class Launch:
     """The state of a launch: where each job stands, and what has happened."""
@@ -311,12 +346,28 @@ def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None
     todo = deque(folder for folder in folders if finished_run(folder) is None)
     elsewhere: deque[Path] = deque()
     cores, gpus = split_cores(workers), visible_gpus()
-    console.print(f"{suite.name}: {len(folders)} jobs, {len(folders) - len(todo)} finished, {workers} at a time, in {run_dir}")
+
+    def used_by_others() -> list[set[int]]:
+        """The cores of each run of the suite, chosen here or not, that another process has on this machine."""
+        mine = {each.folder for each in state.running.values()}
+        folders = {path.parent for path in (run_dir / suite.name).glob("*/lock")} - mine
+        return [used for folder in folders if (used := cores_in_use(folder)) is not None]
+
+    others = len(used_by_others())
+    places = f"{workers} at a time" + (f" with the {others} that another process runs" if others else "")
+    console.print(f"{suite.name}: {len(folders)} jobs, {len(folders) - len(todo)} finished, {places}, in {run_dir}")
 
     def ask_to_stop(number, frame):
         state.stop_signal = number
         for each in state.running.values():
             each.terminate()  # at the second signal the script stops at once
+
+    def free_workers() -> list[int]:
+        """Those without a run, less one for each run of another process; the workers whose cores such a run uses come last."""
+        used = used_by_others()
+        free = [worker for worker in range(workers) if worker not in state.running]
+        free.sort(key=lambda worker: len(set().union(*used).intersection(cores[worker] or ())))
+        return free[: max(0, workers - len(state.running) - len(used))]
 
     def start(worker: int) -> None:
         """Start the next job that no other process runs; such a job is looked at again after all others."""
@@ -353,9 +404,11 @@ def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None
     try:
         with view:
             while state.running or (not state.stop_signal and (todo or elsewhere)):
-                for worker in range(workers):
-                    if worker not in state.running and not state.stop_signal:
-                        start(worker)
+                if len(state.running) < workers and (todo or elsewhere):
+                    with alone(run_dir / f"{suite.name}.lock") as here:
+                        for worker in free_workers() if here else ():
+                            if not state.stop_signal:
+                                start(worker)
                 if state.stop_signal:  # the signal may have come while a job was being started
                     for each in state.running.values():
                         each.stop_once()

@@ -1,6 +1,7 @@
 """The scale of normalised scores: 0 = a random policy, 1 = a reference level, fixed for each environment.
 
-    python -m benchmark.reference       measure the random policies again and write them to reference.json (minutes)
+    python -m benchmark.reference                measures the random policies again and prints them (minutes)
+    python -m benchmark.reference --write        and writes them to reference.json, the scale of every normalised score
 
 `reference.json` is the only place of these numbers. Its reference levels are published ones or constants, each with its source,
 and are never taken from this repository's own runs: a scale that moved with the results would hide them.
@@ -25,6 +26,8 @@ class Args:
     """episodes of the random policy on each environment, in [1, inf)"""
     seed: int = 0
     """episode number i is reset with this seed + i"""
+    write: bool = False
+    """put the means into reference.json"""
 
 
 def load_reference(path: Path = REFERENCE) -> dict[str, dict]:
@@ -77,9 +80,11 @@ def random_returns(environment: str, episodes: int, seed: int) -> tuple[np.ndarr
 
 
 def measure(args: Args) -> None:
-    """Write the random policies' mean returns into reference.json."""
+    """Print the random policies' mean returns, and write them into reference.json if asked; those that were published stay."""
     table = json.loads(REFERENCE.read_text())
     for environment, entry in table["environments"].items():
+        if not entry["random_source"].startswith("uniform actions, measured by"):
+            continue  # a published level
         returns, made = random_returns(environment, args.episodes, args.seed)
         entry["random"] = round(float(returns.mean()), 2)
         spread = f"standard deviation {returns.std(ddof=1):.2f}, " if args.episodes > 1 else ""
@@ -87,7 +92,8 @@ def measure(args: Args) -> None:
             f"uniform actions, measured by `python -m benchmark.reference`: mean of {args.episodes} episodes, {spread}{made}"
         )
         print(environment, entry["random"], flush=True)
-    REFERENCE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    if args.write:
+        REFERENCE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

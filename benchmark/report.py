@@ -1,4 +1,5 @@
-"""`docs/results.md` from the committed results alone: tables, figures, provenance and a verdict for every claim of a suite.
+"""`docs/results.md` from the committed results alone: tables, figures, provenance and a verdict for every claim of a suite
+(`benchmark/claims.py`).
 
 The same results give the same bytes. All intervals are 95 % stratified bootstraps (`benchmark/statistics.py`).
 """
@@ -8,20 +9,21 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from benchmark import statistics
-from benchmark.figures import (
+from benchmark.claims import RULE, claims_lines, summary_lines
+from benchmark.markdown import bracketed, jobs_in_words, listed, number, table
+from benchmark.reference import load_reference
+from benchmark.scores import (
     Results, compared_environments, count, final_returns, is_aggregated, load_results, normalised_scores, pooled_methods,
     time_pairs, time_ratio,
 )  # fmt: skip
-from benchmark.reference import load_reference
-from benchmark.suites import Claim, Suite
+from benchmark.suites import Suite
 
 PAPER = Path(__file__).parent / "paper.json"
-MARGIN = 0.05  # normalised return that a method may lack and still be at least as good
+LEAST_FOR_INTERVAL = 3  # runs: the interval of one method's mean from fewer says less than the runs themselves
 LEAST_FOR_IQM = 4  # runs: with fewer, nothing is cut
 FIGURES = (
     ("returns_steps", "Episodic return against environment steps; mean and 95 % interval over seeds"),
@@ -33,120 +35,16 @@ FIGURES = (
 )
 
 
-# ---- Words and numbers -----------------------------------------------------------------------------------------
-def number(value: float, sign: bool = False) -> str:
-    """Three digits or all before the point: 2383, 41.5, -0.12; with `sign` also +0.12."""
-    size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2
-    text = f"{value:{'+' if sign else ''}.{digits}f}"
-    return text.replace("-", "") if float(text) == 0 else text
-
-
-def bracketed(interval: statistics.Interval, sign: bool = False) -> str:
-    """estimate [low, high]"""
-    estimate, low, high = (number(float(value), sign) for value in interval)
-    return f"{estimate} [{low}, {high}]"
-
-
-def table(head: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a Markdown table, an empty line before and after it."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
-    return ["", lines[0], "|" + "---|" * len(head), *lines[1:], ""]
-
-
-def listed(words: Iterable[str]) -> str:
-    """Words with commas, or none."""
-    return ", ".join(words) or "none"
-
-
-def jobs_in_words(names: Iterable[str]) -> str:
-    """Jobs by environment and method: "Hopper-v4: ppo (1 2), blpo (1)" for Hopper-v4__ppo__1 and so on, or none."""
-    seeds: dict[str, dict[str, list[str]]] = {}
-    for name in names:
-        environment, method, seed = name.rsplit("__", 2)
-        seeds.setdefault(environment, {}).setdefault(method, []).append(seed)
-    return "; ".join(
-        f"{environment}: " + ", ".join(f"{method} ({' '.join(each)})" for method, each in methods.items())
-        for environment, methods in seeds.items()
-    ) or "none"  # fmt: skip
-
-
-# ---- Verdicts --------------------------------------------------------------------------------------------------
-RULE = f"""A claim compares two methods, `better` and `than`, and is judged by one rule, the same in all suites:
-
-- **return**: d is the mean over the environments of the difference in mean normalised final return, `better` minus `than`,
-  with its 95 % stratified bootstrap interval [low, high] over seeds. The claim **holds** (at least as good, to a margin of
-  {MARGIN:g}) if low >= -{MARGIN:g}, **does not hold** if high < -{MARGIN:g}, and is **undecided** otherwise.
-- **time**: the ratio of wall-clock time, `better` over `than`, geometric mean over the pairs of runs of the same environment
-  and seed, with its 95 % bootstrap interval. The claim **holds** if high < 1, **does not hold** if low > 1, and is
-  **undecided** otherwise.
-- The environments are all those on which the suite runs both methods. With fewer than 2 seeds (for time: pairs) on one of them
-  there is no interval, and the claim is undecided. Planned runs that are missing are named beside the verdict.
-
-Percentile bootstrap intervals of few seeds are too short: of two methods with normal scores they hold the true difference in
-about 70 to 80 % of the cases at 2 seeds, 80 to 90 % at 3, 90 % at 5, instead of 95 %. Read verdicts at few seeds so."""
-
-
-class Verdict(NamedTuple):
-    """What the rule says of a claim, and on what grounds."""
-
-    said: str
-    evidence: str
-    n: str
-    missing: list[str]
-
-
-def verdict(suite: Suite, results: Results, claim: Claim, levels: dict) -> Verdict:
-    """The claim judged by RULE. Raises ValueError if an environment has no levels to normalise with."""
-    pair = claim.better, claim.than
-    environments = [each for each in suite.environments if all(each in suite.methods[name].environments for name in pair)]
-    planned = [job for job in suite.jobs() if job.method in pair and job.environment in environments]
-    missing = [job.name for job in planned if job.name in results.missing]
-    if claim.measure == "time":
-        unit, symbol, sign = "pairs", "ratio", False
-        numbers = [len(time_pairs(results, *pair, each)) for each in environments]
-    else:
-        unit, symbol, sign = "seeds", "d", True
-        numbers = [len(final_returns(results, name, each)) for each in environments for name in pair]
-    least = min(numbers, default=0)
-    where = listed(environments) if len(environments) <= 3 else f"{len(environments)} environments"
-    n = f"{count(numbers).removeprefix('n=')} {unit}, {where}" if numbers else "no common environment"
-    if least == 0:
-        return Verdict(f"undecided at n = 0 {unit}", "-", n, missing)
-    if claim.measure == "time":
-        interval = time_ratio([time_pairs(results, *pair, each) for each in environments])
-        holds, fails = interval.high < 1, interval.low > 1
-    else:
-        scores = [normalised_scores(results, name, environments, levels) for name in pair]
-        interval = statistics.stratified_bootstrap(statistics.difference_of_means, *scores)
-        holds, fails = interval.low >= -MARGIN, interval.high < -MARGIN
-    if least < 2:
-        evidence = f"{symbol} = {number(interval.estimate, sign)}, no interval"
-        return Verdict(f"undecided at n = {least} {unit}", evidence, n, missing)
-    said = "holds" if holds else "does not hold" if fails else f"undecided at n = {least} {unit}"
-    return Verdict(said, f"{symbol} = {bracketed(interval, sign)}", n, missing)
-
-
-def claims_table(suite: Suite, results: Results) -> list[str]:
-    """A row a claim: its text, the verdict and the grounds."""
-    if not suite.claims:
-        return []
-    levels, rows = load_reference(), []
-    for claim in suite.claims:
-        judged = verdict(suite, results, claim, levels)
-        compared = f"{suite.methods[claim.better].label} / {suite.methods[claim.than].label}, {claim.measure}"
-        rows.append([claim.text, compared, f"**{judged.said}**", judged.evidence, judged.n, jobs_in_words(judged.missing)])
-    return ["### Claims", *table(["claim", "better / than, measure", "verdict", "evidence", "n", "missing runs"], rows)]
-
-
 # ---- Tables ----------------------------------------------------------------------------------------------------
 def summary(returns: np.ndarray) -> str:
-    """mean ± standard deviation (n), and the interquartile mean of four or more."""
+    """mean ± standard deviation (n); below it the mean's interval of three or more, the interquartile mean of four or more."""
     if len(returns) == 0:
         return "-"
     if len(returns) == 1:
         return f"{number(returns[0])} (1)"
     text = f"{number(returns.mean())} ± {number(returns.std(ddof=1))} ({len(returns)})"
+    if len(returns) >= LEAST_FOR_INTERVAL:
+        text += f"<br>{bracketed(statistics.stratified_bootstrap(statistics.mean, [returns])).split(' ', 1)[1]}"
     return text + (f", IQM {number(float(statistics.iqm([returns])))}" if len(returns) >= LEAST_FOR_IQM else "")
 
 
@@ -155,17 +53,21 @@ def returns_table(suite: Suite, results: Results) -> list[str]:
     rows = []
     for name, method in suite.methods.items():
         rows.append([method.label, *(summary(final_returns(results, name, each)) for each in suite.environments)])
-    iqm = f"; IQM: interquartile mean, from {LEAST_FOR_IQM} runs on"
-    head = ["### Final return", "", f"Mean over the last 10 % of training, mean ± standard deviation over seeds (n){iqm}."]
+    words = (
+        "Mean over the last 10 % of training: mean ± standard deviation over seeds (n); in brackets the 95 % interval of the mean, "
+        f"from {LEAST_FOR_INTERVAL} runs on; IQM: interquartile mean, from {LEAST_FOR_IQM} runs on."
+    )
+    head = ["### Final return", "", words]
     return [*head, *table(["method", *suite.environments], rows)]
 
 
-def difference(mine: np.ndarray, base: np.ndarray) -> str:
-    """Difference of means with its interval; without interval if one of the two has a single run."""
-    if min(len(mine), len(base)) == 0:
+def difference(mine: list[np.ndarray], base: list[np.ndarray]) -> str:
+    """Difference of means, one array (runs,) an environment, with its interval; without it where one has a single run."""
+    least = min(map(len, (*mine, *base)))
+    if least == 0:
         return "-"
-    interval = statistics.stratified_bootstrap(statistics.difference_of_means, [mine], [base])
-    if min(len(mine), len(base)) == 1:
+    interval = statistics.stratified_bootstrap(statistics.difference_of_means, mine, base)
+    if least == 1:
         return f"{number(interval.estimate, sign=True)} (no interval)"
     return bracketed(interval, sign=True)
 
@@ -176,7 +78,7 @@ def differences_tables(suite: Suite, results: Results) -> list[str]:
     for baseline in suite.baselines:
         base = {each: final_returns(results, baseline, each) for each in suite.environments}
         rows = [
-            [method.label, *(difference(final_returns(results, name, each), base[each]) for each in suite.environments)]
+            [method.label, *(difference([final_returns(results, name, each)], [base[each]]) for each in suite.environments)]
             for name, method in suite.methods.items()
             if name != baseline
         ]
@@ -188,7 +90,7 @@ def differences_tables(suite: Suite, results: Results) -> list[str]:
 
 
 def aggregate_table(suite: Suite, results: Results) -> list[str]:
-    """Normalised scores over all environments, and the probability of improvement over each baseline."""
+    """Normalised scores over all environments; probability of improvement over each baseline, and difference to it."""
     pooled = pooled_methods(suite, results)
     if not is_aggregated(suite) or not pooled:
         return []
@@ -219,11 +121,22 @@ def aggregate_table(suite: Suite, results: Results) -> list[str]:
     ]
     if left_out:
         lines.append(f"Not pooled, for want of runs on one of these: {', '.join(left_out)}.")
-    return [*lines, *table(["method", "n", "IQM", "mean", *chances], rows)]
+    lines += table(["method", "n", "IQM", "mean", *chances], rows)
+    if not baselines or len(pooled) < 2:
+        return lines
+    rows = [
+        [suite.methods[name].label, *("-" if name == each else difference(scores[name], scores[each]) for each in baselines)]
+        for name in pooled
+    ]
+    lines += ["Differences of that mean normalised return, with 95 % interval."]
+    return [*lines, *table(["method", *(f"minus {suite.methods[each].label}" for each in baselines)], rows)]
 
 
 def time_table(suite: Suite, results: Results) -> list[str]:
     """Median wall-clock seconds, and the ratio to the first baseline."""
+    reasons = {method.untimed for method in suite.methods.values()}
+    if "" not in reasons:
+        return ["### Wall-clock time", "", f"Not shown: {'; '.join(sorted(reasons))}.", ""]
     rows = []
     for name, method in suite.methods.items():
         cells = [method.label]
@@ -250,6 +163,31 @@ def time_cell(results: Results, method: str, baseline: str, environment: str) ->
         return ""
     interval = time_ratio([pairs])
     return f" ({bracketed(interval) if len(pairs) > 1 else number(interval.estimate)})"
+
+
+def diagnostics_table(suite: Suite, results: Results) -> list[str]:
+    """What the suite collected besides the returns: a row a method and environment, the columns that there are."""
+    rows, kept = [], {}
+    for environment in suite.environments:
+        for name, method in suite.methods.items():
+            curves = [results.curves[run["job"]] for run in results.runs.get((name, environment), [])]
+            means = {}
+            for column in suite.diagnostics:
+                found = [curve[column] for curve in curves if column in curve and np.isfinite(curve[column]).any()]
+                if found and not (method.untimed and column.startswith("time/")):
+                    means[column] = float(np.mean([each[np.isfinite(each)].mean() for each in found]))
+            if means:
+                rows.append((environment, method.label, means))
+                kept |= means
+    columns = [column for column in suite.diagnostics if column in kept]
+    if not columns:
+        return []
+    cells = [
+        [environment, label, *(f"{means[column]:.3g}" if column in means else "-" for column in columns)]
+        for environment, label, means in rows
+    ]
+    words = "Mean over the runs of the mean over all of training; `time/` in seconds a row of `metrics.csv`."
+    return ["### Diagnostics", "", words, *table(["environment", "method", *(f"`{column}`" for column in columns)], cells)]
 
 
 def ratio(value: float | None, base: float | None) -> str:
@@ -290,16 +228,20 @@ def paper_table(suite: Suite, results: Results) -> list[str]:
         return []
     head = ["environment", "method", "paper's name"]
     head += [f"{quantity}{who}" for quantity in ("return, ", "return / PPO, ", "time / PPO, ") for who in ("paper", "ours")]
-    lines = ["### Beside the paper", ""]
-    lines += [
+    return ["### Beside the paper", *table(head, rows)]
+
+
+def paper_note() -> list[str]:
+    """How to read those tables, once for all suites."""
+    paper = json.loads(PAPER.read_text())
+    words = (
         "The paper's returns stand beside ours on classic control, whose tasks are the same but for the time limit, which "
         "there counts as a termination. On Brax, which it used in place of MuJoCo, they are not comparable, and its times are "
         "of another machine: of these only the ratios to PPO are shown, and those of returns only where both are positive. "
-        "On Brax the number of steps differs too.",
-        "",
-        f"{paper['paper']}. Returns: {paper['return_source']}. Times: {paper['time_source']}.",
-    ]
-    return [*lines, *table(head, rows)]
+        "On Brax the number of steps differs too."
+    )
+    source = f"{paper['paper']}. Returns: {paper['return_source']}. Times: {paper['time_source']}."
+    return ["## The tables beside the paper", "", words, "", source, ""]
 
 
 # ---- The page --------------------------------------------------------------------------------------------------
@@ -311,54 +253,86 @@ def figure_lines(suite: Suite, results_root: Path, out: Path) -> list[str]:
         if png.exists():
             here, vector = (Path(os.path.relpath(path, out.parent)).as_posix() for path in (png, pdf))
             lines += [f"![{caption}]({here})", "", f"*{caption} ([PDF]({vector})).*", ""]
+    if lines and suite.figures:
+        shown = "; ".join(suite.methods[name].label for name in suite.figures)
+        lines = [f"The figures show: {shown}. The tables have every method.", "", *lines]
     return ["### Figures", "", *lines] if lines else []
 
 
-def provenance(results: Results) -> str:
-    """Where the suite's runs came from, in one line."""
+def short(run: dict) -> str:
+    """The commits of a run's attempts, with + if one had uncommitted changes."""
+    commits = [commit[:10] if commit else "unknown (no git)" for commit in run.get("commits", [run["commit"]])]
+    return " and ".join(commits) + ("+" if run["dirty"] else "")
+
+
+def provenance(suite: Suite, results: Results) -> list[str]:
+    """Where the suite's runs came from, and what was out of the ordinary."""
     runs = [run for group in results.runs.values() for run in group]
-    commits = sorted({run["commit"][:10] + ("+" if run["dirty"] else "") for run in runs})
     versions: dict[str, set[str]] = {}
     for run in runs:
         for package, version in run["versions"].items():
-            versions.setdefault(package, set()).add(version)
+            versions.setdefault(package, set()).add(str(version))
     packages = [f"{package} {' / '.join(sorted(found))}" for package, found in sorted(versions.items())]
     seeds, steps = (sorted({run[key] for run in runs}) for key in ("seed", "steps"))
     machines = sorted({f"{run['cpu']}{', ' + run['gpu'] if run['gpu'] else ''}" for run in runs})
-    changed = " (+: with uncommitted changes)" if any(commit.endswith("+") for commit in commits) else ""
-    return (
-        f"{len(runs)} runs; seeds {listed(map(str, seeds))}; steps {listed(map(str, steps))}; commits {listed(commits)}"
-        f"{changed}; machines: {'; '.join(machines)}; {listed(packages)}."
-    )
-
-
-def suite_lines(suite: Suite, results_root: Path, out: Path) -> list[str]:
-    """The section of one suite."""
-    results = load_results(suite, results_root)
-    lines = [f"## {suite.name}", "", suite.description.strip(), ""]
-    if not results.runs:
-        lines += ["No run of this suite has been collected.", "", *claims_table(suite, results)]
-    else:
-        lines += [*claims_table(suite, results), *returns_table(suite, results), *differences_tables(suite, results)]
-        lines += [*aggregate_table(suite, results), *time_table(suite, results), *paper_table(suite, results)]
-        lines += [*figure_lines(suite, results_root, out), "### Where it comes from", "", provenance(results), ""]
-    silent = [
-        run["job"]
-        for group in results.runs.values()
-        for run in group
-        if run["final_return"] is None or not math.isfinite(run["final_return"])
+    by_commit: dict[str, dict[str, None]] = {}
+    for run in sorted(runs, key=lambda run: list(suite.methods).index(run["method"])):
+        by_commit.setdefault(short(run), {})[suite.methods[run["method"]].label] = None
+    changed = " (+: with uncommitted changes)" if any(run["dirty"] for run in runs) else ""
+    loads = [run["load"] for run in runs if run.get("load") is not None]
+    load = f"load average at their starts and ends at most {max(loads):.1f}; " if loads else ""
+    lines = [
+        f"{len(runs)} runs; seeds {listed(map(str, seeds))}; steps {listed(map(str, steps))}; commits {', '.join(sorted(by_commit))}"
+        f"{changed}; machines: {'; '.join(machines)}; {load}{listed(packages)}."
     ]
-    if silent:
-        lines += [f"Without a final return, since no episode ended in the last 10 % of training: {', '.join(silent)}.", ""]
-    if results.ignored:
-        lines += [f"Left out, since the suite does not have them any more: {', '.join(results.ignored)}.", ""]
-    return [*lines, f"Missing runs, with their seeds: {jobs_in_words(results.missing)}.", ""]
+    if len(by_commit) > 1:
+        lines += [f"Commit {commit}: {'; '.join(by_commit[commit])}." for commit in sorted(by_commit)]
+    if results.mixed:
+        lines += [f"**Mixed** (`--allow-mixed`): {'; '.join(results.mixed)}."]
+    again = [run["job"] for run in runs if run.get("attempts", 1) > 1]
+    if again:
+        lines += [
+            f"In more than one attempt: {len(again)} of the runs. Each was interrupted or failed and went on in new episodes from its "
+            "last checkpoint, without one anew; its wall-clock time is that of the steps that count, without those that were lost: "
+            f"{jobs_in_words(again)}."
+        ]
+    returned = {run["job"] for run in runs if run["final_return"] is not None and math.isfinite(run["final_return"])}
+    silent = [run["job"] for run in runs if run["job"] not in returned and run["job"] not in results.diverged]
+    for words, names in (
+        ("Diverged (parameters not finite at the end)", results.diverged),
+        ("Without a final return, since no episode ended in the last 10 % of training", silent),
+        ("Left out, since the suite does not have them any more", results.ignored),
+    ):
+        lines += [f"{words}: {', '.join(names)}."] if names else []
+    return lines
+
+
+def suite_lines(suite: Suite, results: Results, results_root: Path, out: Path) -> list[str]:
+    """The section of one suite."""
+    lines = [f"## {suite.name}", "", suite.description.strip(), "", *claims_lines(suite, results)]
+    said = ["No run of this suite has been collected."]
+    if results.runs:
+        lines += [*returns_table(suite, results), *differences_tables(suite, results), *aggregate_table(suite, results)]
+        lines += [*time_table(suite, results), *diagnostics_table(suite, results), *paper_table(suite, results)]
+        lines += [*figure_lines(suite, results_root, out), "### Where it comes from", ""]
+        said = provenance(suite, results)
+    said += [f"Missing runs, with their seeds: {jobs_in_words(results.missing)}."]
+    said += [f"Of these have failed: {jobs_in_words(results.failed)}."] if results.failed else []
+    return [*lines, *(line for each in said for line in (each, ""))]
 
 
 def report(suites: Iterable[Suite], results_root: Path, out: Path) -> None:
-    """Write the page of these suites to `out`. Raises ValueError if an environment has no levels to normalise with."""
-    lines = ["# Results", "", "Written by `python -m benchmark report` from `benchmark/results/`; do not edit.", "", RULE, ""]
-    for suite in suites:
-        lines += suite_lines(suite, results_root, out)
+    """Write the page of these suites, the headline first, to `out`.
+
+    Raises ValueError if an environment has no levels to normalise with.
+    """
+    judged = [(suite, load_results(suite, results_root)) for suite in sorted(suites, key=lambda suite: not suite.headline)]
+    sections = [suite_lines(suite, results, results_root, out) for suite, results in judged]
+    lines = ["# Results", "", "Written by `python -m benchmark report` from `benchmark/results/`; do not edit.", ""]
+    lines += [*summary_lines(judged), "## The rule", "", RULE, ""]
+    if any("### Beside the paper" in section for section in sections):
+        lines += paper_note()
+    for section in sections:
+        lines += section
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines).rstrip() + "\n")

@@ -10,6 +10,9 @@ A suite `benchmark/suites/NAME.toml`:
     workers = 1                        # at most so many runs at a time (default: as many as --workers says)
     baselines = ["ppo"]                # methods that every other one is compared with (default: none)
     aggregate = false                  # whether tables and figures pool the environments (default: true)
+    figures = ["ppo", "blpo"]          # methods that the figures show (default: all, as in the tables)
+    headline = true                    # whether its section is the first of the report (default: false)
+    untimed = "the machine was busy"   # why tables and figures leave out the wall-clock times (default: they do not)
 
     [arguments]                        # of every script, by their names on the command line
     total-timesteps = 300000
@@ -20,7 +23,7 @@ A suite `benchmark/suites/NAME.toml`:
     arguments = { num-minibatches = 8 }
     environments = ["Hopper-v4"]       # instead of the suite's (optional)
     seeds = [1]                        # instead of the suite's (optional)
-    untimed = "the machine was busy"   # why tables and figures leave out its wall-clock times (optional)
+    untimed = "it shared its cores"    # why tables and figures leave out this method's times (optional)
 
     [methods.ppo.arguments-by-environment.Hopper-v4]
     learning-rate = 1e-3               # on this environment (optional)
@@ -29,7 +32,8 @@ A suite `benchmark/suites/NAME.toml`:
     text = "BLPO at least as good as PPO"
     better = "blpo"
     than = "ppo"
-    measure = "return"                 # or "time", for a claim that `better` takes less wall-clock time
+    measure = "return"                 # at least as good; "above": better; "time": takes less wall-clock time
+    over = "end"                       # the return of the last 10 % of the steps; "training": of all of them
 
 Every (method, environment, seed) is a job, and a job has one name for good: ENVIRONMENT__METHOD__SEED.
 """
@@ -45,6 +49,8 @@ import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from benchmark.reference import REFERENCE, load_reference
 
 ROOT = Path(__file__).parent.parent
 SUITES = Path(__file__).parent / "suites"
@@ -79,6 +85,7 @@ class Claim:
     better: str
     than: str
     measure: str = "return"
+    over: str = "end"
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class Suite:
     baselines: tuple[str, ...]
     aggregate: bool
     claims: tuple[Claim, ...]
+    figures: tuple[str, ...] = ()
+    headline: bool = False
 
     def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
         """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
@@ -166,13 +175,14 @@ def command_words(method: Method, environment: str) -> tuple[str, ...]:
 # ---- Reading a file --------------------------------------------------------------------------------------------
 SUITE_KEYS = {
     "description": str, "environments": list, "seeds": list, "grid": int, "diagnostics": list, "workers": int,
-    "baselines": list, "aggregate": bool, "arguments": dict, "methods": dict, "claims": list,
+    "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "untimed": str, "arguments": dict,
+    "methods": dict, "claims": list,
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
     "untimed": str,
 }  # fmt: skip
-CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str}
+CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str, "over": str}
 TYPE_NAMES = {str: "a text", list: "a list", int: "a whole number", bool: "true or false", dict: "a table"}
 
 
@@ -273,9 +283,9 @@ def load_suite(name: str, check: bool = True) -> Suite:
             own_environments,
             check_seeds(inside, entry.get("seeds", list(seeds))),
             by_environment,
-            entry.get("untimed", ""),
+            entry.get("untimed", table.get("untimed", "")),
         )
-    for key in ("baselines",):
+    for key in ("baselines", "figures"):
         for method in table.get(key, []):
             if method not in methods:
                 raise BadSuite(f"{where}: {key} names {method!r}, which is no method of the suite{nearest(method, methods)}")
@@ -286,8 +296,10 @@ def load_suite(name: str, check: bool = True) -> Suite:
         for key in ("better", "than"):
             if entry[key] not in methods:
                 raise BadSuite(f"{inside}: {key} names {entry[key]!r}, which is no method of the suite{nearest(entry[key], methods)}")
-        if entry.get("measure", "return") not in ("return", "time"):
-            raise BadSuite(f"{inside}: measure is {entry['measure']!r}, it must be \"return\" or \"time\"")
+        if entry.get("measure", "return") not in ("return", "above", "time"):
+            raise BadSuite(f"{inside}: measure is {entry['measure']!r}, it must be \"return\", \"above\" or \"time\"")
+        if entry.get("over", "end") not in ("end", "training"):
+            raise BadSuite(f"{inside}: over is {entry['over']!r}, it must be \"end\" or \"training\"")
         claims.append(Claim(**entry))
     suite = Suite(
         path.stem,
@@ -301,10 +313,29 @@ def load_suite(name: str, check: bool = True) -> Suite:
         tuple(table.get("baselines", [])),
         table.get("aggregate", True),
         tuple(claims),
+        tuple(table.get("figures", [])),
+        table.get("headline", False),
     )
+    check_levels(suite, where)
     if check:
         check_jobs(suite, where)
     return suite
+
+
+def check_levels(suite: Suite, where: str) -> None:
+    """Raise BadSuite if a claim of returns is made on an environment without levels: found out before the runs."""
+    needed = []
+    for claim in suite.claims:
+        if claim.measure != "time":
+            pair = suite.methods[claim.better].environments, suite.methods[claim.than].environments
+            needed += [each for each in pair[0] if each in pair[1]]
+    levels = load_reference()
+    for environment in needed:
+        if environment not in levels:
+            raise BadSuite(
+                f"{where}: claims compare returns on {environment}, which {REFERENCE.name} has no levels of to normalise them"
+                " with; add them there or leave out the claims"
+            )
 
 
 # ---- Asking the scripts ----------------------------------------------------------------------------------------

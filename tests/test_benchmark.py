@@ -1,6 +1,7 @@
 """benchmark/: suite files, the local launcher through kills and failures, and what collect makes of run folders."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,8 +14,8 @@ from conftest import REPO, environment, read_csv, wait_for
 
 from benchmark import __main__ as command_line
 from benchmark import launch
-from benchmark.collect import Mixed, collect
-from benchmark.suites import BadSuite, known_suites, load_suite
+from benchmark.collect import Mixed, blob, collect, diverged
+from benchmark.suites import known_suites, load_suite
 
 SUITE = """
 description = "tiny runs"
@@ -41,6 +42,14 @@ script = "ppo_continuous.py"
 label = "BLPO"
 script = "blpo_continuous.py"
 arguments = { chunk-length = 8, nystrom-rank = 3 }
+"""
+
+
+CLAIM = """
+[[claims]]
+text = "BLPO above PPO"
+better = "blpo"
+than = "ppo"
 """
 
 
@@ -86,6 +95,11 @@ def test_a_method_may_have_its_own_seeds_environments_and_arguments_by_environme
     assert not any("--no-norm-adv" in job.command for job in suite.jobs() if job.method == "blpo")
 
 
+def test_a_suite_or_a_method_may_be_untimed(tmp_path):
+    suite = load_suite(write(tmp_path, ("grid = 256", 'grid = 256\nuntimed = "busy"'), ('label = "PPO"', 'label = "PPO"\nuntimed = "shared"')))
+    assert (suite.methods["ppo"].untimed, suite.methods["blpo"].untimed) == ("shared", "busy")
+
+
 def test_a_part_of_a_suite_can_be_chosen(tmp_path, capsys):
     suite = load_suite(write(tmp_path))
     assert [(job.method, job.seed) for job in suite.only(("blpo",), (), (2,)).jobs()] == [("blpo", 2)]
@@ -112,8 +126,13 @@ BAD = [
     ([("grid = 256", "gird = 256")], "the key 'gird' is unknown; the nearest are grid"),
     ([('label = "PPO"\n', "")], "methods.ppo: the key 'label' is missing"),
     ([('baselines = ["ppo"]', 'baselines = ["sac"]')], "baselines names 'sac', which is no method of the suite"),
+    ([("grid = 256", 'grid = 256\nfigures = ["sac"]')], "figures names 'sac', which is no method of the suite"),
+    ([("grid = 256", 'grid = 256\nheadline = "yes"')], "headline must be true or false, not 'yes'"),
     ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
     ([("[arguments]", "[arguments")], "this is no TOML"),
+    ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),
+    ([(SUITE, SUITE + CLAIM + 'measure = "best"\n')], 'measure is \'best\', it must be "return", "above" or "time"'),
+    ([(SUITE, SUITE + CLAIM + 'over = "all"\n')], 'over is \'all\', it must be "end" or "training"'),
 ]
 
 
@@ -226,7 +245,7 @@ def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
     assert first.returncode == 143 and out.count("paused") == 2 and not err, (out, err)
     assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"interrupted"}
     second = start_launcher(path, run_dir)
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0 and out.count("(resumed)") == 2, (out, err)
     assert_complete(path, run_dir, resumed=True)
 
@@ -239,7 +258,7 @@ def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_p
     first.communicate()
     assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"running"}
     second = start_launcher(path, run_dir)
-    out, err = second.communicate(timeout=120)
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0 and "start" not in out, (out, err)
     assert_complete(path, run_dir, resumed=False)
 
@@ -251,7 +270,7 @@ def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     for child in map(int, children):
         os.kill(child, signal.SIGKILL)
-    out, err = launcher.communicate(timeout=120)
+    out, err = launcher.communicate(timeout=300)
     assert launcher.returncode == 0 and out.count("exit status -9, once more") == 2, (out, err)
     assert_complete(path, run_dir, resumed=True)
 
@@ -282,6 +301,38 @@ def test_a_job_is_never_run_twice_at_once(tmp_path):
     assert launch.job_status(folder) == "failed"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_of_another_process_takes_a_workers_place_and_cores(tmp_path, monkeypatch, workers):
+    """As after a killed launcher: with one worker nothing is started beside its run, though it is of a job that is not chosen
+    now; with two one run, on the other cores."""
+    suite = load_suite(write(tmp_path, ("[1, 2]", "[1, 2, 3]")), check=False).only(("ppo",), (), ())
+    folders = launch.prepare(suite, tmp_path / "runs")
+    cores, beside = launch.split_cores(workers), []
+    attempt = {"host": os.uname().nodename, "cores": cores[0], "resumed": False, "commit": None, "dirty": False}
+    edit_json(folders[0] / "job.json", lambda made: made["attempts"].append(attempt))
+    orphan = open(folders[0] / "lock", "w")
+    launch.fcntl.flock(orphan, launch.fcntl.LOCK_EX)
+    sleep = launch.time.sleep
+
+    def look(seconds):
+        """In place of the pause between two rounds of the launcher; the other process ends after 20."""
+        if len(beside) < 20:
+            beside.append([launch.job_status(folder) for folder in folders[1:]].count("running"))
+            if len(beside) == 20:
+                launch.fcntl.flock(orphan, launch.fcntl.LOCK_UN)
+        sleep(seconds)
+
+    monkeypatch.setattr(launch.time, "sleep", look)
+    seeds = (2, 3) if workers == 1 else ()
+    assert launch.run_local(suite.only((), (), seeds), tmp_path / "runs", workers) == 0
+    orphan.close()
+    attempts = [json.loads((folder / "job.json").read_text())["attempts"] for folder in folders]
+    assert len(attempts[0]) == workers and all(launch.job_status(folder) == "finished" for folder in folders[1:])
+    assert max(beside) == workers - 1
+    assert workers == 1 or attempts[1][0]["cores"] == cores[1]
+    assert all(each[-1]["load_at_start"] >= 0 and each[-1]["load_at_end"] >= 0 for each in attempts[1:])
+
+
 # ---- Collect ---------------------------------------------------------------------------------------------------
 def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
     path, run_dir, _ = launched
@@ -305,7 +356,25 @@ def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
             assert "bilevel/cosine" not in rows[0]
     made = content["runs"][0]
     assert made["command"].startswith("python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1") and made["commit"]
-    assert made["versions"]["torch"] and made["wall_time_s"] > 0 and made["steps"] == 1024
+    assert made["versions"]["torch"] and made["wall_time_s"] > 0 and made["steps"] == 1024 and not made["diverged"]
+
+
+@pytest.mark.parametrize(
+    ("final_return", "losses", "said"),
+    [
+        (1.0, {"policy_loss": "0.1", "value_loss": "0.2", "approx_kl": ""}, False),
+        (None, {"policy_loss": "0.1", "value_loss": "0.2"}, False),
+        (9.0, {"policy_loss": "", "value_loss": "0.2"}, True),  # argmax of logits that are nan: returns stay finite
+        (1.0, {"actor_loss": "inf", "qf_loss": "0.2"}, True),
+        (1.0, {"actor_loss": "0.1", "qf_loss": ""}, True),
+        (math.nan, {"policy_loss": "0.1", "value_loss": "0.2"}, True),
+    ],
+)
+def test_a_run_diverged_if_its_return_or_a_players_last_loss_is_not_finite(tmp_path, final_return, losses, said):
+    names, cells = zip(*((f"losses/{name}", cell) for name, cell in losses.items()))
+    table = [",".join(["global_step", *names]), ",".join(["1", *("0.5" for _ in names)]), ",".join(["2", *cells])]
+    (tmp_path / "metrics.csv").write_text("\n".join(table) + "\n")
+    assert diverged(tmp_path, final_return) == said
 
 
 def test_collect_names_what_is_missing_and_keeps_what_was_collected_before(launched, tmp_path):
@@ -372,3 +441,34 @@ def test_collect_on_the_command_line(copied, tmp_path, capsys):
     assert command_line.main(words) == 0
     assert capsys.readouterr().out == f"4 runs in {tmp_path / 'results' / 'tiny'}\n"
     assert tomllib.loads(suite.path.read_text())["seeds"] == [1, 2]
+
+
+def test_collect_records_which_missing_jobs_failed_and_how_often_a_run_was_begun(copied, tmp_path):
+    suite, run_dir = copied
+    ppo, blpo, other = (run_dir / "tiny" / f"toy_envs_Walk-v0__{name}" for name in ("ppo__1", "blpo__1", "ppo__2"))
+    for folder, code in ((ppo, 1), (blpo, 143)):  # that one was stopped and may go on
+        (run,) = launch.run_folders(folder)
+        edit_json(run / "result.json", lambda made: made.update(status="failed"))
+        edit_json(folder / "job.json", lambda made, code=code: made["attempts"][-1].update(exit_code=code))
+    edit_json(other / "job.json", lambda made: made["attempts"].insert(0, made["attempts"][0] | {"load_at_start": 99.5}))
+    content = collect(suite, run_dir, tmp_path / "results")
+    assert content["missing"] == [ppo.name, blpo.name] and content["failed"] == [ppo.name]
+    runs = {run["job"]: run for run in content["runs"]}
+    assert (runs[other.name]["attempts"], runs[other.name]["load"]) == (2, 99.5)
+    again = collect(suite, tmp_path / "nothing here", tmp_path / "results")
+    assert again["failed"] == [ppo.name] and again["runs"] == content["runs"]
+
+
+def test_collect_works_without_git_and_removes_figures_of_earlier_csv_files(copied, tmp_path, monkeypatch):
+    suite, run_dir = copied
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    for old in ("returns_steps.png", "returns_steps.pdf", "notes.txt"):
+        (folder / old).touch()
+    for path in run_dir.glob("tiny/*/job.json"):  # as if run where there was no git either
+        edit_json(path, lambda made: made["attempts"][0].update(commit=None, dirty=None))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert blob("HEAD", "ppo_continuous.py") is None
+    content = collect(suite, run_dir, tmp_path / "results")
+    assert content["mixed"] == [] and {run["commit"] for run in content["runs"]} == {None}
+    assert {path.name for path in folder.iterdir() if path.suffix != ".csv"} == {"runs.json", "notes.txt"}

@@ -3,13 +3,15 @@
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmark import figures
-from benchmark.suites import Method, Suite
+from benchmark import figures, reference, scores
+from benchmark.reference import load_reference
+from benchmark.suites import Method, Suite, known_suites, load_suite
 
 LABELS = {
     "ppo": "PPO", "nested": "nested control", "blpo": "BLPO", "blpo-cg": "BLPO, conjugate gradient", "authors": "released code",
@@ -19,7 +21,7 @@ LABELS = {
 ENVIRONMENTS = (
     "Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Humanoid-v4", "Reacher-v4", "Pusher-v4", "InvertedDoublePendulum-v4",
 )  # fmt: skip
-LEVELS = {name: (entry["random"], entry["reference"]) for name, entry in figures.load_reference().items()}
+LEVELS = {name: (entry["random"], entry["reference"]) for name, entry in load_reference().items()}
 
 
 def make_suite(methods: int = 3, environments: int = 2, seeds: int = 3, **changes) -> Suite:
@@ -68,7 +70,7 @@ def make_results(suite: Suite, folder: Path, better=(), slower=(), leave_out=(),
 
 def drawn(suite: Suite, folder: Path) -> dict:
     """The figures of the suite's results, not saved."""
-    return figures.figures(suite, figures.load_results(suite, folder))
+    return figures.figures(suite, scores.load_results(suite, folder))
 
 
 def texts(figure) -> list[str]:
@@ -123,10 +125,37 @@ def test_a_method_has_one_colour_in_all_figures_and_suites(tmp_path):
 
 
 def test_no_two_methods_of_a_suite_look_the_same():
-    names = [*figures.STYLES, *(f"unknown-{index}" for index in range(len(figures.FALLBACKS)))]
+    names = ["ppo", "nested", "blpo", *(f"unknown-{index}" for index in range(len(figures.FALLBACKS)))]
     table = {name: Method(name, name, "ppo_continuous.py", {}, ENVIRONMENTS[:1], (1,)) for name in names}
-    looks = figures.styles(dataclasses.replace(make_suite(), methods=table))
-    assert len(set(looks.values())) == len(names)
+    suites = [dataclasses.replace(make_suite(), methods=table), *(load_suite(name, check=False) for name in known_suites())]
+    for suite in suites:
+        looks = figures.styles(suite)
+        assert len(set(looks.values())) == len(suite.methods), suite.name
+
+
+def test_a_diverged_run_counts_as_a_random_policy(tmp_path):
+    suite = make_suite(environments=1)
+    make_results(suite, tmp_path)
+    name = "Hopper-v4__blpo__2"
+    path = tmp_path / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    for run in made["runs"]:
+        if run["job"] == name:
+            run |= {"diverged": True, "final_return": math.nan}
+    path.write_text(json.dumps(made))
+    table = tmp_path / suite.name / f"{name}.csv"
+    rows = list(csv.reader(table.open()))
+    for row in rows[8:]:
+        row[2] = "nan"
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    results = scores.load_results(suite, tmp_path)
+    random = LEVELS["Hopper-v4"][0]
+    assert results.diverged == [name]
+    returns = scores.final_returns(results, "blpo", "Hopper-v4")
+    assert len(returns) == 3 and returns[1] == random != returns[0]
+    curve = results.curves[name]["episodic_return"]
+    assert np.array_equal(curve[-5:], np.full(5, random)) and np.isfinite(curve[1:]).all() and curve[3] != random
 
 
 @pytest.mark.parametrize(
@@ -145,19 +174,19 @@ def test_small_suites_have_the_figures_that_make_sense(tmp_path, changes):
 def test_without_results_there_are_no_figures(tmp_path):
     suite = make_suite()
     assert figures.plot(suite, tmp_path) == []
-    assert figures.load_results(suite, tmp_path).missing == [job.name for job in suite.jobs()]
+    assert scores.load_results(suite, tmp_path).missing == [job.name for job in suite.jobs()]
 
 
 def test_a_method_without_runs_on_an_environment_is_not_pooled(tmp_path):
     suite = make_suite(seeds=1)
     make_results(suite, tmp_path, leave_out=("Hopper-v4__blpo__1",))
-    assert figures.pooled_methods(suite, figures.load_results(suite, tmp_path)) == ["ppo", "nested"]
+    assert scores.pooled_methods(suite, scores.load_results(suite, tmp_path)) == ["ppo", "nested"]
 
 
 def test_empty_bins_carry_the_last_value(tmp_path):
     path = tmp_path / "curve.csv"
     path.write_text("global_step,wall_time_s,episodic_return,episodes\n10,1,,0\n20,2,5.0,1\n30,3,,0\n40,4,7.0,2\n")
-    np.testing.assert_array_equal(figures.load_curve(path)["episodic_return"], [np.nan, 5, 5, 7])
+    np.testing.assert_array_equal(scores.load_curve(path)["episodic_return"], [np.nan, 5, 5, 7])
 
 
 def test_curves_share_the_steps_and_minutes_that_every_run_has():
@@ -171,3 +200,50 @@ def test_curves_share_the_steps_and_minutes_that_every_run_has():
     minutes, returns = figures.on_minutes([one, other])
     assert (minutes[0], minutes[-1]) == (2.0, 3.0)
     assert returns[:, 0].tolist() == [1.0, 5.5] and returns[:, -1].tolist() == [2.0, 6.0]
+
+
+def test_a_suite_names_the_methods_that_its_figures_show(tmp_path):
+    suite = make_suite(methods=4, baselines=("nested", "ppo"), figures=("blpo", "ppo"))
+    make_results(suite, tmp_path)
+    made = drawn(suite, tmp_path)
+    assert [text.get_text() for text in made.pop("improvement").axes[0].get_yticklabels()] == ["BLPO (n=3)"]
+    for name, figure in made.items():
+        assert {text.replace(" = 1", "") for text in texts(figure)} == {"PPO (n=3)", "BLPO (n=3)"}, name
+    assert set(made) == {"returns_steps", "returns_minutes", "aggregate", "profile", "runtime"}
+
+
+def test_the_legend_stays_inside_the_figure_and_below_three_tenths_of_it(tmp_path):
+    for methods in (4, 8):
+        suite = make_suite(methods=methods, seeds=2)
+        long = dataclasses.replace(suite.methods["nested"], label="one-step leader, trajectory term")
+        suite = dataclasses.replace(suite, methods=suite.methods | {"nested": long})
+        make_results(suite, tmp_path / str(methods))
+        for name, figure in drawn(suite, tmp_path / str(methods)).items():
+            if name == "improvement":
+                continue
+            figure.draw_without_rendering()
+            box, (width, height) = figure.legends[0].get_window_extent(), figure.get_size_inches() * figure.dpi
+            assert 0 <= box.x0 and box.x1 <= width and box.height < 0.3 * height, (name, methods, box.height / height)
+
+
+def test_plot_removes_the_figures_that_it_no_longer_draws(tmp_path):
+    suite = make_suite(methods=2, seeds=2, environments=1)
+    make_results(suite, tmp_path)
+    for old in ("profile.png", "profile.pdf", "notes.txt"):
+        (tmp_path / suite.name / old).touch()
+    written = figures.plot(suite, tmp_path)
+    assert {path.name for path in (tmp_path / suite.name).iterdir() if path.suffix not in (".csv", ".json")} == {
+        "notes.txt", *(path.name for path in written),
+    }  # fmt: skip
+
+
+def test_the_scale_of_the_scores_is_written_only_when_asked(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "reference.json"
+    table = json.loads(reference.REFERENCE.read_text())
+    copy.write_text(json.dumps(table))
+    monkeypatch.setattr(reference, "REFERENCE", copy)
+    monkeypatch.setattr(reference, "random_returns", lambda *_: (np.array([-7.0, -9.0]), "made up"))
+    reference.measure(reference.Args(episodes=2))
+    assert json.loads(copy.read_text()) == table and "Hopper-v4 -8.0\n" in capsys.readouterr().out
+    reference.measure(reference.Args(episodes=2, write=True))
+    assert json.loads(copy.read_text())["environments"]["Hopper-v4"]["random"] == -8.0

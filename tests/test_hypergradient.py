@@ -11,6 +11,7 @@ import torch.nn as nn
 import blpo_continuous as blpo
 import blpo_continuous_ablations as laboratory
 import blpo_discrete as discrete
+from benchmark import ihvp_study
 
 DOUBLE = torch.float64
 
@@ -34,6 +35,7 @@ def minibatches_of(script, tmp_path, monkeypatch, *arguments):
     words = ["--num-envs", "4", "--total-timesteps", "2048", "--run-dir", str(tmp_path)]
     words += [] if script is discrete else ["--env-id", "Hopper-v4"]
     script.train(script.parse_args(script.Args, [*words, *arguments]))
+    assert seen, "train no longer calls leader_diagnostics"
     return seen
 
 
@@ -343,3 +345,21 @@ def test_enumeration_covers_every_trajectory_once():
     paths = trajectories()
     assert len({tuple(path) for path in paths}) == len(paths) == len(list(itertools.chain(paths)))
     assert max(map(len, paths)) == 4 and min(map(len, paths)) == 2
+
+
+# ---- The study of directions and damping -----------------------------------------------------------------------
+def test_the_study_prints_its_table_and_writes_only_when_asked(tmp_path, monkeypatch, capsys):
+    """On one small system; the exact solve leaves nothing."""
+    torch.manual_seed(0)
+    jacobian = blpo.CriticJacobian(blpo.mlp(3, 64, 1, 1.0), torch.randn(12, 3))
+    system = 5, blpo.GaussNewton(jacobian, torch.full((12,), 1 / 12)), torch.randn(12) / 12
+    monkeypatch.setattr(ihvp_study, "captured_systems", lambda *_: [system])
+    monkeypatch.chdir(tmp_path)
+    ihvp_study.main(ihvp_study.Args(env_ids=("Hopper-v4",)))
+    printed = capsys.readouterr().out
+    assert "| damping | exact |" in printed and not list(tmp_path.iterdir())
+    ihvp_study.main(ihvp_study.Args(env_ids=("Hopper-v4",), results_dir=tmp_path / "study"))
+    assert {path.name for path in (tmp_path / "study").iterdir()} == {"residuals.csv", "summary.md", "study.json"}
+    assert (tmp_path / "study" / "summary.md").read_text() == capsys.readouterr().out == printed
+    exact = [line.split("|")[2] for line in printed.splitlines()[4:]]
+    assert len(exact) == len(ihvp_study.DAMPINGS) and all(float(cell) < 1e-3 for cell in exact)

@@ -1,0 +1,135 @@
+"""What is committed of a suite's runs (`benchmark/results/SUITE/runs.json` and one csv a run), and the numbers that tables, verdicts
+and figures take from it: final returns, returns over training, normalised scores, ratios of time.
+"""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmark import statistics
+from benchmark.reference import load_reference, normalise
+from benchmark.suites import Suite
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is committed of a suite's runs."""
+
+    runs: dict[tuple[str, str], list[dict]]
+    """(method, environment) -> its entries of runs.json, by seed; those of jobs the suite has; wall_time_s None if untimed"""
+    curves: dict[str, dict[str, np.ndarray]]
+    """job -> columns global_step, wall_time_s, episodic_return and diagnostics, each (grid points,); nan where there is no value"""
+    missing: list[str]
+    """jobs of the suite without a run, in the suite's order"""
+    failed: list[str]
+    """those of the missing jobs that ended with an error"""
+    mixed: list[str]
+    """what keeps the runs from one table, though they were collected together; each a phrase"""
+    ignored: list[str]
+    """runs whose job the suite does not have any more"""
+    diverged: list[str]
+    """jobs whose parameters were not finite at the end; they count with the random policy's return, where that is known"""
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------
+def load_results(suite: Suite, results: Path) -> Results:
+    """Read `results/SUITE/`; without that folder every job is missing."""
+    folder = results / suite.name
+    path = folder / "runs.json"
+    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    made = {run["job"]: run for run in content["runs"]}
+    runs: dict[tuple[str, str], list[dict]] = {}
+    curves, missing, diverged, levels = {}, [], [], load_reference()
+    for job in suite.jobs():  # by seed
+        if job.name in made:
+            run = made.pop(job.name)
+            if run.get("diverged"):
+                diverged.append(job.name)
+                run["final_return"] = levels.get(job.environment, {}).get("random")
+            if suite.methods[job.method].untimed:
+                run["wall_time_s"] = None
+            runs.setdefault((job.method, job.environment), []).append(run)
+            curves[job.name] = load_curve(folder / f"{job.name}.csv", run["final_return"] if run.get("diverged") else None)
+        else:
+            missing.append(job.name)
+    failed = [name for name in missing if name in content.get("failed", [])]
+    return Results(runs, curves, missing, failed, content.get("mixed", []), sorted(made), diverged)
+
+
+def load_curve(path: Path, diverged_to: float | None = None) -> dict[str, np.ndarray]:
+    """The columns of one run, its curve with bins without the end of an episode filled with the value before them.
+
+    With `diverged_to` the bins after the last finite return have that value.
+    """
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    columns = {}
+    for name in rows[0]:
+        columns[name] = np.array([float(row[name]) if row[name] else math.nan for row in rows])
+    values = columns["episodic_return"]
+    last = np.maximum.accumulate(np.where(np.isnan(values), -1, np.arange(len(values))))
+    columns["episodic_return"] = np.where(last < 0, math.nan, values[last])
+    if diverged_to is not None:
+        columns["episodic_return"][last.max(initial=0) + 1 :] = diverged_to
+    return columns
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------
+def final_returns(results: Results, method: str, environment: str) -> np.ndarray:
+    """Final returns (n,) of the runs that have one: no episode may have ended in the last tenth of a run."""
+    values = [run["final_return"] for run in results.runs.get((method, environment), [])]
+    return np.array([value for value in values if value is not None and math.isfinite(value)])
+
+
+def training_returns(results: Results, method: str, environment: str) -> np.ndarray:
+    """Returns (n,), each the mean of a run's curve over all its steps, from its first episode's end on: how fast it learned."""
+    curves = [results.curves[run["job"]]["episodic_return"] for run in results.runs.get((method, environment), [])]
+    return np.array([np.nanmean(curve) for curve in curves if not np.isnan(curve).all()])
+
+
+def compared_environments(suite: Suite) -> list[str]:
+    """The environments of at least two methods (of the only one, if the suite has one): only those can be pooled."""
+    least = min(2, len(suite.methods))
+    methods = suite.methods.values()
+    return [each for each in suite.environments if sum(each in method.environments for method in methods) >= least]
+
+
+def pooled_methods(suite: Suite, results: Results) -> list[str]:
+    """The methods with a final return on every compared environment: an aggregate over fewer would be of other tasks."""
+    environments = compared_environments(suite)
+    return [name for name in suite.methods if all(len(final_returns(results, name, each)) for each in environments)]
+
+
+def is_aggregated(suite: Suite) -> bool:
+    """Whether tables and figures pool the environments; for that each of them needs levels in reference.json."""
+    pooled = compared_environments(suite)
+    return suite.aggregate and len(pooled) > 1 and set(pooled) <= load_reference().keys()
+
+
+def normalised_scores(results: Results, method: str, environments: list[str], levels: dict) -> list[np.ndarray]:
+    """Normalised final returns, one array (runs,) an environment."""
+    return [normalise(each, final_returns(results, method, each), levels) for each in environments]
+
+
+def time_pairs(results: Results, method: str, baseline: str, environment: str) -> np.ndarray:
+    """Ratios (pairs,) of wall-clock time, method over baseline, of the runs with the same environment and seed."""
+    base, mine = (
+        {run["seed"]: run["wall_time_s"] for run in results.runs.get((each, environment), []) if run["wall_time_s"] is not None}
+        for each in (baseline, method)
+    )
+    return np.array([mine[seed] / base[seed] for seed in mine if seed in base])
+
+
+def time_ratio(ratios: list[np.ndarray]) -> statistics.Interval:
+    """Geometric mean with interval of ratios, one array (pairs,) an environment; every environment weighs the same."""
+    interval = statistics.stratified_bootstrap(statistics.mean, [np.log(each) for each in ratios])
+    return statistics.Interval(*(math.exp(value) for value in interval))
+
+
+def count(numbers: list[int]) -> str:
+    """n=5, or n=3-5 where it differs."""
+    return f"n={min(numbers)}" if min(numbers) == max(numbers) else f"n={min(numbers)}-{max(numbers)}"
