@@ -18,7 +18,8 @@ Algorithm 1, on each minibatch of whole chunks of consecutive steps:
 
 With `--follower head` V is linear in omega, the setting of the paper's theorem: H is the Hessian itself, and since phi is
 fixed while omega answers, the convolutions are evaluated once for K steps, the solve and the step on phi. `--ihvp none`
-(z = 0) is the nested control, `ppo_atari.py --separate-trunks` the baseline; the files differ in the bilevel part alone.
+(z = 0) is the nested control, `ppo_atari.py --separate-trunks` the baseline, which has shuffled transitions, one step size and
+clipped gradients and values; this script has chunks, a larger step for the follower, refreshed advantages and no such clipping.
 The paper has no Atari experiments: the split of the critic, its step sizes and the damping are this project's choice.
 
     python blpo_atari.py --env-id Breakout-v5

@@ -770,13 +770,14 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def provenance(module: str) -> dict:
-    """What made the numbers of benchmark.`module`: command, commit, versions, machine, date."""
+    """What made the numbers of benchmark.`module`: command, commit, versions, machine, date; not the threads of this process,
+    since those that are measured have their own."""
     made_by = ppo.provenance() | {
         "script": f"benchmark/{module}.py",
         "command": shlex.join(["python", "-m", f"benchmark.{module}", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    del made_by["argv"]
+    del made_by["argv"], made_by["threads"]
     return made_by
 
 
