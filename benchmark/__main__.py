@@ -64,6 +64,8 @@ class Run:
                 print(f"{status:11} {job.name}: {shlex.join(['python', *job.command])}")
             print(f"{len(suite.jobs())} jobs")
             return 0
+        if suite.unready:
+            raise BadSuite(f"{suite.path.name}: nothing of it may be launched yet: {suite.unready}; then remove the key unready")
         if self.engine == "local":
             return launch.run_local(suite, self.run_dir, self.workers)
         from benchmark import slurm

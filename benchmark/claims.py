@@ -151,4 +151,11 @@ def claims_lines(suite: Suite, results: Results) -> list[str]:
     if len(suite.environments) > 1 and results.runs:
         lines += ["### Claims, each environment alone"]
         lines += table(["better / than, measure", "environment", "evidence", "n"], alone.values())
+    if results.dead:
+        lines += [f"### Claims, without the runs with a {suite.dead.words}"]
+        living, rows = results.without(results.dead), []
+        for claim in suite.claims:
+            judged = verdict(suite, living, claim, levels)
+            rows.append([claim.text, f"**{judged.said}**", judged.evidence, judged.n])
+        lines += table(["claim", "verdict", "evidence", "n"], rows)
     return lines

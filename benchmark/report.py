@@ -300,11 +300,19 @@ def provenance(suite: Suite, results: Results) -> list[str]:
     silent = [run["job"] for run in runs if run["job"] not in returned and run["job"] not in results.diverged]
     for words, names in (
         ("Diverged (parameters not finite at the end)", results.diverged),
+        (dead_words(suite), results.dead),
         ("Without a final return, since no episode ended in the last 10 % of training", silent),
         ("Left out, since the suite does not have them any more", results.ignored),
     ):
         lines += [f"{words}: {', '.join(names)}."] if names else []
     return lines
+
+
+def dead_words(suite: Suite) -> str:
+    """What a suite's runs that stopped learning are called, and by what measure; they count as they are."""
+    if suite.dead is None:
+        return ""
+    return f"With a {suite.dead.words} (`{suite.dead.column}` below {suite.dead.below:g} over the last tenth)"
 
 
 def suite_lines(suite: Suite, results: Results, results_root: Path, out: Path) -> list[str]:

@@ -5,7 +5,8 @@ and figures take from it: final returns, returns over training, normalised score
 import csv
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,14 @@ class Results:
     """runs whose job the suite does not have any more"""
     diverged: list[str]
     """jobs whose parameters were not finite at the end; they count with the random policy's return, where that is known"""
+    dead: list[str] = field(default_factory=list)
+    """jobs that had stopped learning by the suite's own measure (Suite.dead); they count as they are"""
+
+    def without(self, names: Iterable[str]) -> "Results":
+        """The same with the runs of these jobs left out."""
+        left = set(names)
+        runs = {key: [run for run in group if run["job"] not in left] for key, group in self.runs.items()}
+        return replace(self, runs=runs, dead=[name for name in self.dead if name not in left])
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------
@@ -57,7 +66,18 @@ def load_results(suite: Suite, results: Path) -> Results:
         else:
             missing.append(job.name)
     failed = [name for name in missing if name in content.get("failed", [])]
-    return Results(runs, curves, missing, failed, content.get("mixed", []), sorted(made), diverged)
+    dead = [name for name in curves if is_dead(suite, curves[name])]
+    return Results(runs, curves, missing, failed, content.get("mixed", []), sorted(made), diverged, dead)
+
+
+def is_dead(suite: Suite, curve: dict[str, np.ndarray]) -> bool:
+    """Whether a run had stopped learning, by the suite's measure; without one, or without a finite value of it, it had not."""
+    if suite.dead is None or suite.dead.column not in curve:
+        return False
+    values = curve[suite.dead.column]
+    values = values[-max(1, len(values) // 10) :]
+    values = values[np.isfinite(values)]
+    return len(values) > 0 and float(values.mean()) < suite.dead.below
 
 
 def load_curve(path: Path, diverged_to: float | None = None) -> dict[str, np.ndarray]:

@@ -13,6 +13,12 @@ A suite `benchmark/suites/NAME.toml`:
     figures = ["ppo", "blpo"]          # methods that the figures show (default: all, as in the tables)
     headline = true                    # whether its section is the first of the report (default: false)
     untimed = "the machine was busy"   # why tables and figures leave out the wall-clock times (default: they do not)
+    unready = "step sizes are open"    # why nothing of it may be launched yet (default: it may; --dry-run always works)
+
+    [dead]                             # runs to be named, and claims to be judged without them as well (optional):
+    column = "losses/actor_gradient_norm"  # those in which this diagnostic, mean of the last 10 % of the rows of the csv file,
+    below = 1e-8                       # is smaller than that
+    words = "dead actor"               # what the report calls them
 
     [arguments]                        # of every script, by their names on the command line
     total-timesteps = 300000
@@ -112,6 +118,15 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Dead:
+    """What makes a run one that stopped learning: a diagnostic of its last rows below a bound."""
+
+    column: str
+    below: float
+    words: str
+
+
+@dataclass(frozen=True)
 class Suite:
     """A suite file, checked."""
 
@@ -128,6 +143,8 @@ class Suite:
     claims: tuple[Claim, ...]
     figures: tuple[str, ...] = ()
     headline: bool = False
+    unready: str = ""
+    dead: Dead | None = None
 
     def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
         """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
@@ -175,15 +192,16 @@ def command_words(method: Method, environment: str) -> tuple[str, ...]:
 # ---- Reading a file --------------------------------------------------------------------------------------------
 SUITE_KEYS = {
     "description": str, "environments": list, "seeds": list, "grid": int, "diagnostics": list, "workers": int,
-    "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "untimed": str, "arguments": dict,
-    "methods": dict, "claims": list,
+    "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "untimed": str, "unready": str, "dead": dict,
+    "arguments": dict, "methods": dict, "claims": list,
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
     "untimed": str,
 }  # fmt: skip
+DEAD_KEYS = {"column": str, "below": float, "words": str}
 CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str, "over": str}
-TYPE_NAMES = {str: "a text", list: "a list", int: "a whole number", bool: "true or false", dict: "a table"}
+TYPE_NAMES = {str: "a text", list: "a list", int: "a whole number", float: "a number with a point or an exponent", bool: "true or false", dict: "a table"}
 
 
 def nearest(word: str, known) -> str:
@@ -301,6 +319,12 @@ def load_suite(name: str, check: bool = True) -> Suite:
         if entry.get("over", "end") not in ("end", "training"):
             raise BadSuite(f"{inside}: over is {entry['over']!r}, it must be \"end\" or \"training\"")
         claims.append(Claim(**entry))
+    dead = None
+    if "dead" in table:
+        check_table(f"{where}, dead", table["dead"], DEAD_KEYS, tuple(DEAD_KEYS))
+        dead = Dead(**table["dead"])
+        if dead.column not in table.get("diagnostics", []):
+            raise BadSuite(f"{where}, dead: column is {dead.column!r}, which is none of the suite's diagnostics; add it there")
     suite = Suite(
         path.stem,
         path,
@@ -315,6 +339,8 @@ def load_suite(name: str, check: bool = True) -> Suite:
         tuple(claims),
         tuple(table.get("figures", [])),
         table.get("headline", False),
+        table.get("unready", ""),
+        dead,
     )
     check_levels(suite, where)
     if check:

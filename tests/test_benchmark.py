@@ -108,6 +108,7 @@ def test_a_part_of_a_suite_can_be_chosen(tmp_path, capsys):
     assert capsys.readouterr().err == "error: --methods names blbo, which tiny does not have; the nearest are blpo\n"
 
 
+DEAD = '[dead]\ncolumn = "losses/no"\nbelow = 1e-8\nwords = "dead actor"\n\n'
 BAD = [
     ([("[1, 2]", "[]")], "tiny.toml: seeds is empty"),
     ([("[1, 2]", "[1, 1]")], "seeds holds 1 twice, which would make the same job twice"),
@@ -128,6 +129,9 @@ BAD = [
     ([('baselines = ["ppo"]', 'baselines = ["sac"]')], "baselines names 'sac', which is no method of the suite"),
     ([("grid = 256", 'grid = 256\nfigures = ["sac"]')], "figures names 'sac', which is no method of the suite"),
     ([("grid = 256", 'grid = 256\nheadline = "yes"')], "headline must be true or false, not 'yes'"),
+    ([("grid = 256", 'grid = 256\nunready = "it waits"')], "nothing of it may be launched yet: it waits; then remove the key unready"),
+    ([("[methods.ppo]", DEAD + "[methods.ppo]")], "dead: column is 'losses/no', which is none of the suite's diagnostics"),
+    ([("[methods.ppo]", DEAD.replace("1e-8", "0") + "[methods.ppo]")], "dead: below must be a number with a point or an exponent, not 0"),
     ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
     ([("[arguments]", "[arguments")], "this is no TOML"),
     ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),
@@ -148,6 +152,11 @@ def test_a_bad_suite_is_one_sentence_and_creates_nothing(tmp_path, capsys, chang
 def test_an_unknown_suite_names_the_nearest(capsys):
     assert command_line.main(["run", "smok"]) == 2
     assert capsys.readouterr().err == "error: there is no suite 'smok'; the nearest are smoke\n"
+
+
+def test_the_jobs_of_an_unready_suite_can_be_looked_at(tmp_path, capsys):
+    assert command_line.main(["run", write(tmp_path, ("grid = 256", 'grid = 256\nunready = "it waits"')), "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("4 jobs\n")
 
 
 def test_dry_run_prints_the_jobs_and_creates_nothing(tmp_path, capsys):

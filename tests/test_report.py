@@ -11,7 +11,7 @@ from test_figures import ENVIRONMENTS, make_results, make_suite
 
 from benchmark import claims, figures, markdown, report, scores, statistics
 from benchmark.reference import load_reference, normalise
-from benchmark.suites import Claim
+from benchmark.suites import Claim, Dead
 
 RETURN = Claim("BLPO at least as good as PPO", "blpo", "ppo")
 ABOVE = Claim("BLPO above PPO", "blpo", "ppo", "above")
@@ -266,6 +266,30 @@ def test_a_diverged_run_is_named_and_counts(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert f"Diverged (parameters not finite at the end): {made['runs'][0]['job']}." in text and "no episode ended" not in text
     assert judge(suite, tmp_path, RETURN).n == "3 seeds, Hopper-v4"
+
+
+def test_dead_runs_are_named_and_claims_judged_without_them_as_well(tmp_path):
+    suite = make_suite(seeds=6, environments=1, diagnostics=("losses/actor_gradient_norm",))
+    suite = dataclasses.replace(suite, claims=(ABOVE,), dead=Dead("losses/actor_gradient_norm", 1e-8, "dead actor"))
+    make_results(suite, tmp_path, points=20, noise=0.0)
+    shifted(tmp_path, suite, {"Hopper-v4": 0.2})
+    edit(suite, tmp_path, lambda made: [run.update(final_return=0.0) for run in made["runs"] if is_blpo_1(run["job"])])
+    for path in (tmp_path / suite.name).glob("*.csv"):
+        norms = ["losses/actor_gradient_norm", *["0.5"] * 18, *(["0", "1e-9"] if is_blpo_1(path.stem) else ["", "1e-6"])]
+        path.write_text("\n".join(",".join(pair) for pair in zip(path.read_text().splitlines(), norms)) + "\n")
+    results = scores.load_results(suite, tmp_path)
+    assert results.dead == ["Hopper-v4__blpo__1"]
+    assert scores.load_results(dataclasses.replace(suite, dead=None), tmp_path).dead == []
+    text = page([suite], tmp_path)
+    assert "With a dead actor (`losses/actor_gradient_norm` below 1e-08 over the last tenth): Hopper-v4__blpo__1." in text
+    (whole,), (living,) = (rows_of(text, heading)[1:] for heading in ("### Claims", "### Claims, without the runs with a dead actor"))
+    assert whole[2] == "**undecided at n = 6 seeds**" and whole[4].startswith("6 seeds")
+    assert living[1] == "**holds**" and living[3].startswith("5-6 seeds")
+    assert results.without(results.dead).dead == [] and len(results.runs["blpo", "Hopper-v4"]) == 6
+
+
+def is_blpo_1(job: str) -> bool:
+    return job == "Hopper-v4__blpo__1"
 
 
 def test_paper_and_reference_files_are_complete():
