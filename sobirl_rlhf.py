@@ -1210,13 +1210,14 @@ def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) ->
     return returns.tolist()
 
 
-def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
+def film(env_id: str, model: Path | None, folder: Path, seed: int, terminate: bool = True) -> None:
     """Film one episode into `folder`; without a model, only draw one frame. For a child process: where no GL is,
-    rendering may raise or kill."""
+    rendering may raise or kill. `terminate` as in make_envs."""
+    settings = {} if terminate else {"terminate_when_unhealthy": False}
     os.environ.setdefault("MUJOCO_GL", "egl")
     if model is None:  # the caller says in one sentence what failed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array"))
+    env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array", **settings))
     if model is not None:
         env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True)
     obs, _ = env.reset(seed=seed)
@@ -1557,7 +1558,7 @@ def train(args: Args) -> Path:
         if args.eval_episodes:
             results["eval_returns"] = evaluate(load_policy(path), args, args.eval_episodes)
             print(f"mean return of {args.eval_episodes} evaluation episodes: {np.mean(results['eval_returns']):.1f}")
-        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed):
+        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed, args.terminate):
             print("the video could not be made; the run is complete without it", file=sys.stderr)
         if not args.save_model:
             path.unlink(missing_ok=True)
