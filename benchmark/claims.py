@@ -84,7 +84,7 @@ def in_words(claim: Claim, numbers: list[int], interval: statistics.Interval | N
 def verdict(suite: Suite, results: Results, claim: Claim, levels: dict) -> Verdict:
     """The claim judged by RULE. Raises ValueError if an environment has no levels to normalise with."""
     environments = shared_environments(suite, claim)
-    planned = [job for job in suite.jobs() if job.method in (claim.better, claim.than) and job.environment in environments]
+    planned = [job for job in suite.shown() if job.method in (claim.better, claim.than) and job.environment in environments]
     missing, failed = ([job.name for job in planned if job.name in names] for names in (results.missing, results.failed))
     numbers, interval = measured(results, claim, environments, levels)
     evidence, n = in_words(claim, numbers, interval)

@@ -287,6 +287,10 @@ def provenance(suite: Suite, results: Results) -> list[str]:
     ]
     if len(by_commit) > 1:
         lines += [f"Commit {commit}: {'; '.join(by_commit[commit])}." for commit in sorted(by_commit)]
+    taken = [method for name, method in suite.methods.items() if method.runs_of and any(key[0] == name for key in results.runs)]
+    if taken:
+        words = "; ".join(f"{method.label}, of {method.runs_of[0]}" for method in taken)
+        lines += [f"Runs that another suite launched, by equal commands: {words}."]
     if results.mixed:
         lines += [f"**Mixed** (`--allow-mixed`): {'; '.join(results.mixed)}."]
     again = [run["job"] for run in runs if run.get("attempts", 1) > 1]

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmark import statistics
 from benchmark.reference import load_reference, normalise
-from benchmark.suites import Suite
+from benchmark.suites import Job, Suite, same_run
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,44 @@ class Results:
 # ---- Reading ---------------------------------------------------------------------------------------------------
 def load_results(suite: Suite, results: Path) -> Results:
     """Read `results/SUITE/`; without that folder every job is missing."""
-    folder = results / suite.name
-    path = folder / "runs.json"
-    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    content = read_runs(results / suite.name)
     made = {run["job"]: run for run in content["runs"]}
     runs: dict[tuple[str, str], list[dict]] = {}
     curves, missing, diverged, levels = {}, [], [], load_reference()
-    for job in suite.jobs():  # by seed
-        if job.name in made:
-            run = made.pop(job.name)
+    for job in suite.shown():  # by seed
+        run, path = made.pop(job.name, None), results / suite.name / f"{job.name}.csv"
+        if suite.methods[job.method].runs_of is not None:
+            run, path = from_another_suite(job, *suite.methods[job.method].runs_of, results)
+        if run is not None:
             if run.get("diverged"):
                 diverged.append(job.name)
                 run["final_return"] = levels.get(job.environment, {}).get("random")
             if suite.methods[job.method].untimed:
                 run["wall_time_s"] = None
             runs.setdefault((job.method, job.environment), []).append(run)
-            curves[job.name] = load_curve(folder / f"{job.name}.csv", run["final_return"] if run.get("diverged") else None)
+            curves[job.name] = load_curve(path, run["final_return"] if run.get("diverged") else None)
         else:
             missing.append(job.name)
     failed = [name for name in missing if name in content.get("failed", [])]
     dead = [name for name in curves if is_dead(suite, curves[name])]
     return Results(runs, curves, missing, failed, content.get("mixed", []), sorted(made), diverged, dead)
+
+
+def read_runs(folder: Path) -> dict:
+    """The content of a suite's runs.json; without that file one of no runs."""
+    path = folder / "runs.json"
+    return json.loads(path.read_text()) if path.exists() else {"runs": []}
+
+
+def from_another_suite(job: Job, suite: str, method: str, results: Path) -> tuple[dict | None, Path]:
+    """The entry, under the job's own name, and the csv file of the run of another suite's method that is this job's; None if
+    it has not been collected, or was made by another command."""
+    name = replace(job, suite=suite, method=method).name
+    path = results / suite / f"{name}.csv"
+    for run in read_runs(path.parent)["runs"]:
+        if run["job"] == name and same_run(job, run["command"].split()[1:]):
+            return run | {"job": job.name, "method": job.method}, path
+    return None, path
 
 
 def is_dead(suite: Suite, curve: dict[str, np.ndarray]) -> bool:

@@ -30,6 +30,7 @@ A suite `benchmark/suites/NAME.toml`:
     environments = ["Hopper-v4"]       # instead of the suite's (optional)
     seeds = [1]                        # instead of the suite's (optional)
     untimed = "it shared its cores"    # why tables and figures leave out this method's times (optional)
+    runs-of = "stddpg.actor"           # not launched: its runs are those of that suite and method, of equal commands (optional)
 
     [methods.ppo.arguments-by-environment.Hopper-v4]
     learning-rate = 1e-3               # on this environment (optional)
@@ -81,6 +82,8 @@ class Method:
     seeds: tuple[int, ...]
     by_environment: dict[str, dict[str, Any]] = field(default_factory=dict)
     untimed: str = ""
+    runs_of: tuple[str, str] | None = None
+    """the suite and method whose runs these are; None for runs of its own"""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Suite:
 
     def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
         """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
-        known = {job.seed for job in self.jobs()}
+        known = {job.seed for job in self.shown()}
         for words, asked, there in (
             ("--methods", methods, self.methods), ("--environments", environments, self.environments), ("--seeds", seeds, known),
         ):  # fmt: skip
@@ -167,7 +170,11 @@ class Suite:
         return replace(self, methods=chosen)
 
     def jobs(self) -> list[Job]:
-        """Every run: seeds outermost, so that a suite that is cut short has every method at the same seeds."""
+        """Every run to be launched: those shown but those that another suite launches."""
+        return [job for job in self.shown() if self.methods[job.method].runs_of is None]
+
+    def shown(self) -> list[Job]:
+        """Every run of its tables: seeds outermost, so that a suite that is cut short has every method at the same seeds."""
         seeds = sorted({seed for method in self.methods.values() for seed in method.seeds})
         return [
             Job(self.name, method.name, environment, seed, method.script, command_words(method, environment))
@@ -197,7 +204,7 @@ SUITE_KEYS = {
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
-    "untimed": str,
+    "untimed": str, "runs-of": str,
 }  # fmt: skip
 DEAD_KEYS = {"column": str, "below": float, "words": str}
 CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str, "over": str}
@@ -302,6 +309,7 @@ def load_suite(name: str, check: bool = True) -> Suite:
             check_seeds(inside, entry.get("seeds", list(seeds))),
             by_environment,
             entry.get("untimed", table.get("untimed", "")),
+            read_runs_of(inside, entry["runs-of"]) if "runs-of" in entry else None,
         )
     for key in ("baselines", "figures"):
         for method in table.get(key, []):
@@ -345,7 +353,46 @@ def load_suite(name: str, check: bool = True) -> Suite:
     check_levels(suite, where)
     if check:
         check_jobs(suite, where)
+        check_runs_of(suite, where)
     return suite
+
+
+def read_runs_of(where: str, text: str) -> tuple[str, str]:
+    """The suite and the method that "SUITE.METHOD" names. Raises BadSuite."""
+    suite, point, method = text.partition(".")
+    if not suite or not point or not method:
+        raise BadSuite(f"{where}: runs-of is {text!r}; it names a suite and a method, such as \"stddpg.actor\"")
+    return suite, method
+
+
+def check_runs_of(suite: Suite, where: str) -> None:
+    """Raise BadSuite unless every run that a method takes from another suite is launched there, by an equal command, on an
+    equal grid, and timed where it is timed here."""
+    for method in suite.methods.values():
+        if method.runs_of is None:
+            continue
+        inside, (name, there) = f"{where}, methods.{method.name}", method.runs_of
+        if name not in known_suites():
+            raise BadSuite(f"{inside}: runs-of names the suite {name!r}, which there is not{nearest(name, known_suites())}")
+        other = load_suite(name, check=False)
+        if there not in other.methods:
+            raise BadSuite(f"{inside}: runs-of names {there!r}, which is no method of {name}{nearest(there, other.methods)}")
+        if other.grid != suite.grid:
+            raise BadSuite(f"{inside}: runs-of takes runs on the grid {other.grid} of {name}, but the suite's is {suite.grid}; make them equal")
+        if other.methods[there].untimed and not method.untimed:
+            raise BadSuite(f"{inside}: runs-of takes runs that are untimed in {name}; give it the same key untimed")
+        launched = {(job.environment, job.seed): job for job in other.jobs() if job.method == there}
+        for job in suite.shown():
+            source = launched.get((job.environment, job.seed))
+            if job.method == method.name and (source is None or not same_run(job, source.command)):
+                what = "does not launch it" if source is None else f"launches it as: {' '.join(source.command)}"
+                raise BadSuite(f"{inside}: runs-of takes {job.environment}, seed {job.seed}, from {name}, which {what}")
+
+
+def same_run(job: Job, command: list[str]) -> bool:
+    """Whether a command is the job's own but for the name of the experiment."""
+    index = job.command.index("--exp-name") + 1
+    return len(command) > index and [*command[:index], job.method, *command[index + 1 :]] == job.command
 
 
 def check_levels(suite: Suite, where: str) -> None:

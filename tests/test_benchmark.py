@@ -13,9 +13,9 @@ import pytest
 from conftest import REPO, environment, read_csv, wait_for
 
 from benchmark import __main__ as command_line
-from benchmark import launch
+from benchmark import launch, suites
 from benchmark.collect import Mixed, blob, collect, diverged
-from benchmark.suites import known_suites, load_suite
+from benchmark.suites import BadSuite, known_suites, load_suite
 
 SUITE = """
 description = "tiny runs"
@@ -95,6 +95,27 @@ def test_a_method_may_have_its_own_seeds_environments_and_arguments_by_environme
     assert not any("--no-norm-adv" in job.command for job in suite.jobs() if job.method == "blpo")
 
 
+def test_runs_of_another_suite_are_shown_and_not_launched(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    (tmp_path / "tiny.toml").rename(tmp_path / "source.toml")
+    monkeypatch.setattr(suites, "SUITES", tmp_path)
+    taken = ("[methods.blpo]", '[methods.same]\nlabel = "PPO again"\nscript = "ppo_continuous.py"\nruns-of = "source.ppo"\n\n[methods.blpo]')
+    suite = load_suite(write(tmp_path, taken))
+    assert [job.method for job in suite.jobs()] == ["ppo", "blpo"] * 2
+    assert [job.method for job in suite.shown()] == ["ppo", "same", "blpo"] * 2
+    assert command_line.main(["run", write(tmp_path, taken), "--dry-run"]) == 0 and "same" not in capsys.readouterr().out
+    for changes, words in (
+        ([("total-timesteps = 1024", "total-timesteps = 2048")], "runs-of takes toy_envs:Walk-v0, seed 1, from source, which launches it as: ppo_con"),
+        ([("seeds = [1, 2]", "seeds = [1, 2, 3]")], "runs-of takes toy_envs:Walk-v0, seed 3, from source, which does not launch it"),
+    ):
+        with pytest.raises(BadSuite, match=words):
+            load_suite(write(tmp_path, taken, *changes))
+    source = (tmp_path / "source.toml").read_text()
+    (tmp_path / "source.toml").write_text(source.replace("grid = 256", 'grid = 256\nuntimed = "busy"'))
+    with pytest.raises(BadSuite, match="runs-of takes runs that are untimed in source; give it the same key untimed"):
+        load_suite(write(tmp_path, taken))
+
+
 def test_a_suite_or_a_method_may_be_untimed(tmp_path):
     suite = load_suite(write(tmp_path, ("grid = 256", 'grid = 256\nuntimed = "busy"'), ('label = "PPO"', 'label = "PPO"\nuntimed = "shared"')))
     assert (suite.methods["ppo"].untimed, suite.methods["blpo"].untimed) == ("shared", "busy")
@@ -132,6 +153,10 @@ BAD = [
     ([("grid = 256", 'grid = 256\nunready = "it waits"')], "nothing of it may be launched yet: it waits; then remove the key unready"),
     ([("[methods.ppo]", DEAD + "[methods.ppo]")], "dead: column is 'losses/no', which is none of the suite's diagnostics"),
     ([("[methods.ppo]", DEAD.replace("1e-8", "0") + "[methods.ppo]")], "dead: below must be a number with a point or an exponent, not 0"),
+    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke"')], "methods.ppo: runs-of is 'smoke'; it names a suite and a method"),
+    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smok.ppo"')], "runs-of names the suite 'smok', which there is not; the nearest are smoke"),
+    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke.pppo"')], "runs-of names 'pppo', which is no method of smoke; the nearest are ppo"),
+    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke.ppo"')], "runs-of takes runs on the grid 1000 of smoke, but the suite's is 256"),
     ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
     ([("[arguments]", "[arguments")], "this is no TOML"),
     ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),

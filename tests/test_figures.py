@@ -60,7 +60,7 @@ def make_results(suite: Suite, folder: Path, better=(), slower=(), leave_out=(),
                 writer.writerow([step, seconds * (index + 1) / points, "" if empty else value, 0 if empty else 3])
         runs.append({
             "job": job.name, "method": job.method, "environment": job.environment, "seed": job.seed, "script": job.script,
-            "command": f"python {job.script}", "commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0"},
+            "command": " ".join(["python", *job.command]), "commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0"},
             "cpu": "a processor", "gpu": None, "final_return": float(zero + (one - zero) * level), "wall_time_s": seconds,
             "steps": int(steps[-1]),
         })  # fmt: skip

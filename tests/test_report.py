@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -266,6 +267,32 @@ def test_a_diverged_run_is_named_and_counts(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert f"Diverged (parameters not finite at the end): {made['runs'][0]['job']}." in text and "no episode ended" not in text
     assert judge(suite, tmp_path, RETURN).n == "3 seeds, Hopper-v4"
+
+
+def test_runs_of_another_suite_stand_beside_the_suites_own(tmp_path):
+    source = make_suite(methods=2, environments=1, name="source")
+    make_results(source, tmp_path)
+    taken = dataclasses.replace(source.methods["ppo"], name="same", label="PPO again", runs_of=("source", "ppo"))
+    suite = make_suite(methods=1, environments=1, baselines=("same",))
+    suite = dataclasses.replace(suite, methods=suite.methods | {"same": taken})
+    make_results(suite, tmp_path)
+    assert all("__same__" not in path.name for path in (tmp_path / suite.name).iterdir())
+    results, theirs = scores.load_results(suite, tmp_path), scores.load_results(source, tmp_path)
+    assert results.missing == [] and list(scores.final_returns(results, "same", "Hopper-v4")) == list(
+        scores.final_returns(theirs, "ppo", "Hopper-v4")
+    )
+    for seed in (1, 2, 3):
+        curve = results.curves[f"Hopper-v4__same__{seed}"]["episodic_return"]
+        np.testing.assert_array_equal(curve, theirs.curves[f"Hopper-v4__ppo__{seed}"]["episodic_return"])
+    text = page([suite], tmp_path)
+    assert "Runs that another suite launched, by equal commands: PPO again, of source." in text
+    # what was made by another command is not this method's, and is missing
+    edit(source, tmp_path, lambda made: made["runs"][0].update(command=made["runs"][0]["command"] + " --gamma 0.9"))
+    assert scores.load_results(suite, tmp_path).missing == ["Hopper-v4__same__1"]
+    shutil.rmtree(tmp_path / "source")
+    results = scores.load_results(suite, tmp_path)
+    assert results.missing == [f"Hopper-v4__same__{seed}" for seed in (1, 2, 3)]
+    assert "Runs that another suite launched" not in page([suite], tmp_path)
 
 
 def test_dead_runs_are_named_and_claims_judged_without_them_as_well(tmp_path):
