@@ -83,7 +83,7 @@ class Method:
     by_environment: dict[str, dict[str, Any]] = field(default_factory=dict)
     untimed: str = ""
     runs_of: tuple[str, str] | None = None
-    """the suite and method whose runs these are; None for runs of its own"""
+    """(suite, method) whose runs these are; None if it has its own"""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,10 @@ METHOD_KEYS = {
 }  # fmt: skip
 DEAD_KEYS = {"column": str, "below": float, "words": str}
 CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str, "over": str}
-TYPE_NAMES = {str: "a text", list: "a list", int: "a whole number", float: "a number with a point or an exponent", bool: "true or false", dict: "a table"}
+TYPE_NAMES = {
+    str: "a text", list: "a list", int: "a whole number", float: "a number with a point or an exponent", bool: "true or false",
+    dict: "a table",
+}  # fmt: skip
 
 
 def nearest(word: str, known) -> str:
@@ -378,7 +381,8 @@ def check_runs_of(suite: Suite, where: str) -> None:
         if there not in other.methods:
             raise BadSuite(f"{inside}: runs-of names {there!r}, which is no method of {name}{nearest(there, other.methods)}")
         if other.grid != suite.grid:
-            raise BadSuite(f"{inside}: runs-of takes runs on the grid {other.grid} of {name}, but the suite's is {suite.grid}; make them equal")
+            grids = f"runs on the grid {other.grid} of {name}, but the suite's is {suite.grid}"
+            raise BadSuite(f"{inside}: runs-of takes {grids}; make them equal")
         if other.methods[there].untimed and not method.untimed:
             raise BadSuite(f"{inside}: runs-of takes runs that are untimed in {name}; give it the same key untimed")
         launched = {(job.environment, job.seed): job for job in other.jobs() if job.method == there}
