@@ -256,6 +256,40 @@ def test_exact_and_cg_solve_the_damped_system(damping):
         assert torch.allclose(v, expected, rtol=tolerance, atol=tolerance * expected.norm())
 
 
+@pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.95, 1.0])
+def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae_lambda, damping):
+    """e, the output's bias, moves all values alike: e.(H + alpha I) v = e.b says mean 2z + alpha v_e = d/dc mean ratio G(V + c),
+    whatever the critic, its data and alpha are (docs/blpo.md)."""
+    rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
+    obs = torch.randn(values.numel(), 5, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    weights, discounts = valid / valid.sum(), 0.99 * (1 - terminated)
+    operator = blpo.gae_operator(terminated + truncated, valid, 0.99, gae_lambda)
+    slopes = weights * torch.rand(valid.shape, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)  # ratios away from 1
+    critic = random_critic()
+    jacobian = blpo.CriticJacobian(critic, obs)
+    curvature = blpo.GaussNewton(jacobian, nn.functional.pad(weights, (0, 1)).flatten())
+    b, v = blpo.exact_ihvp(curvature, blpo.lambda_returns_vjp(slopes, discounts, operator).flatten(), damping)
+    z = jacobian.jvp(v[None]).view(values.shape)[:, :-1]
+    moved, still = ((slopes * blpo.lambda_returns(level, rewards, discounts, operator)).sum() for level in (values + 1, values))
+    assert torch.allclose((weights * 2 * z).sum() + damping * v[-1], moved - still, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("gae_lambda, expected", [(0.0, 0.99), (0.5, 0.9805), (0.9, 0.9200), (0.95, 0.8726), (1.0, 0.7338)])
+def test_how_much_the_returns_of_a_whole_chunk_move_with_the_critics_level(gae_lambda, expected):
+    """The closed form of docs/blpo.md for chunks of 64 steps in which nothing ends: with m steps to the chunk's end,
+    gamma (1 - lambda)(1 - x^m) / (1 - x) + gamma x^m, x = gamma lambda, on average over m = 0 .. 63."""
+    gamma, length = 0.99, 64
+    x, m = gamma * gae_lambda, torch.arange(length, dtype=DOUBLE)
+    closed = (gamma * (1 - gae_lambda) * (1 - x**m) / (1 - x) + gamma * x**m).mean()
+    nothing, every = torch.zeros(1, length, dtype=DOUBLE), torch.ones(1, length, dtype=DOUBLE)
+    operator = blpo.gae_operator(nothing, every, gamma, gae_lambda)
+    u = blpo.lambda_returns_vjp(every / length, gamma * every, operator)
+    assert torch.allclose(u.sum(), closed, rtol=0, atol=1e-12) and abs(closed - expected) < 5e-5
+    if gae_lambda == 0:  # every row but the first of a chunk moves gamma of one return: 2z = gamma there, the same for all
+        assert u[0, 0] == 0 and torch.allclose(u[0, 1:], gamma / length * every[0], rtol=0, atol=1e-15)
+
+
 def psd(n=60, rank=60, seed=0):
     generator = torch.Generator().manual_seed(seed)
     factor = torch.randn(n, rank, generator=generator, dtype=DOUBLE)
