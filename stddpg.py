@@ -122,7 +122,7 @@ class Args:
     ihvp: Literal["kernel", "cg"] = "kernel"
     """solve if the actor leads: kernel, exact with the Gauss-Newton Hessian, or cg, the paper's; a leading critic has cg"""
     regularisation: float = 10.0
-    """lambda, added to the follower's Hessian, in [0, inf]; inf: none-simultaneous; 0 or 500, with decay, in the paper"""
+    """lambda, added to the follower's Hessian, in [0, inf]; inf: none-simultaneous; the paper has 500, its code 0"""
     regularisation_decay: float = math.inf
     """environment steps in which lambda falls by the factor e, in (0, inf]; 100000 in the paper's code"""
     cg_iterations: int = 10

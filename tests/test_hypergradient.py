@@ -204,13 +204,21 @@ def state_values(pi):
     return torch.stack([values[s] for s in range(4)])
 
 
+def target_values(pi, after, lambda_):
+    """Mean lambda-return of pi that bootstraps from the values `after`, held fixed: V^pi at lambda 1."""
+    values = {}
+    for s in reversed(range(4)):
+        value = 0.0
+        for a in (0, 1):
+            future = sum(p * ((1 - lambda_) * after[f] + lambda_ * values[f]) for f, p in NEXT[s][a] if f is not None)
+            value = value + pi[s, a] * (REWARD[s, a] + GAMMA * future)
+        values[s] = value
+    return torch.stack([values[s] for s in range(4)])
+
+
 def first_step_values(pi, after):
     """V of: act once by pi, then by another policy with the values `after`."""
-    rows = []
-    for s in range(4):
-        returns = [REWARD[s, a] + GAMMA * sum(p * after[f] for f, p in NEXT[s][a] if f is not None) for a in (0, 1)]
-        rows.append(pi[s, 0] * returns[0] + pi[s, 1] * returns[1])
-    return torch.stack(rows)
+    return target_values(pi, after, 0.0)
 
 
 class Enumerated:
@@ -256,14 +264,15 @@ def linear_critic(features, targets, distribution):
 
 
 @pytest.mark.parametrize("kind", ["tabular", "linear"])
-@pytest.mark.parametrize("mixed_term", ["timestep", "trajectory"])
+@pytest.mark.parametrize("mixed_term", ["timestep", "trajectory, kappa = gamma lambda", "trajectory, kappa = gamma"])
 @pytest.mark.parametrize("leader", ["lambda-return", "gae"])
 @pytest.mark.parametrize("leader_lambda", [0.0, 0.5, 0.95])
 def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_again(leader_lambda, leader, mixed_term, kind):
     """F(theta) = J(theta, omega*(theta)) by central differences, where omega*(theta) minimises
     sum_s d(s) (target_theta(s) - V)^2 + damping / 2 |omega - omega_0|^2: damping is a proximal term of the follower.
-    The target is V of the policy for the trajectory mixed term (at discount gamma), and of 'act once by the new policy,
-    then by the old one' where each state is its own start."""
+    What the target is decides how far the mixed term looks. V of the policy: kappa = gamma. The mean lambda-return, which
+    bootstraps from values that stand still, as the script's targets do: kappa = gamma lambda. 'Act once by the new policy,
+    then by the old one': each state is its own start."""
     damping, torch_generator = 0.05, torch.Generator().manual_seed(0)
     theta_0 = 0.7 * torch.randn(8, generator=torch_generator, dtype=DOUBLE)
     data, old_values = Enumerated(theta_0), state_values(policy(theta_0))
@@ -287,8 +296,9 @@ def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_aga
     curvature = blpo.GaussNewton(jacobian, nn.functional.pad(data.weights, (0, 1)).flatten())
     _, v = blpo.exact_ihvp(curvature, u.flatten(), damping)
     z = jacobian.jvp(v[None]).view(len(data.weights), -1)[:, :-1]
-    if mixed_term == "trajectory":
-        z = (z[:, None, :] @ blpo.gae_operator(data.terminated, data.valid, GAMMA, 1.0))[:, 0, :]
+    target_lambda = {"timestep": 0.0, "trajectory, kappa = gamma lambda": 0.8, "trajectory, kappa = gamma": 1.0}[mixed_term]
+    if mixed_term != "timestep":
+        z = (z[:, None, :] @ blpo.gae_operator(data.terminated, data.valid, GAMMA * target_lambda, 1.0))[:, 0, :]
     correction = (data.weights * 2 * z * surrogate).sum()
     hypergradient = torch.autograd.grad((data.weights * surrogate).sum() + correction, theta)[0]
 
@@ -299,7 +309,7 @@ def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_aga
 
     def total(theta):
         pi = policy(theta)
-        targets = state_values(pi) if mixed_term == "trajectory" else first_step_values(pi, old_values)
+        targets = target_values(pi, old_values, target_lambda)
         right = 2 * design.T @ (data.distribution * targets) + damping * omega_0
         omega = torch.linalg.solve(matrix, right)
         values = (design @ omega)[data.states]
@@ -339,6 +349,14 @@ def test_one_step_leader_with_the_trajectory_term_is_the_policy_gradient_of_the_
     assert (hypergradient - expected).norm() < 1e-6 * expected.norm()
     direct = torch.autograd.grad((data.weights * blpo.clipped_surrogate(data.ratio(theta), advantages, 0.2)).sum(), theta)[0]
     assert (direct - expected).norm() > 0.1 * expected.norm()
+
+
+def test_the_mean_lambda_return_goes_from_one_step_to_the_value():
+    pi, other = policy(torch.randn(8).double()), state_values(policy(torch.randn(8).double()))
+    assert torch.allclose(target_values(pi, other, 1.0), state_values(pi), rtol=0, atol=1e-14)
+    assert not torch.allclose(target_values(pi, other, 0.5), state_values(pi), rtol=0, atol=1e-3)
+    own = state_values(pi)  # bootstrapping from its own values changes nothing
+    assert torch.allclose(target_values(pi, own, 0.3), own, rtol=0, atol=1e-14)
 
 
 def test_enumeration_covers_every_trajectory_once():
