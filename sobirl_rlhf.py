@@ -136,7 +136,7 @@ class Args:
     autotune: bool = True
     """adapt the temperature so that the entropy is minus the number of actions (Haarnoja et al. 2018b)"""
     alpha: float = 1.0
-    """temperature at first, or throughout with --no-autotune, in (0, inf)"""
+    """temperature at first, or throughout with --no-autotune, in [1e-30, 1e30]"""
     actor_width: int = 256
     """units in each of the actor's two hidden layers, in [1, 65536]"""
     critic_width: int = 256
@@ -1372,10 +1372,16 @@ def train(args: Args) -> Path:
         with torch.no_grad():
             return model(batch.inputs)
 
-    with Run(args, checkpoint) as run:
-        if not checkpoint:
+    run = Run(args, checkpoint)
+    if not checkpoint:
+        try:
             Replay.create(run.folder / REPLAY_FILE, capacity + spare, obs_dim, action_dim)
-            replay = Replay(run.folder / REPLAY_FILE, capacity, obs_dim, action_dim)
+        except OSError as error:
+            shutil.rmtree(run.folder)
+            raise BadInput(f"--run-dir {args.run_dir} cannot hold the replay: {error.strerror}; name another folder") from error
+        replay = Replay(run.folder / REPLAY_FILE, capacity, obs_dim, action_dim)
+
+    with run:
         obs = envs.reset()[0].astype(np.float32)
         for iteration in range(start // batch_size + 1, num_iterations + 1):
             iteration_start, env_time, update_time, episodes = time.perf_counter(), 0.0, 0.0, []
@@ -1541,7 +1547,6 @@ def train(args: Args) -> Path:
 
         # ---- Training: model, evaluation, video ----------------------------------------------------------------
         envs.close()
-        replay.delete()
         model_file = {
             "script": SCRIPT,
             "env_id": args.env_id,
@@ -1563,6 +1568,7 @@ def train(args: Args) -> Path:
         if not args.save_model:
             path.unlink(missing_ok=True)
         run.close("finished", **results)
+        replay.delete()
     return run.folder
 
 

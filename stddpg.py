@@ -671,7 +671,7 @@ class Replay:
         """`count` minibatches, drawn with replacement: observations with actions (count, batch_size, D + A), rewards
         (count, batch_size), next observations (count, batch_size, D), terminated (count, batch_size)."""
         index = torch.randint(max(0, self.size - self.window), self.size, (count * batch_size,)).numpy()
-        rows = torch.from_numpy(self.rows.take(index, 0)).view(count, batch_size, -1)
+        rows = torch.from_numpy(self.rows.take(index, 0)).view(count, batch_size, sum(self.widths))
         pairs, rewards, next_obs, terminated = rows.split(self.widths, -1)
         return pairs, rewards.squeeze(-1), next_obs, terminated.squeeze(-1)
 
@@ -1143,12 +1143,13 @@ def train(args: Args) -> Path:
     run, stored = Run(args, checkpoint), checkpoint["replay_size"] if checkpoint else 0
     try:
         replay = Replay(run.folder / "replay", capacity, obs_dim, action_dim, args.buffer_size, stored)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         if not checkpoint:
             shutil.rmtree(run.folder)
         needed = replay_bytes(capacity, obs_dim, action_dim) / 2**20
+        reason = error.strerror if isinstance(error, OSError) else "no file can be that large"
         raise BadInput(
-            f"--run-dir {args.run_dir} cannot hold {needed:,.0f} MiB of replay: {error.strerror}; name another folder"
+            f"--run-dir {args.run_dir} cannot hold {needed:,.0f} MiB of replay: {reason}; name another folder"
         ) from error
 
     with run:
@@ -1191,12 +1192,13 @@ def train(args: Args) -> Path:
                     continue
 
                 # ---- Update ------------------------------------------------------------------------------------
-                count = replay.size - size_before  # one update for each new transition
+                count = replay.size - size_before  # one update for each new transition; a row of resets is none
                 arrays = [array.to(device) for array in replay.sample(count, args.batch_size)]
                 arrays += torch.randn(2, count, args.batch_size, agent.noise_dim).to(device)  # of the policy in s and in s'
                 damping = args.regularisation * math.exp(-step / args.regularisation_decay) if leads else math.inf
                 for index, (pairs, b_rewards, b_next_obs, b_terminated, here, there) in enumerate(zip(*arrays)):
-                    diagnose = first + args.update_every == args.num_steps and index == count - 1  # in an iteration's last
+                    # In an iteration's last update: of the last block, or of the one before if that is a row of resets.
+                    diagnose = index == count - 1 and first >= args.num_steps - max(2, args.update_every)
                     b_obs, following = pairs[:, :obs_dim], (b_rewards, args.gamma * (1 - b_terminated), b_next_obs, there)
 
                     # ---- Both players: their own gradients -----------------------------------------------------

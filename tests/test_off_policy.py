@@ -525,6 +525,23 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_replay_that_no_disk_can_hold_is_one_sentence(script, command_line, tmp_path):
+    for steps in (10**15, 10**18):
+        status, _, err = command_line(script, *words(run_dir=tmp_path / "runs", total_timesteps=steps))
+        assert_one_sentence(status, err, "cannot hold")
+        assert not list((tmp_path / "runs").iterdir())
+
+
+def test_an_update_after_every_step_has_none_for_a_reset(script, tmp_path):
+    """An episode of 31 steps and its reset: with one environment the block of the reset has no new transition. It is the last of
+    the fourth and of the eighth iteration, whose rows describe the update before."""
+    shape = {"num_envs": 1, "num_steps": 8, "update_every": 1, "total_timesteps": 64, "learning_starts": 8, "random_steps": 8}
+    folder = train(script, env_id=CLOCK, run_dir=tmp_path, **shape)
+    rows = read_csv(folder / "metrics.csv")
+    assert [row["losses/qf_loss"] != "" for row in rows] == [False] + [True] * 7
+    assert checkpoint(folder)["replay_size"] == 62
+
+
 def test_no_damping_is_allowed_where_the_solve_is_not_the_kernels(script, tmp_path):
     for i, changes in enumerate(({"ihvp": "cg"}, {"leader": "critic"}, {"leader": "none-sequential"})):
         assert train(script, run_dir=tmp_path / str(i), regularisation=0, total_timesteps=64, **changes).is_dir()
