@@ -412,8 +412,8 @@ def parse_args(cls, argv: list[str] | None = None):
         old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
         args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
         if args.device == "auto":
-            args.device = old["device"]
-        for name in known.keys() - ANY_TIME - {"run_dir"}:
+            args.device = old.get("device", "auto")
+        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
             if getattr(args, name) != old.get(name, getattr(args, name)):
                 raise BadInput(
                     f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
@@ -421,7 +421,7 @@ def parse_args(cls, argv: list[str] | None = None):
                 )
     check_ranges(args)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu or auto")
+        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise BadInput("--track needs the package wandb: pip install wandb")
     args.exp_name = args.exp_name or Path(SCRIPT).stem
@@ -489,6 +489,23 @@ def make_folder(path: Path) -> Path:
             continue
 
 
+def lock_folder(folder: Path) -> int | None:
+    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
+    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
+    if importlib.util.find_spec("fcntl") is None:  # as on Windows
+        return None
+    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
     the next minibatch pays page faults to get them again."""
@@ -540,12 +557,13 @@ class Run:
     """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
 
     A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once.
-    Raises BadInput if the folder cannot be written.
+    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
+    Raises BadInput if the folder cannot be written or another process writes it.
     """
 
     def __init__(self, args, checkpoint: dict | None):
         self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
+        self.trained, self.closed = False, False
         self.global_step = checkpoint["global_step"] if checkpoint else 0
         self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
         if checkpoint is None:
@@ -559,9 +577,14 @@ class Run:
                 raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
         else:
             self.folder = args.resume
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-            for csv_name in ("metrics.csv", "episodes.csv"):
-                self.cut_csv(csv_name, self.global_step)
+        self.lock = lock_folder(self.folder)
+        if checkpoint is not None:
+            try:
+                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+                for csv_name in ("metrics.csv", "episodes.csv"):
+                    self.cut_csv(csv_name, self.global_step)
+            except OSError as error:
+                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
         self.wandb = None
         if args.track:
             import wandb
@@ -592,6 +615,8 @@ class Run:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self.stop_signal = number
+            if self.trained and not self.closed:
+                self.stop()
 
         self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.perf_counter() - self.wall_time
@@ -603,6 +628,19 @@ class Run:
         if error is not None and not isinstance(error, SystemExit):
             with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
                 self.close("failed", error=f"{kind.__name__}: {error}")
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def end_training(self) -> None:
+        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
+        self.trained = True
+        if self.stop_signal:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
+        self.close("interrupted", signal=self.stop_signal)
+        sys.exit(128 + self.stop_signal)
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder."""
@@ -660,12 +698,13 @@ class Run:
 
     def close(self, status: str, **extra) -> None:
         """Write result.json, last and atomically."""
+        self.closed = True
         batch_size = self.args.num_envs * self.args.num_steps
         end = self.args.total_timesteps // batch_size * batch_size
         last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in self.csv_files.values():
-            file.close()
-        self.tensorboard.close()
+        for file in (*self.csv_files.values(), self.tensorboard):
+            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
+                file.close()
         if self.bar is not None:
             self.bar.close()
         result = {
@@ -764,7 +803,8 @@ def check_machine(args) -> None:
     compilers = (os.environ.get("CXX", ""), "g++", "clang++", "cl")
     if args.compile and args.device == "cpu" and not any(map(shutil.which, compilers)):
         raise BadInput("--compile needs a C++ compiler, and there is none on the PATH; leave it out or install g++")
-    size, free = (args.num_steps + 1) * args.num_envs * 84 * 84 * 4, available_memory(torch.device(args.device))
+    size = 2 * (args.num_steps + 1) * args.num_envs * 84 * 84 * 4  # the update gathers them once more
+    free = available_memory(torch.device(args.device))
     if size > free:
         raise BadInput(
             f"--num-steps {args.num_steps} of --num-envs {args.num_envs} are {size / 1e9:.1f} GB of images, but "
@@ -934,14 +974,14 @@ def train(args: Args) -> Path:
                 "time/update": now - update_start,
             }
             run.log(iteration * batch_size, losses | times, episodes)
-            if iteration % args.checkpoint_every == 0 or run.stop_signal:
+            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
                 state = {"agent": agent.state_dict(), "optimisers": [each.state_dict() for each in optimisers]}
                 run.save_checkpoint(state)
             if run.stop_signal:
-                run.close("interrupted", signal=run.stop_signal)
-                sys.exit(128 + run.stop_signal)
+                run.stop()
 
         # ---- Training on Atari: model, evaluation, video (shared) ----------------------------------------------
+        run.end_training()
         envs.close()
         model = {
             "script": SCRIPT,

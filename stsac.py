@@ -182,7 +182,7 @@ def make_envs(
     else:
         try:
             envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync")
-        except (gym.error.Error, ImportError, ValueError) as error:
+        except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError, OSError) as error:
             known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
             near = difflib.get_close_matches(env_id, known, n=3)
             hint = f"; the nearest known names are {', '.join(near)}" if near else ""
@@ -232,7 +232,8 @@ def flat_view(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
     """One vector (P,) that the parameters, and their gradients, become views of: theta or omega as the paper has it.
 
     An optimiser then steps one tensor instead of six, a fifth of the time. A weight lies in memory with its longer side
-    contiguous: for 11 observations the gradient of the first layer takes a third of the time that way. Gradients
+    contiguous: for 11 observations the gradient of the first layer takes a third of the time that way. So the order of
+    its elements is not that of `torch.nn.utils.parameters_to_vector`: add no vector to it that was made otherwise. Gradients
     accumulate in place: zero them with `.grad.zero_()`, never by setting them to None.
     """
     parameters = list(parameters)
@@ -750,8 +751,8 @@ def parse_args(cls, argv: list[str] | None = None):
         old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
         args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
         if args.device == "auto":
-            args.device = old["device"]
-        for name in known.keys() - ANY_TIME - {"run_dir"}:
+            args.device = old.get("device", "auto")
+        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
             if getattr(args, name) != old.get(name, getattr(args, name)):
                 raise BadInput(
                     f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
@@ -759,7 +760,7 @@ def parse_args(cls, argv: list[str] | None = None):
                 )
     check_ranges(args)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu or auto")
+        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.track and importlib.util.find_spec("wandb") is None:
         raise BadInput("--track needs the package wandb: pip install wandb")
     args.exp_name = args.exp_name or Path(SCRIPT).stem
@@ -827,6 +828,23 @@ def make_folder(path: Path) -> Path:
             continue
 
 
+def lock_folder(folder: Path) -> int | None:
+    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
+    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
+    if importlib.util.find_spec("fcntl") is None:  # as on Windows
+        return None
+    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
     the next minibatch pays page faults to get them again."""
@@ -878,12 +896,13 @@ class Run:
     """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
 
     A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once.
-    Raises BadInput if the folder cannot be written.
+    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
+    Raises BadInput if the folder cannot be written or another process writes it.
     """
 
     def __init__(self, args, checkpoint: dict | None):
         self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
+        self.trained, self.closed = False, False
         self.global_step = checkpoint["global_step"] if checkpoint else 0
         self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
         if checkpoint is None:
@@ -897,9 +916,14 @@ class Run:
                 raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
         else:
             self.folder = args.resume
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-            for csv_name in ("metrics.csv", "episodes.csv"):
-                self.cut_csv(csv_name, self.global_step)
+        self.lock = lock_folder(self.folder)
+        if checkpoint is not None:
+            try:
+                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+                for csv_name in ("metrics.csv", "episodes.csv"):
+                    self.cut_csv(csv_name, self.global_step)
+            except OSError as error:
+                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
         self.wandb = None
         if args.track:
             import wandb
@@ -930,6 +954,8 @@ class Run:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self.stop_signal = number
+            if self.trained and not self.closed:
+                self.stop()
 
         self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.perf_counter() - self.wall_time
@@ -941,6 +967,19 @@ class Run:
         if error is not None and not isinstance(error, SystemExit):
             with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
                 self.close("failed", error=f"{kind.__name__}: {error}")
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def end_training(self) -> None:
+        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
+        self.trained = True
+        if self.stop_signal:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
+        self.close("interrupted", signal=self.stop_signal)
+        sys.exit(128 + self.stop_signal)
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder."""
@@ -998,12 +1037,13 @@ class Run:
 
     def close(self, status: str, **extra) -> None:
         """Write result.json, last and atomically."""
+        self.closed = True
         batch_size = self.args.num_envs * self.args.num_steps
         end = self.args.total_timesteps // batch_size * batch_size
         last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in self.csv_files.values():
-            file.close()
-        self.tensorboard.close()
+        for file in (*self.csv_files.values(), self.tensorboard):
+            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
+                file.close()
         if self.bar is not None:
             self.bar.close()
         result = {
@@ -1046,8 +1086,8 @@ def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) ->
 
 
 def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
-    """Film one episode into `folder`; without a model, only draw one frame. For a child process: where no GL is,
-    rendering may raise or kill."""
+    """Film one episode, up to its 5,000th step, into `folder`; without a model, only draw one frame. For a child
+    process: where no GL is, rendering may raise or kill."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     if model is None:  # the caller says in one sentence what failed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
@@ -1058,10 +1098,11 @@ def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
     if model is None:
         env.render()
         os._exit(0)  # drivers may crash when they are unloaded
-    policy, ended = load_policy(model), False
-    while not ended:
+    policy = load_policy(model)
+    for _ in range(5_000):
         obs, _, terminated, truncated, _ = env.step(policy(np.asarray(obs, dtype=np.float32)))
-        ended = terminated or truncated
+        if terminated or truncated:
+            break
     env.close()
 
 
@@ -1287,15 +1328,15 @@ def train(args: Args) -> Path:
                 "time/evaluation": time.perf_counter() - eval_start,
             }
             run.log(step, metrics, episodes)
-            if iteration % args.checkpoint_every == 0 or run.stop_signal:
+            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
                 replay.file.flush()
                 optimisers = [each.state_dict() for each in (actor_optimiser, critic_optimiser)]
                 run.save_checkpoint({"agent": agent.state_dict(), "optimisers": optimisers, "replay_size": replay.size})
             if run.stop_signal:
-                run.close("interrupted", signal=run.stop_signal)
-                sys.exit(128 + run.stop_signal)
+                run.stop()
 
         # ---- Training: model, evaluation, video ----------------------------------------------------------------
+        run.end_training()
         envs.close()
         model = {
             "script": SCRIPT,

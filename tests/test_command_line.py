@@ -11,10 +11,12 @@ import shutil
 import signal
 import sys
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import (
     BLPO_SCRIPTS, DISCRETE_SCRIPTS, ITERATIONS, REPO, SCRIPTS, TINY, WALK, command, for_actions, load, resume, run_script,
+    train,
 )  # fmt: skip
 
 INTERVAL = re.compile(r"in (?P<left>[\[(])(?P<low>\S+), (?P<high>\S+?)(?P<right>[\])])")
@@ -261,6 +263,14 @@ def test_a_rollout_far_too_long_is_refused_at_once(command_line, script, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_task_whose_constructor_fails(command_line, script, toy_envs, tmp_path):
+    gym.register("toy/Needy-v0", entry_point=toy_envs.Spaces)  # without the spaces that it must be given
+    status, _, err = command_line(script, *command(script, run_dir=tmp_path / "runs", env_id="toy/Needy-v0"))
+    gym.registry.pop("toy/Needy-v0")
+    assert_one_sentence(status, err, "--env-id 'toy/Needy-v0'", "missing 2 required positional arguments")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_total_timesteps_below_one_rollout(command_line, script, tmp_path):
     status, _, err = command_line(script, *command(script, run_dir=tmp_path / "runs", total_timesteps=63))
     assert_one_sentence(status, err, "--total-timesteps 63", "at least 64")
@@ -274,6 +284,16 @@ def test_nystrom_rank_above_the_size_of_the_critic(command_line, script, tmp_pat
     status, _, err = command_line(script, *words)
     assert_one_sentence(status, err, f"--nystrom-rank {size + 1}", f"{size} parameters")
     assert not (tmp_path / "runs").exists()
+    for ihvp in ("none", "exact"):  # which have no use for a rank
+        assert train(script, run_dir=tmp_path / "runs", nystrom_rank=size + 1, ihvp=ihvp).is_dir()
+
+
+def test_the_released_leader_has_no_normalised_advantages(command_line, tmp_path):
+    words = command("blpo_continuous_ablations.py", run_dir=tmp_path / "runs", leader="released")
+    status, _, err = command_line("blpo_continuous_ablations.py", *words)
+    assert_one_sentence(status, err, "--leader released", "add --no-norm-adv")
+    assert not (tmp_path / "runs").exists()
+    assert train("blpo_continuous_ablations.py", run_dir=tmp_path / "runs", leader="released", norm_adv=False).is_dir()
 
 
 # ---- This machine ----------------------------------------------------------------------------------------------

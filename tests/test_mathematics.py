@@ -256,6 +256,16 @@ def test_exact_and_cg_solve_the_damped_system(damping):
         assert torch.allclose(v, expected, rtol=tolerance, atol=tolerance * expected.norm())
 
 
+def test_an_exact_solve_that_rounding_has_made_indefinite_is_nan():
+    """So that the step falls back to the direct gradient and is counted, instead of a finite number without meaning."""
+    *_, curvature, _, b, u = system()
+    kernel = curvature.jacobian.kernel()
+    curvature.jacobian.kernel = lambda: kernel - 5 * torch.eye(len(u), dtype=DOUBLE)
+    assert blpo.exact_ihvp(curvature, u, 1.0)[1].isfinite().all()
+    right, v = blpo.exact_ihvp(curvature, u, 1e-6)
+    assert torch.allclose(right, b) and v.isnan().all()
+
+
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.95, 1.0])
 def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae_lambda, damping):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -545,6 +546,91 @@ def test_signal_in_the_last_iteration(script, toy_envs, tmp_path, monkeypatch):
     assert result["status"] == "finished" and len(result["eval_returns"]) == 2 and result["final_return"] is not None
     assert same(torch.load(folder / "model.pt", weights_only=True)["agent"], before["agent"])
     assert_csv_in_order(folder)
+
+
+def test_signal_in_the_evaluation(script, toy_envs, tmp_path, monkeypatch):
+    """It stops there and then; all of the training is in the checkpoint, whatever --checkpoint-every says."""
+    module = load(script)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+        with pytest.raises(SystemExit) as stop:
+            train(script, run_dir=tmp_path, eval_episodes=2, checkpoint_every=ITERATIONS - 1)
+    (folder,) = tmp_path.iterdir()
+    assert stop.value.code == 143
+    assert read_json(folder / "result.json")["status"] == "interrupted"
+    before = (folder / "metrics.csv").read_text()
+    resume(script, folder)
+    result = read_json(folder / "result.json")
+    assert result["status"] == "finished" and len(result["eval_returns"]) == 2
+    assert (folder / "metrics.csv").read_text() == before
+
+
+def test_a_run_that_is_still_alive_is_not_resumed(script, broken_off, command_line, tmp_path):
+    module, folder = load(script), tmp_path / "run"
+    shutil.copytree(broken_off, folder)
+    held, before = module.lock_folder(folder), (folder / "metrics.csv").read_text()
+    status, _, err = command_line(script, "--resume", folder)
+    assert status == 2 and err == f"error: --resume {folder} is still running in another process; wait for it or stop it first\n"
+    assert (folder / "metrics.csv").read_text() == before and (folder / "result.json").exists()
+    os.close(held)
+    resume(script, folder)
+    assert read_json(folder / "result.json")["status"] == "finished"
+    os.close(module.lock_folder(folder))  # let go at the end
+
+
+def test_a_folder_that_cannot_be_written_is_not_resumed(script, broken_off, command_line, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(broken_off, folder)
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    status, _, err = command_line(script, "--resume", folder)
+    assert status == 2 and err.startswith(f"error: --resume {folder} cannot be written: ") and err.count("\n") == 1
+
+
+def test_a_run_of_a_device_that_is_not_here_goes_on_elsewhere_if_told_so(script, broken_off, command_line, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(broken_off, folder)
+    content = read_json(folder / "args.json")
+    content["args"]["device"] = "cuda"
+    (folder / "args.json").write_text(json.dumps(content))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, err = command_line(script, "--resume", folder)
+    assert (status, err) == (2, "error: --device cuda: PyTorch finds no CUDA device here; use --device cpu\n")
+    resume(script, folder, "--device", "cpu")
+    assert read_json(folder / "result.json")["status"] == "finished"
+
+
+def test_a_csv_file_that_cannot_be_closed_does_not_hide_the_failure(script, toy_envs, tmp_path, monkeypatch):
+    """As on a disk that is full: the row is refused, and refused again when the file is closed."""
+    module = load(script)
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            self.file.close()
+            raise OSError(28, "No space left on device")
+
+    def fill(run, *arguments):
+        run.csv_files["metrics.csv"] = Full(run.csv_files["metrics.csv"])
+        return log(run, *arguments)
+
+    log = module.Run.log
+    monkeypatch.setattr(module.Run, "log", fill)
+    with pytest.raises(OSError, match="No space left"):
+        train(script, run_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert read_json(folder / "result.json")["status"] == "failed"
 
 
 def test_second_signal_ends_a_run_at_once(tmp_path):
