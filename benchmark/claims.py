@@ -6,7 +6,7 @@ from typing import NamedTuple
 from benchmark import statistics
 from benchmark.markdown import bracketed, jobs_in_words, listed, number, table
 from benchmark.reference import load_reference, normalise
-from benchmark.scores import Results, count, final_returns, time_pairs, time_ratio, training_returns
+from benchmark.scores import Results, count, evaluation_returns, final_returns, time_pairs, time_ratio, training_returns
 from benchmark.suites import Claim, Suite
 
 MARGIN = 0.05  # normalised return that a method may lack and still be at least as good
@@ -23,7 +23,8 @@ RULE = f"""A claim compares two methods, `better` and `than`, and is judged by o
 - **time**: the ratio of wall-clock time, `better` over `than`, geometric mean over the pairs of runs of the same environment
   and seed, with its 95 % bootstrap interval. The claim **holds** if high < 1, **does not hold** if low > 1, and is
   **undecided** otherwise.
-- A claim "over training" takes the mean return over all steps, the height of the learning curve, in place of the final one.
+- A claim "over training" takes the mean return over all steps, the height of the learning curve, in place of the final one; a claim
+  "in evaluation" that of the evaluations in the last 10 % of the steps, with the policy's most probable actions.
 - The environments are all those on which the suite runs both methods. With fewer than 2 seeds (for time: pairs) on one of them
   there is no interval, and the claim is undecided. Planned runs that are missing are named beside the verdict; if some of them
   failed, the claim is undecided, whatever the others say.
@@ -62,7 +63,7 @@ def measured(
         ratios = [time_pairs(results, *pair, each) for each in environments]
         numbers = [len(each) for each in ratios]
         return numbers, time_ratio(ratios) if min(numbers, default=0) else None
-    returns = training_returns if claim.over == "training" else final_returns
+    returns = {"end": final_returns, "training": training_returns, "evaluation": evaluation_returns}[claim.over]
     scores = [[normalise(each, returns(results, name, each), levels) for each in environments] for name in pair]
     numbers = [len(each) for each in (*scores[0], *scores[1])]
     enough = min(numbers, default=0) > 0
@@ -113,7 +114,7 @@ def verdict(suite: Suite, results: Results, claim: Claim, levels: dict) -> Verdi
 # ---- Tables ----------------------------------------------------------------------------------------------------
 def compared(suite: Suite, claim: Claim) -> str:
     """BLPO / PPO, return"""
-    over = " over training" if claim.over == "training" else ""
+    over = {"end": "", "training": " over training", "evaluation": " in evaluation"}[claim.over]
     return f"{suite.methods[claim.better].label} / {suite.methods[claim.than].label}, {claim.measure}{over}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmark import statistics
 from benchmark.reference import load_reference, normalise
-from benchmark.suites import Job, Suite, same_run
+from benchmark.suites import EVALUATION, Job, Suite, same_run
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,19 @@ def training_returns(results: Results, method: str, environment: str) -> np.ndar
     """Returns (n,), each the mean of a run's curve over all its steps, from its first episode's end on: how fast it learned."""
     curves = [results.curves[run["job"]]["episodic_return"] for run in results.runs.get((method, environment), [])]
     return np.array([np.nanmean(curve) for curve in curves if not np.isnan(curve).all()])
+
+
+def evaluation_returns(results: Results, method: str, environment: str) -> np.ndarray:
+    """Returns (n,) of the most probable actions: the mean of `charts/eval_return` over the last tenth of the grid, for runs that
+    have a value there. A run that diverged counts with the random policy's return, as in `final_returns`."""
+    values = []
+    for run in results.runs.get((method, environment), []):
+        curve = results.curves[run["job"]].get(EVALUATION, np.full(1, math.nan))
+        last = curve[-max(1, len(curve) // 10) :]
+        last = last[np.isfinite(last)]
+        value = float(last.mean()) if len(last) else math.nan
+        values.append(run["final_return"] if run.get("diverged") else value)
+    return np.array([value for value in values if value is not None and math.isfinite(value)])
 
 
 def compared_environments(suite: Suite) -> list[str]:

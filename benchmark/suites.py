@@ -40,7 +40,8 @@ A suite `benchmark/suites/NAME.toml`:
     better = "blpo"
     than = "ppo"
     measure = "return"                 # at least as good; "above": better; "time": takes less wall-clock time
-    over = "end"                       # the return of the last 10 % of the steps; "training": of all of them
+    over = "end"                       # the return of the last 10 % of the steps; "training": of all of them;
+                                       # "evaluation": of the evaluations in the last 10 % of the steps
 
 Every (method, environment, seed) is a job, and a job has one name for good: ENVIRONMENT__METHOD__SEED.
 """
@@ -62,6 +63,7 @@ from benchmark.reference import REFERENCE, load_reference
 ROOT = Path(__file__).parent.parent
 SUITES = Path(__file__).parent / "suites"
 RESULTS = Path(__file__).parent / "results"
+EVALUATION = "charts/eval_return"  # the column of evaluations with the most probable actions
 # The launcher sets these itself, so a suite may not.
 RESERVED = {"env_id", "seed", "run_dir", "exp_name", "resume", "track", "wandb_project_name", "wandb_entity"}
 
@@ -327,8 +329,10 @@ def load_suite(name: str, check: bool = True) -> Suite:
                 raise BadSuite(f"{inside}: {key} names {entry[key]!r}, which is no method of the suite{nearest(entry[key], methods)}")
         if entry.get("measure", "return") not in ("return", "above", "time"):
             raise BadSuite(f"{inside}: measure is {entry['measure']!r}, it must be \"return\", \"above\" or \"time\"")
-        if entry.get("over", "end") not in ("end", "training"):
-            raise BadSuite(f"{inside}: over is {entry['over']!r}, it must be \"end\" or \"training\"")
+        if entry.get("over", "end") not in ("end", "training", "evaluation"):
+            raise BadSuite(f"{inside}: over is {entry['over']!r}, it must be \"end\", \"training\" or \"evaluation\"")
+        if entry.get("over") == "evaluation" and EVALUATION not in table.get("diagnostics", []):
+            raise BadSuite(f"{inside}: over evaluation takes {EVALUATION}, which is none of the suite's diagnostics; add it there")
         claims.append(Claim(**entry))
     dead = None
     if "dead" in table:

@@ -174,7 +174,8 @@ BAD = [
     ([("[arguments]", "[arguments")], "this is no TOML"),
     ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),
     ([(SUITE, SUITE + CLAIM + 'measure = "best"\n')], 'measure is \'best\', it must be "return", "above" or "time"'),
-    ([(SUITE, SUITE + CLAIM + 'over = "all"\n')], 'over is \'all\', it must be "end" or "training"'),
+    ([(SUITE, SUITE + CLAIM + 'over = "all"\n')], 'over is \'all\', it must be "end", "training" or "evaluation"'),
+    ([(SUITE, SUITE + CLAIM + 'over = "evaluation"\n')], "over evaluation takes charts/eval_return, which is none of the suite's diagnostics"),
 ]
 
 

@@ -116,6 +116,28 @@ def test_a_claim_over_training_judges_the_whole_curve(tmp_path):
     assert judge(suite, tmp_path, ABOVE).said == "holds" and judge(suite, tmp_path, over).said == "does not hold"
 
 
+def test_a_claim_in_evaluation_judges_the_last_evaluations(tmp_path):
+    """The last tenth of the grid, bins without an evaluation left out; a run that diverged counts with the random policy's."""
+    suite = make_suite(seeds=5, environments=1, diagnostics=("charts/eval_return",))
+    make_results(suite, tmp_path, noise=0.0, points=30)
+    evaluated = dataclasses.replace(ABOVE, over="evaluation")
+    for path in (tmp_path / suite.name).glob("*.csv"):
+        method, seed = path.stem.split("__")[1:]
+        level = 1000.0 * (1 + (method == "ppo")) + int(seed)
+        cells = ["charts/eval_return"] + ["7"] * 27 + [f"{level - 1}", "", f"{level + 1}"]
+        path.write_text("\n".join(",".join(pair) for pair in zip(path.read_text().splitlines(), cells)) + "\n")
+    results = scores.load_results(suite, tmp_path)
+    assert scores.evaluation_returns(results, "blpo", "Hopper-v4").tolist() == [1001, 1002, 1003, 1004, 1005]
+    assert judge(suite, tmp_path, evaluated).said == "does not hold"  # it would hold the other way round
+    assert judge(suite, tmp_path, dataclasses.replace(evaluated, better="ppo", than="blpo")).said == "holds"
+    path = tmp_path / suite.name / "runs.json"
+    made = json.loads(path.read_text())
+    made["runs"][0]["diverged"] = True
+    path.write_text(json.dumps(made))
+    first = made["runs"][0]["method"], made["runs"][0]["environment"]
+    assert scores.evaluation_returns(scores.load_results(suite, tmp_path), *first)[0] == load_reference()[first[1]]["random"]
+
+
 @pytest.mark.parametrize("slower, said", [(("ppo",), "holds"), (("blpo",), "does not hold")])
 def test_time_claims_are_judged_by_pairs(tmp_path, slower, said):
     suite = make_suite(seeds=3)
