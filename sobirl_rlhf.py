@@ -244,12 +244,12 @@ def make_envs(
                 warnings.simplefilter("ignore", DeprecationWarning)
                 envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **settings)
         except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError, OSError) as error:
+            if settings and isinstance(error, TypeError):
+                raise no_terminate_refused(env_id) from error
             known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
             near = difflib.get_close_matches(env_id, known, n=3)
             hint = f"; the nearest known names are {', '.join(near)}" if near else ""
             raise BadInput(f"--env-id {env_id!r} cannot be made: {first_sentence(error)}{hint}") from error
-        except TypeError as error:
-            raise no_terminate_refused(env_id) if settings else error from error
         if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
         envs.reset(seed=seed)

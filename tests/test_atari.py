@@ -436,7 +436,8 @@ BAD = [
 ]  # fmt: skip
 BAD_BLPO = [
     ({"damping": 0.0}, "--damping is 0.0"), ({"chunk_length": 5}, "--chunk-length 5"),
-    ({"nystrom_rank": 8}, "8 is more than the 7 parameters"), ({"follower": "last-two", "nystrom_rank": 1484}, "1483 parameters"),
+    ({"ihvp": "nystrom", "nystrom_rank": 8}, "8 is more than the 7 parameters"),
+    ({"ihvp": "nystrom", "follower": "last-two", "nystrom_rank": 1484}, "1483 parameters"),
 ]  # fmt: skip
 
 
