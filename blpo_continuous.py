@@ -682,7 +682,7 @@ def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tenso
     kernel.diagonal().add_(damping)
     right = curvature.down(b[None]).double()
     factor, failed = torch.linalg.cholesky_ex(kernel)
-    inner = torch.cholesky_solve(right.T, torch.where(failed == 0, factor, math.nan)).T
+    inner = torch.where(failed == 0, torch.cholesky_solve(right.T, factor).T, math.nan)
     return b, (b - curvature.up(inner.to(b.dtype))[0]) / damping
 
 

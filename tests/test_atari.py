@@ -500,6 +500,10 @@ def test_memory_of_rank_q_is_refused_before_it_is_allocated(tmp_path, monkeypatc
     assert not (tmp_path / "runs").exists()
     with pytest.raises(pytest.fail.Exception, match="the run began"):
         train("blpo_atari.py", follower="head", **changes)
+    free = iter([150_000_000, 100])  # for the images, and then for the solve
+    monkeypatch.setattr(blpo, "available_memory", lambda device: next(free))
+    with pytest.raises(blpo.BadInput, match="0.00 GB for their kernel, but 0.00 GB of memory are free"):
+        train("blpo_atari.py", follower="head", **changes | {"ihvp": "exact"})
 
 
 def peak_bytes(call) -> int:

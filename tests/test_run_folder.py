@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -631,6 +632,27 @@ def test_a_csv_file_that_cannot_be_closed_does_not_hide_the_failure(script, toy_
         train(script, run_dir=tmp_path)
     (folder,) = tmp_path.iterdir()
     assert read_json(folder / "result.json")["status"] == "failed"
+
+
+def test_the_film_of_a_task_without_end_ends(script, tmp_path, monkeypatch):
+    module, steps = load(script), []
+
+    class Endless(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2, dtype=np.float32), {}
+
+        def step(self, action):
+            steps.append(action)
+            return np.zeros(2, dtype=np.float32), 0.0, False, False, {}
+
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr(gym, "make", lambda *arguments, **settings: Endless())
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", lambda env, *arguments, **settings: env)
+    monkeypatch.setattr(module, "load_policy", lambda path: lambda obs: 0)
+    module.film("Endless-v0", tmp_path / "model.pt", tmp_path, 1)
+    assert len(steps) == 5_000
 
 
 def test_second_signal_ends_a_run_at_once(tmp_path):
