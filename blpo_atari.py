@@ -290,29 +290,59 @@ class Agent(nn.Module):
 
 
 class BehaviourPolicy:
-    """pi_old, the agent's policy as it is now, for one rollout; the noise of all steps is drawn at once.
+    """pi_old, the agent's policy as it is while a rollout is collected; the noise of all its steps is drawn at once.
 
     The action with the largest sum of logit and Gumbel noise is a sample of the softmax (Gumbel-max trick,
     Maddison et al. 2014). Values of a trunk that actor and critic share are kept, so that no image is seen twice.
+    On a CUDA device a step is a graph, captured once: to launch its twenty small kernels takes longer than to run them.
     """
 
-    def __init__(self, agent: Agent, shape: tuple[int, int]):
-        """For a rollout of shape (steps, games)."""
-        self.agent, self.shared = agent, agent.critic_trunk is agent.actor_trunk
-        device, num_actions = agent.actor_head.weight.device, agent.actor_head.out_features
-        self.noise = (-torch.empty(*shape, num_actions).exponential_().log_()).to(device)  # standard Gumbel
+    def __init__(self, agent: Agent, obs: Tensor):
+        """For rollouts whose observations are put into the buffer obs (steps + 1, games, H, W, 4)."""
+        self.agent, self.obs, self.shared = agent, obs, agent.critic_trunk is agent.actor_trunk
+        device, num_actions, shape = obs.device, agent.actor_head.out_features, (len(obs) - 1, obs.shape[1])
+        self.noise = torch.zeros(*shape, num_actions, device=device)
         self.logits = torch.zeros_like(self.noise)
         self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
         self.known = torch.zeros(shape if self.shared else (0, shape[1]), device=device)
+        self.graph, self.clock = None, torch.zeros(1, dtype=torch.int64, device=device)  # the step that the graph is at
+        if device.type == "cuda":
+            self.capture()
 
-    @torch.inference_mode()
-    def act(self, t: int, obs: Tensor) -> np.ndarray:
-        """The actions (N,) of step t at observations (N, H, W, 4)."""
-        features = self.agent.encode(self.agent.actor_trunk, pixels(obs))
-        self.logits[t] = self.agent.actor_head(features)
-        self.actions[t] = (self.logits[t] + self.noise[t]).argmax(-1)
+    def begin(self) -> None:
+        """A new rollout: draw its noise, standard Gumbel, on the CPU, so that a seed means the same on every device."""
+        self.noise.copy_(-torch.empty(self.noise.shape).exponential_().log_())
+        self.clock.zero_()
+
+    def step(self, t: int | Tensor) -> None:
+        """Choose the actions of step t, a number or a tensor of one."""
+        features = self.agent.encode(self.agent.actor_trunk, pixels(self.obs[t].view(self.obs.shape[1:])))
+        logits = self.agent.actor_head(features)
+        self.logits[t], self.actions[t] = logits, (logits + self.noise[t]).argmax(-1)
         if self.shared:
             self.known[t] = self.agent.critic_head(features).squeeze(-1)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Make the graph of one step. It reads the agent's parameters where they lie, so it stays right when they change."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries allocate and choose kernels in the first calls, which no graph may hold
+            for _ in range(3):
+                self.step(self.clock)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step(self.clock)
+            self.clock += 1
+
+    @torch.inference_mode()
+    def act(self, t: int) -> np.ndarray:
+        """The actions (N,) of step t; the steps of a rollout come in order, after `begin`."""
+        if self.graph is None:
+            self.step(t)
+        else:
+            self.graph.replay()
         return self.actions[t].cpu().numpy()
 
     def logprobs(self) -> Tensor:
@@ -320,9 +350,9 @@ class BehaviourPolicy:
         return self.logits.log_softmax(-1).gather(-1, self.actions[..., None]).squeeze(-1)
 
     @torch.no_grad()
-    def values(self, obs: Tensor) -> Tensor:
-        """V_old (T + 1, N) at the rollout's observations (T + 1, N, H, W, 4)."""
-        rest, agent = obs[len(self.known) :], self.agent
+    def values(self) -> Tensor:
+        """V_old (T + 1, N) at the rollout's observations."""
+        rest, agent = self.obs[len(self.known) :], self.agent
         batches = [agent.encode(agent.critic_trunk, pixels(part)) for part in rest.flatten(0, 1).split(256)]
         values = torch.cat([agent.critic_head(features).squeeze(-1) for features in batches])
         return torch.cat([self.known, values.view(len(rest), -1)])
@@ -1230,6 +1260,7 @@ def train(args: Args) -> Path:
     # Row num_steps of obs is the next rollout's first.
     shape = (args.num_steps, args.num_envs)
     obs = torch.zeros(args.num_steps + 1, args.num_envs, 84, 84, 4, dtype=torch.uint8, device=device)
+    behaviour = BehaviourPolicy(agent, obs)
     rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
     ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended a life or a game: the next row is a reset
     game_points, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
@@ -1245,9 +1276,9 @@ def train(args: Args) -> Path:
             # ---- Training on Atari: collect a rollout (shared) -------------------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
-            behaviour = BehaviourPolicy(agent, shape)
+            behaviour.begin()
             for t in range(args.num_steps):
-                actions = behaviour.act(t, obs[t])
+                actions = behaviour.act(t)
                 env_start = time.perf_counter()
                 images, reward, ends, cut, info = envs.step(actions)
                 env_time += time.perf_counter() - env_start
@@ -1266,7 +1297,7 @@ def train(args: Args) -> Path:
 
             # ---- Training on Atari: values, advantages and targets of the rollout (shared) ---------------------
             update_start = time.perf_counter()
-            b_actions, logprobs, values = behaviour.actions, behaviour.logprobs(), behaviour.values(obs)
+            b_actions, logprobs, values = behaviour.actions, behaviour.logprobs(), behaviour.values()
             b_rewards, b_terminated, b_truncated, b_valid = (
                 torch.from_numpy(array).to(device) for array in (rewards, terminated, truncated, valid)
             )

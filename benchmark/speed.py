@@ -36,6 +36,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -123,11 +124,13 @@ def ratios(samples: list[float], reference: list[float]) -> list[float]:
 Loop = Callable[[Callable[[dict[str, float]], None]], None]
 
 
-def loops_in_turns(loops: dict[str, Loop], rounds: int, rollouts: int) -> dict[str, list[dict[str, float]]]:
+def loops_in_turns(
+    loops: dict[str, Loop], rounds: int, rollouts: int, warmup: int = 1
+) -> dict[str, list[dict[str, float]]]:
     """Mean seconds of a rollout of each loop, for each of `rounds` turns of `rollouts` rollouts.
 
-    Every loop lives in a process of its own that sleeps when it is not its turn, so each is set up and warmed up (one
-    rollout that does not count) only once, and the turns are as short as a rollout.
+    Every loop lives in a process of its own that sleeps when it is not its turn, so each is set up and warmed up
+    (`warmup` rollouts that do not count) only once, and the turns are as short as a rollout.
     """
     context = multiprocessing.get_context("fork")
     processes, pipes, samples = [], {}, {name: [] for name in loops}
@@ -138,7 +141,7 @@ def loops_in_turns(loops: dict[str, Loop], rounds: int, rollouts: int) -> dict[s
         end.close()
     for turn in range(rounds + 1):
         for name, pipe in pipes.items():
-            pipe.send(rollouts if turn else 1)
+            pipe.send(rollouts if turn else warmup)
             seconds = pipe.recv()
             if turn:
                 samples[name].append(seconds)
@@ -771,8 +774,11 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 def provenance(module: str) -> dict:
     """What made the numbers of benchmark.`module`: command, commit, versions, machine, date; not the threads of this process,
-    since those that are measured have their own."""
-    made_by = ppo.provenance() | {
+    since those that are measured have their own. A child looks: a process that has asked for a CUDA device can fork none
+    that uses it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        seen = child.submit(ppo.provenance).result()
+    made_by = seen | {
         "script": f"benchmark/{module}.py",
         "command": shlex.join(["python", "-m", f"benchmark.{module}", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -3,16 +3,20 @@
     python -m benchmark.speed_atari                                              about twenty minutes on two idle cores
     python -m benchmark.speed_atari --quick                                      one turn of each, for a look only
     python -m benchmark.speed_atari --results-dir benchmark/results/speed_atari  keeps the numbers
+    python -m benchmark.speed_atari --parts cuda compiled                        on a machine with a CUDA device
 
     loops    the games alone, PPO, a reference PPO loop with one torch thread and with one for each core, PPO with separate
              trunks, BLPO with the head as its follower, and without the hypergradient
     followers  BLPO with the followers last-two and full, against PPO with separate trunks
     layers   processor milliseconds and GFLOPS of each layer of the network, against a matrix product: what limits the scripts
     solvers  milliseconds of one PPO minibatch and of one hypergradient
+    cuda     the loops with the networks on a CUDA device: in float32 and bfloat16, with more games, with every follower
+    compiled PPO there with and without torch.compile, after two minutes of compiling or so
 
-How the numbers are taken: as in benchmark/speed.py, on the CPU. Competitors take turns, A B C A B C ..., each in a process of
-its own that sleeps meanwhile; a turn is one rollout of 8 games x 128 steps with its update, after one that does not count.
-A number is the median over the turns with (lowest..highest), and a ratio is taken within a turn before its median. The
+How the numbers are taken: as in benchmark/speed.py, on the CPU but for the last two parts. Competitors take turns, A B C A B C ..., each in a process of
+its own that sleeps meanwhile; a turn is one rollout of 8 games x 128 steps with its update, after one that does not count
+(on CUDA four of them, after two; compiled, after six). A number is the median over the turns with (lowest..highest), and a
+ratio is taken within a turn before its median. The
 scripts use one torch thread for each usable core, as by default (--torch-threads), and EnvPool one for each as well; the
 reference gets the same EnvPool threads, and the better of one torch thread and as many as the scripts have is what PPO is
 compared with. In `layers` and `solvers` there is one torch thread. The load average is printed and kept, because a busy machine spoils all
@@ -48,15 +52,16 @@ from benchmark.speed import (
     Loop, Row, loops_in_turns, milliseconds, provenance, ratios, script_loop, show, with_processor_time, write_csv
 )  # fmt: skip
 
-PARTS = ("loops", "followers", "layers", "solvers")
+CPU_PARTS = ("loops", "followers", "layers", "solvers")
+PARTS = (*CPU_PARTS, "cuda", "compiled")
 
 
 @dataclass
 class Args:
     quick: bool = False
     """one turn of each competitor: shows that everything runs, measures little"""
-    parts: tuple[Literal["loops", "followers", "layers", "solvers"], ...] = PARTS
-    """what to measure"""
+    parts: tuple[Literal["loops", "followers", "layers", "solvers", "cuda", "compiled"], ...] = CPU_PARTS
+    """what to measure; cuda and compiled need a CUDA device"""
     env_id: str = "Breakout-v5"
     """the game"""
     rounds: int = 5
@@ -82,7 +87,8 @@ def games_loop(words: list[str], rollout_done: Callable[[dict[str, float]], None
 
 
 def reference_loop(words: list[str], threads: int, rollout_done: Callable[[dict[str, float]], None]) -> None:
-    """PPO in the manner of CleanRL's `ppo_atari_envpool`, the loop that most readers know; no logging.
+    """PPO in the manner of CleanRL's `ppo_atari_envpool`, the loop that most readers know; no logging. Everything lives on
+    the device that the words name.
 
     Images as floats in PyTorch's default memory order, divided by 255 in the network, torch.distributions, GAE as a loop
     over time, Adam's default implementation, numbers read back in every minibatch, and every row counts.
@@ -93,8 +99,9 @@ def reference_loop(words: list[str], threads: int, rollout_done: Callable[[dict[
         args.env_id, env_type="gymnasium", num_envs=args.num_envs, num_threads=args.env_threads, episodic_life=True,
         reward_clip=True, seed=args.seed,
     )  # fmt: skip
-    trunk = ppo.nature_cnn()
-    actor, critic = ppo.orthogonal(nn.Linear(512, int(envs.action_space.n)), 0.01), ppo.orthogonal(nn.Linear(512, 1), 1.0)
+    device = torch.device(args.device)
+    trunk, heads = ppo.nature_cnn().to(device), (nn.Linear(512, int(envs.action_space.n)), nn.Linear(512, 1))
+    actor, critic = (ppo.orthogonal(head, gain).to(device) for head, gain in zip(heads, (0.01, 1.0)))
     parameters = [*trunk.parameters(), *actor.parameters(), *critic.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5)
 
@@ -103,9 +110,9 @@ def reference_loop(words: list[str], threads: int, rollout_done: Callable[[dict[
         return torch.distributions.Categorical(logits=actor(features)), critic(features).flatten()
 
     shape, batch_size = (args.num_steps, args.num_envs), args.num_steps * args.num_envs
-    obs, actions = torch.zeros(*shape, 4, 84, 84), torch.zeros(shape)
-    logprobs, rewards, dones, values = (torch.zeros(shape) for _ in range(4))
-    next_obs, next_done = torch.Tensor(envs.reset()[0]), torch.zeros(args.num_envs)
+    obs, actions = torch.zeros(*shape, 4, 84, 84, device=device), torch.zeros(shape, device=device)
+    logprobs, rewards, dones, values = (torch.zeros(shape, device=device) for _ in range(4))
+    next_obs, next_done = torch.Tensor(envs.reset()[0]).to(device), torch.zeros(args.num_envs, device=device)
     points, finished = np.zeros(args.num_envs), []
     while True:
         rollout_start, env_time = time.perf_counter(), 0.0
@@ -117,10 +124,10 @@ def reference_loop(words: list[str], threads: int, rollout_done: Callable[[dict[
                 policy.entropy()
                 actions[t], logprobs[t] = action, policy.log_prob(action)
             env_start = time.perf_counter()
-            images, reward, terminated, truncated, info = envs.step(action.numpy())
+            images, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
             env_time += time.perf_counter() - env_start
-            rewards[t] = torch.tensor(reward).view(-1)
-            next_obs, next_done = torch.Tensor(images), torch.Tensor(np.logical_or(terminated, truncated))
+            rewards[t] = torch.tensor(reward).to(device).view(-1)
+            next_obs, next_done = (torch.Tensor(x).to(device) for x in (images, np.logical_or(terminated, truncated)))
             points += info["reward"]
             for index in np.flatnonzero(info["lives"] == 0):
                 finished.append(points[index])
@@ -169,20 +176,31 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def take_turns(args: Args, title: str, loops: Callable[[list[str]], dict[str, Loop]], against: tuple[str, ...]) -> list[Row]:
-    """The rows of loops that took turns; `against` names those that ratios of time are taken with, the fastest of them."""
+def take_turns(
+    args: Args,
+    title: str,
+    loops: Callable[[list[str]], dict[str, Loop]],
+    against: tuple[str, ...],
+    device: str = "cpu",
+    rollouts: int = 1,
+    warmup: int = 1,
+    num_envs: dict[str, int] | None = None,
+) -> list[Row]:
+    """The rows of loops that took turns of some `rollouts`, after `warmup` of them that do not count; `against` names those
+    that ratios of time are taken with, the fastest of them. `num_envs` of a loop, if not 8."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--env-id", args.env_id, "--run-dir", folder, "--device", "cpu", "--torch-threads", str(args.torch_threads)]
+        words = ["--env-id", args.env_id, "--run-dir", folder, "--device", device, "--torch-threads", str(args.torch_threads)]
         competitors = {name: with_processor_time(loop) for name, loop in loops(words).items()}
-        samples = loops_in_turns(competitors, args.rounds, 1)
-        parsed = ppo.parse_args(ppo.Args, words)
+        samples = loops_in_turns(competitors, args.rounds, rollouts, warmup)
+        num_steps, usual = ppo.Args.num_steps, ppo.Args.num_envs
+    rows_of = {name: num_steps * (num_envs or {}).get(name, usual) for name in samples}
     seconds, cpu = ({name: [turn[key] for turn in turns] for name, turns in samples.items()} for key in ("rollout", "cpu"))
     best = min((name for name in against), key=lambda name: statistics.median(seconds[name]))
     rows: list[Row] = [
         {
             "env_id": args.env_id,
             "loop": name,
-            "steps_per_s": [parsed.num_envs * parsed.num_steps / each for each in seconds[name]],
+            "steps_per_s": [rows_of[name] / each for each in seconds[name]],
             f"speed_over_{best.replace(' ', '_')}": ratios(seconds[best], seconds[name]),
             "time_over_PPO_separate": ratios(seconds[name], seconds["PPO separate"]),
             "cpu_over_PPO_separate": ratios(cpu[name], cpu["PPO separate"]),
@@ -191,7 +209,7 @@ def take_turns(args: Args, title: str, loops: Callable[[list[str]], dict[str, Lo
         | {f"{part}_s": [turn[part] for turn in turns] for part in ("env", "policy", "update", "cpu")}
         for name, turns in samples.items()
     ]
-    show(f"{title}: {args.env_id}, {parsed.num_envs} x {parsed.num_steps}; seconds are of one rollout", rows)
+    show(f"{title}: {args.env_id}, {usual} x {num_steps}; seconds are of one rollout", rows)
     return rows
 
 
@@ -220,6 +238,35 @@ def measure_followers(args: Args) -> list[Row]:
         }
 
     return take_turns(args, "Followers", loops, ("PPO separate",))
+
+
+def measure_cuda(args: Args) -> list[Row]:
+    """Ratios of time say little for the loops with more games, whose rollouts are longer: compare their steps/s."""
+    more = {"PPO, 32 games": 32, "PPO, 128 games": 128, "games only, 32": 32, "games only, 128": 128}
+
+    def loops(words: list[str]) -> dict[str, Loop]:
+        games = {name: [*words, "--num-envs", str(number)] for name, number in more.items()}
+        return (
+            {"games only": partial(games_loop, words), "reference": partial(reference_loop, words, 1)}
+            | {"PPO": partial(script_loop, ppo, words), "PPO, bf16": partial(script_loop, ppo, [*words, "--bf16"])}
+            | {"PPO separate": partial(script_loop, ppo, [*words, "--separate-trunks"])}
+            | {
+                f"BLPO {follower}, {ihvp}": partial(script_loop, blpo, [*words, "--follower", follower, "--ihvp", ihvp])
+                for follower, ihvp in itertools.product(("head", "last-two", "full"), ("none", "exact"))
+            }
+            | {name: partial(games_loop if "only" in name else partial(script_loop, ppo), words) for name, words in games.items()}
+        )
+
+    return take_turns(args, "CUDA", loops, ("reference",), "cuda", 4, 2, more)
+
+
+def measure_compiled(args: Args) -> list[Row]:
+    def loops(words: list[str]) -> dict[str, Loop]:
+        ways = {"PPO": [], "PPO, compiled": ["--compile"], "PPO, compiled, bf16": ["--compile", "--bf16"]}
+        separate = {"PPO separate": partial(script_loop, ppo, [*words, "--separate-trunks"])}
+        return {name: partial(script_loop, ppo, [*words, *more]) for name, more in ways.items()} | separate
+
+    return take_turns(args, "Compiled", loops, ("PPO",), "cuda", 4, 6)
 
 
 # ---- One layer -------------------------------------------------------------------------------------------------
@@ -298,9 +345,9 @@ def main(args: Args) -> None:
     made_by = provenance("speed_atari")
     commit = f"commit {str(made_by['commit'])[:7]}{' with changes' if made_by['dirty'] else ''}"
     print(f"{made_by['cpu']}, {os.cpu_count()} cores, {cores()} usable, {commit}")
-    print(f"{made_by['command']}: times on the CPU; median (lowest..highest) of the turns")
+    print(f"{made_by['command']}: GPU {made_by['gpu']}; median (lowest..highest) of the turns")
     measures = {"loops": measure_loops, "followers": measure_followers, "layers": measure_layers}
-    measures["solvers"] = measure_solvers
+    measures |= {"solvers": measure_solvers, "cuda": measure_cuda, "compiled": measure_compiled}
     everything: dict[str, dict] = {}
     if args.results_dir is not None:
         args.results_dir.mkdir(parents=True, exist_ok=True)

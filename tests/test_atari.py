@@ -236,14 +236,15 @@ def test_rollout_keeps_the_values_and_logprobs_of_the_agent(separate):
     obs = torch.randint(0, 256, (7, 3, 84, 84, 4), dtype=torch.uint8)
     with torch.no_grad():
         agent.actor_head.weight.normal_()
-        behaviour = ppo.BehaviourPolicy(agent, (6, 3))
-        sent = np.stack([behaviour.act(t, obs[t]) for t in range(6)])
+        behaviour = ppo.BehaviourPolicy(agent, obs)
+        behaviour.begin()
+        sent = np.stack([behaviour.act(t) for t in range(6)])
         images = ppo.pixels(obs.flatten(0, 1))
         policy = torch.distributions.Categorical(logits=agent.actor_head(agent.actor_trunk(images[:-3])))
         values = agent.critic_head(agent.critic_trunk(images)).view(7, 3)
     assert np.array_equal(sent, behaviour.actions.numpy()) and len(np.unique(sent)) > 2
     assert torch.allclose(behaviour.logprobs().flatten(), policy.log_prob(behaviour.actions.flatten()), atol=1e-5)
-    assert torch.allclose(behaviour.values(obs), values, atol=1e-5)
+    assert torch.allclose(behaviour.values(), values, atol=1e-5)
     assert separate != torch.equal(agent.actor_trunk(images), agent.critic_trunk(images))
 
 
@@ -255,8 +256,9 @@ def test_samples_logprobs_and_entropy_are_those_of_the_softmax():
         agent.actor_head.weight.normal_(std=0.5)
         policy = torch.distributions.Categorical(logits=agent.actor_head(features)[0])
         agent.actor_trunk.forward = lambda images: features.expand(len(images), -1)
-        behaviour = ppo.BehaviourPolicy(agent, (1, n))
-        found = np.bincount(behaviour.act(0, torch.zeros(n, 1, 1, 4, dtype=torch.uint8)), minlength=4) / n
+        behaviour = ppo.BehaviourPolicy(agent, torch.zeros(2, n, 1, 1, 4, dtype=torch.uint8))
+        behaviour.begin()
+        found = np.bincount(behaviour.act(0), minlength=4) / n
         weights = torch.tensor([0.5, 0.2, 0.3])
         logprobs, entropy = agent.logprob_and_entropy(features.expand(3, -1), torch.tensor([0, 1, 3]), weights)
     expected = policy.probs.numpy()

@@ -1,0 +1,171 @@
+"""The scripts on a CUDA device: the same numbers as on the CPU, bitwise repetition, resume, the acting step's graph. Skipped without one.
+
+On a seed everything that is drawn is drawn on the CPU, so the first update of a run has the same data on both devices.
+"""
+
+import math
+
+import pytest
+import test_atari
+import test_off_policy
+import test_sobirl_rlhf
+import test_stac
+import torch
+from conftest import after_iteration, read_csv, train, without_time
+from torch import nn
+
+import blpo_atari as blpo
+import ppo_atari as ppo
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+few_channels = test_atari.few_channels
+
+RUNS = {
+    **{name: lambda name=name, **changes: train(name, **changes) for name in ("ppo_continuous.py", "ppo_discrete.py")},
+    **{
+        f"{name[:-3]} {ihvp}": lambda name=name, ihvp=ihvp, **changes: train(name, ihvp=ihvp, **changes)
+        for name, ihvp in [("blpo_continuous.py", "nystrom"), ("blpo_continuous.py", "cg"), ("blpo_discrete.py", "exact")]
+    },
+    **{
+        f"ppo_atari {separate}": lambda separate=separate, **changes: test_atari.train("ppo_atari.py", separate_trunks=separate, **changes)
+        for separate in (False, True)
+    },
+    **{
+        f"blpo_atari {follower} {ihvp}": lambda follower=follower, ihvp=ihvp, **changes: test_atari.train(
+            "blpo_atari.py", follower=follower, ihvp=ihvp, **changes
+        )
+        for follower, ihvp in [("head", "exact"), ("last-two", "nystrom"), ("full", "cg")]
+    },
+    "stac": lambda **changes: test_stac.train(**changes),
+    **{
+        f"{name} {leader}": lambda name=name, leader=leader, **changes: test_off_policy.train(f"{name}.py", leader=leader, **changes)
+        for name in ("stddpg", "stsac")
+        for leader in ("actor", "critic", "none-sequential")
+    },
+    **{
+        f"sobirl_rlhf {way}": lambda way=way, **changes: test_sobirl_rlhf.train(**test_sobirl_rlhf.WAYS[way] | changes)
+        for way in ("sobirl", "sobirl rollouts", "drlhf", "pbrl", "ground-truth")
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Convolutions in all of float32, so that devices can be compared."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def numbers(folder) -> list[dict[str, float]]:
+    """What each iteration of a run logged of its losses and of its hypergradient."""
+    rows = without_time(read_csv(folder / "metrics.csv"))
+    kept = ("losses/", "bilevel/", "reward/")
+    return [{name: float(x) for name, x in row.items() if name.startswith(kept) and x not in ("", "nan")} for row in rows]
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_repeats_bitwise_and_its_first_update_is_that_of_the_cpu(tmp_path, kind):
+    first, second, third = (
+        numbers(RUNS[kind](run_dir=tmp_path / str(index), device=device)) for index, device in enumerate(["cuda", "cuda", "cpu"])
+    )
+    assert first == second
+    begun = next(index for index, row in enumerate(third) if row)  # an off-policy run begins with random steps
+    assert first[begun].keys() == third[begun].keys() and any(value != 0 for value in third[begun].values())
+    for name, value in third[begun].items():
+        assert first[begun][name] == pytest.approx(value, rel=0.02, abs=2e-4), name
+
+
+@pytest.mark.parametrize("script", test_atari.SCRIPTS)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_an_interrupted_run_goes_on_here_or_on_a_cpu(tmp_path, monkeypatch, script, device):
+    def fail():
+        raise RuntimeError("pulled the plug")
+
+    whole = numbers(test_atari.train(script, run_dir=tmp_path / "whole", device="cuda"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        after_iteration(patch, script, 2, fail)
+        test_atari.train(script, run_dir=tmp_path / "cut", device="cuda")
+    (cut,) = (tmp_path / "cut").iterdir()
+    test_atari.resume(script, cut, "--device", device)
+    went_on = numbers(cut)
+    assert len(went_on) == len(whole) == 4 and went_on[0] == whole[0]
+    assert all(math.isfinite(value) for row in went_on for value in row.values())
+
+
+@pytest.mark.parametrize("module", [ppo, blpo])
+@pytest.mark.parametrize("separate", [True, False])
+def test_the_graph_of_a_step_is_the_step(module, separate):
+    """Also after the parameters have changed in place, and in a second rollout."""
+    torch.manual_seed(0)
+    agent = module.Agent(5, separate).cuda().to(memory_format=torch.channels_last)
+    obs = torch.randint(0, 256, (7, 3, 84, 84, 4), dtype=torch.uint8, device="cuda")
+    graphed, eager = module.BehaviourPolicy(agent, obs), module.BehaviourPolicy(agent, obs)
+    assert graphed.graph is not None
+    eager.graph = None
+    seen = []
+    for _ in range(2):
+        with torch.no_grad():
+            agent.actor_head.weight.normal_()
+            agent.actor_trunk[0].bias.normal_()
+        for policy in (graphed, eager):
+            torch.manual_seed(len(seen))
+            policy.begin()
+            for t in range(6):
+                policy.act(t)
+        assert torch.equal(graphed.noise, eager.noise)
+        torch.testing.assert_close(graphed.logits, eager.logits)
+        torch.testing.assert_close(graphed.known, eager.known)
+        torch.testing.assert_close(graphed.values(), eager.values())
+        assert torch.equal(graphed.actions, eager.actions)
+        seen.append(graphed.logits.clone())
+    assert not torch.allclose(seen[0], seen[1], atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["head", "last-two", "full"])
+@pytest.mark.parametrize("solver", ["exact", "nystrom", "cg"])
+def test_hypergradients_are_those_of_the_cpu_in_double_precision(name, solver):
+    torch.manual_seed(0)
+    agent = blpo.Agent(4, separate_trunks=True)
+    below, follower = blpo.split_critic(agent, name)
+    images = blpo.pixels(torch.randint(0, 256, (20, 84, 84, 4), dtype=torch.uint8))
+    u, weights = torch.randn(20), torch.full((20,), 1 / 20)
+    found = []
+    for device, dtype in [("cpu", torch.float64), ("cuda", torch.float32)]:
+        for part in (below, follower):
+            part.to(device, dtype)
+        inputs = below(images.to(device, dtype)).detach()
+        curvature = blpo.GaussNewton(blpo.CriticJacobian(follower, inputs), weights.to(device, dtype))
+        generator = torch.Generator().manual_seed(1)
+        solve = {
+            "exact": lambda curvature, u: blpo.exact_ihvp(curvature, u, 1.0),
+            "nystrom": lambda curvature, u: blpo.nystrom_ihvp(curvature, u, 1.0, 4, generator),
+            "cg": lambda curvature, u: blpo.cg_ihvp(curvature, u, 1.0, 5),
+        }[solver]  # fmt: skip
+        b, v = solve(curvature, u.to(device, dtype))
+        found.append([b, v, curvature.jacobian.jvp(v[None])[0]])
+    for expected, got in zip(*found):
+        assert (got.cpu().double() - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("script", test_atari.SCRIPTS)
+def test_bfloat16(tmp_path, script):
+    rough, exact = (numbers(test_atari.train(script, run_dir=tmp_path / str(x), device="cuda", bf16=x)) for x in (True, False))
+    assert rough != exact
+    for name, value in exact[0].items():
+        if name in ("losses/value_loss", "losses/entropy", "bilevel/cosine", "bilevel/weight_mean"):
+            assert rough[0][name] == pytest.approx(value, rel=0.1, abs=0.02), name
+
+
+@pytest.mark.parametrize("script", test_atari.SCRIPTS)
+def test_compiled_networks(tmp_path, script):
+    first, second = (numbers(test_atari.train(script, run_dir=tmp_path / str(x), device="cuda", compile=x)) for x in (True, False))
+    for name, value in second[0].items():
+        assert first[0][name] == pytest.approx(value, rel=0.02, abs=2e-4), name
+
+
+def test_parameters_are_where_the_networks_live(tmp_path):
+    agent = ppo.Agent(4, False).to(torch.device("cuda"), memory_format=torch.channels_last)
+    assert {parameter.device.type for parameter in agent.parameters()} == {"cuda"}
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in agent.actor_trunk if isinstance(layer, nn.Conv2d))
