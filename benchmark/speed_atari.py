@@ -240,6 +240,12 @@ def measure_followers(args: Args) -> list[Row]:
     return take_turns(args, "Followers", loops, ("PPO separate",))
 
 
+def launched_loop(words: list[str], rollout_done: Callable[[dict[str, float]], None]) -> None:
+    """PPO whose acting step is launched kernel by kernel, instead of as a CUDA graph."""
+    ppo.BehaviourPolicy.capture = lambda policy: None
+    script_loop(ppo, words, rollout_done)
+
+
 def measure_cuda(args: Args) -> list[Row]:
     """Ratios of time say little for the loops with more games, whose rollouts are longer: compare their steps/s."""
     more = {"PPO, 32 games": 32, "PPO, 128 games": 128, "games only, 32": 32, "games only, 128": 128}
@@ -248,7 +254,8 @@ def measure_cuda(args: Args) -> list[Row]:
         games = {name: [*words, "--num-envs", str(number)] for name, number in more.items()}
         return (
             {"games only": partial(games_loop, words), "reference": partial(reference_loop, words, 1)}
-            | {"PPO": partial(script_loop, ppo, words), "PPO, bf16": partial(script_loop, ppo, [*words, "--bf16"])}
+            | {"PPO": partial(script_loop, ppo, words), "PPO, no graph": partial(launched_loop, words)}
+            | {"PPO, bf16": partial(script_loop, ppo, [*words, "--bf16"])}
             | {"PPO separate": partial(script_loop, ppo, [*words, "--separate-trunks"])}
             | {
                 f"BLPO {follower}, {ihvp}": partial(script_loop, blpo, [*words, "--follower", follower, "--ihvp", ihvp])
