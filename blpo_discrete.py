@@ -622,7 +622,7 @@ def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[T
 def feature_directions(curvature: GaussNewton, rank: int, generator: torch.Generator) -> Tensor:
     """Orthonormal directions (width + 1, q) in the weights of the critic's last layer, along its leading features.
 
-    With the features Phi (n, width + 1) of that layer (tanh units and 1), scaled as R, they are orth(S^2 Omega) for
+    With the features Phi (n, width + 1) of that layer (hidden units and 1), scaled as R, they are orth(S^2 Omega) for
     S = Phi^T Phi, the curvature in the last layer, and a Gaussian Omega (width + 1, rank): subspace iteration (Halko
     et al. 2011, alg. 4.4). q is rank, or width + 1 if that is less.
     """
@@ -922,8 +922,8 @@ def set_rng_state(state: dict) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
+        torch.cuda.set_rng_state(cuda_state, device)
 
 
 def load_checkpoint(folder: Path) -> dict:

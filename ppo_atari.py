@@ -279,7 +279,7 @@ class BehaviourPolicy:
 
     The action with the largest sum of logit and Gumbel noise is a sample of the softmax (Gumbel-max trick,
     Maddison et al. 2014). Values of a trunk that actor and critic share are kept, so that no image is seen twice.
-    On a CUDA device a step is a graph, captured once: to launch its twenty small kernels takes longer than to run them.
+    On a CUDA device a step is a graph, captured once: one launch in place of some twenty small kernels.
     """
 
     def __init__(self, agent: Agent, obs: Tensor):
@@ -564,8 +564,8 @@ def set_rng_state(state: dict) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
+        torch.cuda.set_rng_state(cuda_state, device)
 
 
 def load_checkpoint(folder: Path) -> dict:

@@ -650,8 +650,8 @@ def set_rng_state(state: dict) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
+        torch.cuda.set_rng_state(cuda_state, device)
 
 
 def load_checkpoint(folder: Path) -> dict:

@@ -10,7 +10,8 @@
     followers  BLPO with the followers last-two and full, against PPO with separate trunks
     layers   processor milliseconds and GFLOPS of each layer of the network, against a matrix product: what limits the scripts
     solvers  milliseconds of one PPO minibatch and of one hypergradient
-    cuda     the loops with the networks on a CUDA device: in float32 and bfloat16, with more games, with every follower
+    cuda     the loops with the networks on a CUDA device: in PyTorch's default precision (convolutions in TF32, but for the follower
+             full) and bfloat16, with more games, with every follower; each of the 16 processes takes seconds to begin
     compiled PPO there with and without torch.compile, after two minutes of compiling or so
 
 How the numbers are taken: as in benchmark/speed.py, on the CPU but for the last two parts. Competitors take turns, A B C A B C ..., each in a process of
@@ -53,7 +54,7 @@ from benchmark.speed import (
 )  # fmt: skip
 
 CPU_PARTS = ("loops", "followers", "layers", "solvers")
-PARTS = (*CPU_PARTS, "cuda", "compiled")
+PARTS = ("loops", "followers", "cuda", "compiled", "layers", "solvers")  # torch forbids forks once autograd has run here
 
 
 @dataclass
@@ -350,6 +351,8 @@ def main(args: Args) -> None:
         sys.exit("error: --rounds must be at least 1 and --torch-threads at least 0")
     args.rounds = 1 if args.quick else args.rounds
     made_by = provenance("speed_atari")
+    if {"cuda", "compiled"} & set(args.parts) and made_by["gpu"] is None:
+        sys.exit("error: --parts cuda and compiled need a CUDA device, and PyTorch finds none here; leave them out")
     commit = f"commit {str(made_by['commit'])[:7]}{' with changes' if made_by['dirty'] else ''}"
     print(f"{made_by['cpu']}, {os.cpu_count()} cores, {cores()} usable, {commit}")
     print(f"{made_by['command']}: GPU {made_by['gpu']}; median (lowest..highest) of the turns")
@@ -360,7 +363,7 @@ def main(args: Args) -> None:
         args.results_dir.mkdir(parents=True, exist_ok=True)
         path = args.results_dir / "speed_atari.json"
         everything = json.loads(path.read_text()) if path.exists() else {}
-    for part in (part for part in PARTS if part in args.parts):  # loops first: torch forbids forks once autograd has run here
+    for part in (part for part in PARTS if part in args.parts):
         before, start = os.getloadavg(), time.perf_counter()
         rows = measures[part](args)
         load, seconds = {"before": before, "after": os.getloadavg()}, round(time.perf_counter() - start)

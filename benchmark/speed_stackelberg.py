@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -152,7 +153,11 @@ def captured(update: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         update()
-    return graph.replay
+
+    def replay(kept: Callable[[], None] = update) -> None:  # the graph's addresses are those of the update's tensors
+        graph.replay()
+
+    return replay
 
 
 def measure_graphs(args: Args) -> list[Row]:
@@ -188,6 +193,8 @@ def measure_graphs(args: Args) -> list[Row]:
 def main(args: Args) -> None:
     """Measure, print, and write if asked."""
     made_by, load, rows = provenance("speed_stackelberg"), [os.getloadavg()[0]], []
+    if args.device == "cuda" and made_by["gpu"] is None:
+        sys.exit("error: --device cuda: PyTorch finds no CUDA device here; use --device cpu")
     for name in args.scripts:
         seconds = measure({"stddpg.py": stddpg, "stsac.py": stsac}[name], args)
         load.append(os.getloadavg()[0])

@@ -16,6 +16,7 @@ from torch import nn
 
 import blpo_atari as blpo
 import ppo_atari as ppo
+import stac_ablations
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 few_channels = test_atari.few_channels
@@ -36,7 +37,9 @@ RUNS = {
         )
         for follower, ihvp in [("head", "exact"), ("last-two", "nystrom"), ("full", "cg")]
     },
+    "blpo_continuous_ablations": lambda **changes: train("blpo_continuous_ablations.py", **changes),
     "stac": lambda **changes: test_stac.train(**changes),
+    "stac_ablations": lambda **changes: test_stac.train(stac_ablations, **changes),
     **{
         f"{name} {leader}": lambda name=name, leader=leader, **changes: test_off_policy.train(f"{name}.py", leader=leader, **changes)
         for name in ("stddpg", "stsac")
