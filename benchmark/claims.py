@@ -1,7 +1,10 @@
 """The claims of a suite, judged by one rule from its committed results, for `docs/results.md`."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
 
 from benchmark import statistics
 from benchmark.markdown import bracketed, jobs_in_words, listed, number, table
@@ -10,16 +13,17 @@ from benchmark.scores import Results, count, evaluation_returns, final_returns, 
 from benchmark.suites import Claim, Suite
 
 MARGIN = 0.05  # normalised return that a method may lack and still be at least as good
-LEAST_FOR_ABOVE = 5  # seeds below which nothing is said to be above anything
+LEAST = 5  # seeds below which nothing is said of returns
 
 RULE = f"""A claim compares two methods, `better` and `than`, and is judged by one rule, the same in all suites:
 
 - **return**: d is the mean over the environments of the difference in mean normalised final return, `better` minus `than`,
   with its 95 % stratified bootstrap interval [low, high] over seeds. The claim **holds** (at least as good, to a margin of
-  {MARGIN:g}) if low >= -{MARGIN:g}, **does not hold** if high < -{MARGIN:g}, and is **undecided** otherwise.
+  {MARGIN:g}) if low >= -{MARGIN:g}, **does not hold** if high < -{MARGIN:g}, and is **undecided** otherwise, and always with fewer
+  than {LEAST} seeds.
 - **above**: the same d. An environment is *for* the claim if the 95 % interval of its own difference lies above 0, *against* it if
   below. The claim **holds** if low > 0 and no environment is against it, **does not hold** if high < 0 and none is for it, and is
-  **undecided** otherwise, and always with fewer than {LEAST_FOR_ABOVE} seeds.
+  **undecided** otherwise, and always with fewer than {LEAST} seeds.
 - **time**: the ratio of wall-clock time, `better` over `than`, geometric mean over the pairs of runs of the same environment
   and seed, with its 95 % bootstrap interval. The claim **holds** if high < 1, **does not hold** if low > 1, and is
   **undecided** otherwise.
@@ -28,6 +32,8 @@ RULE = f"""A claim compares two methods, `better` and `than`, and is judged by o
 - The environments are all those on which the suite runs both methods. With fewer than 2 seeds (for time: pairs) on one of them
   there is no interval, and the claim is undecided. Planned runs that are missing are named beside the verdict; if some of them
   failed, the claim is undecided, whatever the others say.
+- A suite may have gates: bounds of what a method does, such as how many of its updates are the baseline's own. Beyond them nothing is
+  claimed of it: its claims leave that environment out, which is said, and one that is left without any reads "nothing is claimed".
 - A run that diverged (parameters not finite at its end) counts with the random policy's return, and is named.
 
 Percentile bootstrap intervals of few seeds are too short: of two methods with normal scores they hold the true difference in
@@ -49,6 +55,29 @@ def shared_environments(suite: Suite, claim: Claim) -> list[str]:
     """The environments on which the suite runs both methods of a claim."""
     pair = suite.methods[claim.better], suite.methods[claim.than]
     return [each for each in suite.environments if all(each in method.environments for method in pair)]
+
+
+def closed_gates(suite: Suite, results: Results, claim: Claim, environment: str) -> list[str]:
+    """Why nothing is claimed of one of the claim's methods on an environment, in words; empty if something is."""
+    words = []
+    for gate in suite.gates:
+        if gate.method not in (claim.better, claim.than):
+            continue
+        curves = [results.curves[run["job"]] for run in results.runs.get((gate.method, environment), [])]
+        values = [mean_of(curve, gate.column) / (mean_of(curve, gate.over) if gate.over else 1.0) for curve in curves]
+        value = sum(values) / len(values) if values else math.nan
+        if value > gate.most or value < gate.least:
+            name = f"`{gate.column}`" + (f" / `{gate.over}`" if gate.over else "")
+            bound = f"more than {gate.most:g}" if value > gate.most else f"less than {gate.least:g}"
+            words.append(f"{name} of {suite.methods[gate.method].label} {number(value)}, {bound}")
+    return words
+
+
+def mean_of(curve: dict[str, np.ndarray], column: str) -> float:
+    """The mean of a column's finite values; nan if it has none."""
+    values = curve.get(column, np.empty(0))
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else math.nan
 
 
 def measured(
@@ -84,12 +113,13 @@ def in_words(claim: Claim, numbers: list[int], interval: statistics.Interval | N
 
 def verdict(suite: Suite, results: Results, claim: Claim, levels: dict) -> Verdict:
     """The claim judged by RULE. Raises ValueError if an environment has no levels to normalise with."""
-    environments = shared_environments(suite, claim)
+    gates = {each: closed_gates(suite, results, claim, each) for each in shared_environments(suite, claim)}
+    environments, left_out = ([each for each in gates if bool(gates[each]) == closed] for closed in (False, True))
     planned = [job for job in suite.shown() if job.method in (claim.better, claim.than) and job.environment in environments]
     missing, failed = ([job.name for job in planned if job.name in names] for names in (results.missing, results.failed))
     numbers, interval = measured(results, claim, environments, levels)
     evidence, n = in_words(claim, numbers, interval)
-    least, enough = min(numbers, default=0), LEAST_FOR_ABOVE if claim.measure == "above" else 2
+    least, enough = min(numbers, default=0), 2 if claim.measure == "time" else LEAST
     holds = fails = False
     if claim.measure == "time" and least > 1:
         holds, fails = interval.high < 1, interval.low > 1
@@ -102,13 +132,17 @@ def verdict(suite: Suite, results: Results, claim: Claim, levels: dict) -> Verdi
         holds, fails = interval.low > 0 and not against, interval.high < 0 and not favour
         if len(environments) > 1:
             evidence += f"; for it: {listed(favour)}; against it: {listed(against)}"
+    for each in left_out:
+        evidence += f"; without {each} ({'; '.join(gates[each])})"
     where = ", ".join(environments) if len(environments) <= 3 else f"{len(environments)} environments"
     said = "holds" if holds else "does not hold" if fails else ""
     if failed:
         said = f"undecided: {len(failed)} of its runs failed"
     elif not said or least < enough:
         said = f"undecided at n = {least} {n.split()[1]}"
-    return Verdict(said, evidence, f"{n}, {where}" if environments else "no common environment", missing, failed)
+    if left_out and not environments:
+        said = "nothing is claimed"
+    return Verdict(said, evidence, f"{n}, {where}" if environments else "no environment", missing, failed)
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,13 @@ A suite `benchmark/suites/NAME.toml`:
     below = 1e-8                       # is smaller than that
     words = "dead actor"               # what the report calls them
 
+    [[gates]]                          # when something is claimed of a method at all (optional): its claims leave out
+    method = "critic"                  # an environment on which this diagnostic, mean over the rows of a run, then over the runs,
+    column = "bilevel/plain_fraction"
+    over = "bilevel/direct_norm"       # divided by that of this one (optional),
+    most = 0.2                         # is larger than that, or
+    least = 0.1                        # smaller than that
+
     [arguments]                        # of every script, by their names on the command line
     total-timesteps = 300000
 
@@ -51,6 +58,7 @@ import difflib
 import importlib
 import io
 import json
+import math
 import re
 import sys
 import tomllib
@@ -132,6 +140,17 @@ class Dead:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Bounds of a diagnostic of a method, or of a quotient of two; beyond them nothing is claimed of it on that environment."""
+
+    method: str
+    column: str
+    over: str | None = None
+    least: float = -math.inf
+    most: float = math.inf
+
+
+@dataclass(frozen=True)
 class Suite:
     """A suite file, checked."""
 
@@ -150,6 +169,7 @@ class Suite:
     headline: bool = False
     unready: str = ""
     dead: Dead | None = None
+    gates: tuple[Gate, ...] = ()
 
     def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
         """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
@@ -202,13 +222,14 @@ def command_words(method: Method, environment: str) -> tuple[str, ...]:
 SUITE_KEYS = {
     "description": str, "environments": list, "seeds": list, "grid": int, "diagnostics": list, "workers": int,
     "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "untimed": str, "unready": str, "dead": dict,
-    "arguments": dict, "methods": dict, "claims": list,
+    "gates": list, "arguments": dict, "methods": dict, "claims": list,
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
     "untimed": str, "runs-of": str,
 }  # fmt: skip
 DEAD_KEYS = {"column": str, "below": float, "words": str}
+GATE_KEYS = {"method": str, "column": str, "over": str, "least": float, "most": float}
 CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str, "over": str}
 TYPE_NAMES = {
     str: "a text", list: "a list", int: "a whole number", float: "a number with a point or an exponent", bool: "true or false",
@@ -340,6 +361,18 @@ def load_suite(name: str, check: bool = True) -> Suite:
         dead = Dead(**table["dead"])
         if dead.column not in table.get("diagnostics", []):
             raise BadSuite(f"{where}, dead: column is {dead.column!r}, which is none of the suite's diagnostics; add it there")
+    gates = []
+    for index, entry in enumerate(table.get("gates", [])):
+        inside = f"{where}, gates[{index}]"
+        check_table(inside, entry, GATE_KEYS, ("method", "column"))
+        if not {"least", "most"} & entry.keys():
+            raise BadSuite(f"{inside}: it has no bound; add least or most")
+        if entry["method"] not in methods:
+            raise BadSuite(f"{inside}: method is {entry['method']!r}, which is none of the suite{nearest(entry['method'], methods)}")
+        for key in ("column", "over"):
+            if key in entry and entry[key] not in table.get("diagnostics", []):
+                raise BadSuite(f"{inside}: {key} is {entry[key]!r}, which is none of the suite's diagnostics; add it there")
+        gates.append(Gate(**entry))
     suite = Suite(
         path.stem,
         path,
@@ -356,6 +389,7 @@ def load_suite(name: str, check: bool = True) -> Suite:
         table.get("headline", False),
         table.get("unready", ""),
         dead,
+        tuple(gates),
     )
     check_levels(suite, where)
     if check:

@@ -143,6 +143,7 @@ def test_a_part_of_a_suite_can_be_chosen(tmp_path, capsys):
 
 
 DEAD = '[dead]\ncolumn = "losses/no"\nbelow = 1e-8\nwords = "dead actor"\n\n'
+GATE = '[[gates]]\nmethod = "ppo"\ncolumn = "bilevel/no"\nmost = 0.2\n\n'
 BAD = [
     ([("[1, 2]", "[]")], "tiny.toml: seeds is empty"),
     ([("[1, 2]", "[1, 1]")], "seeds holds 1 twice, which would make the same job twice"),
@@ -170,6 +171,9 @@ BAD = [
     ([('label = "PPO"', 'label = "PPO"\nruns-of = "smok.ppo"')], "runs-of names the suite 'smok', which there is not; the nearest are smoke"),
     ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke.pppo"')], "runs-of names 'pppo', which is no method of smoke; the nearest are ppo"),
     ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke.ppo"')], "runs-of takes runs on the grid 1000 of smoke, but the suite's is 256"),
+    ([("[methods.ppo]", GATE + "[methods.ppo]")], "gates[0]: column is 'bilevel/no', which is none of the suite's diagnostics"),
+    ([("[methods.ppo]", GATE.replace('"ppo"', '"sac"') + "[methods.ppo]")], "gates[0]: method is 'sac', which is none of the suite"),
+    ([("[methods.ppo]", GATE.replace("most = 0.2", "") + "[methods.ppo]")], "gates[0]: it has no bound"),
     ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
     ([("[arguments]", "[arguments")], "this is no TOML"),
     ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),

@@ -235,7 +235,7 @@ def dense(module, seen, leader: str, ihvp: str, damping: float) -> tuple[torch.T
     if leader == "actor":
         return total_gradient(f, gauss_newton if ihvp == "kernel" else L, theta, omega, damping), own[1]
     if leader == "none-sequential":  # the actor's at the critics that Adam's first step leads to
-        after = omega - CRITIC_RATE * own[1] / (own[1].abs() + 1e-5)
+        after = omega - CRITIC_RATE * own[1] / (own[1].abs() + 1e-8)
         return torch.func.grad(f)(theta, after), own[1]
     if leader == "critic":
         return own[0], total_gradient(lambda w, t: L(t, w), lambda w, t: f(t, w), omega, theta, damping)

@@ -12,7 +12,7 @@ from test_figures import ENVIRONMENTS, make_results, make_suite
 
 from benchmark import claims, figures, markdown, report, scores, statistics
 from benchmark.reference import load_reference, normalise
-from benchmark.suites import Claim, Dead
+from benchmark.suites import Claim, Dead, Gate
 
 RETURN = Claim("BLPO at least as good as PPO", "blpo", "ppo")
 ABOVE = Claim("BLPO above PPO", "blpo", "ppo", "above")
@@ -45,19 +45,28 @@ def judge(suite, folder, claim) -> claims.Verdict:
 
 @pytest.mark.parametrize(
     "better, noise, said",
-    [(("blpo",), 0.05, "holds"), (("ppo",), 0.05, "does not hold"), ((), 3.0, "undecided at n = 4 seeds")],
+    [(("blpo",), 0.05, "holds"), (("ppo",), 0.05, "does not hold"), ((), 3.0, "undecided at n = 5 seeds")],
 )
 @pytest.mark.parametrize("environments", [1, 3])
 def test_return_claims_are_judged_each_of_three_ways(tmp_path, better, noise, said, environments):
-    suite = make_suite(seeds=4, environments=environments)
+    suite = make_suite(seeds=5, environments=environments)
     make_results(suite, tmp_path, better=better, noise=noise)
     judged = judge(suite, tmp_path, RETURN)
     assert judged.said == said
-    assert judged.n.startswith("4 seeds, Hopper-v4") and judged.missing == []
+    assert judged.n.startswith("5 seeds, Hopper-v4") and judged.missing == []
+
+
+def test_below_five_seeds_nothing_is_said_of_returns(tmp_path):
+    for seeds in (2, 3, 4):
+        suite = make_suite(seeds=seeds)
+        make_results(suite, tmp_path / str(seeds), better=("blpo",), noise=0.01, slower=("ppo",))
+        for claim in (RETURN, ABOVE):
+            assert judge(suite, tmp_path / str(seeds), claim).said == f"undecided at n = {seeds} seeds"
+        assert judge(suite, tmp_path / str(seeds), TIME).said == "holds"
 
 
 def test_equal_returns_hold_and_a_loss_just_beyond_the_margin_does_not(tmp_path):
-    suite = make_suite(seeds=2, environments=1)
+    suite = make_suite(seeds=5, environments=1)
     make_results(suite, tmp_path, noise=0.0)
     path = tmp_path / suite.name / "runs.json"
     made = json.loads(path.read_text())
@@ -337,6 +346,32 @@ def test_dead_runs_are_named_and_claims_judged_without_them_as_well(tmp_path):
     assert results.without(results.dead).dead == [] and len(results.runs["blpo", "Hopper-v4"]) == 6
 
 
+def test_beyond_its_gates_nothing_is_claimed_of_a_method(tmp_path):
+    suite = make_suite(seeds=5, diagnostics=("plain", "correction", "direct"), claims=(ABOVE, RETURN, Claim("nested", "nested", "ppo")))
+    suite = dataclasses.replace(suite, gates=(Gate("blpo", "plain", most=0.2), Gate("blpo", "correction", over="direct", least=0.1)))
+    assert suite.environments == ("Hopper-v4", "HalfCheetah-v4")
+
+    def judged(name: str, plain: dict[str, float], correction: dict[str, float]):
+        make_results(suite, tmp_path / name, better=("blpo",), noise=0.01)
+        for path in (tmp_path / name / suite.name).glob("*.csv"):
+            head, first, *rows = path.read_text().splitlines()
+            task = path.stem.split("__")[0]
+            values = f"{plain.get(task, 0.0)},{correction.get(task, 1.0)},2.0"
+            path.write_text("\n".join([f"{head},plain,correction,direct", f"{first},,,", *(f"{row},{values}" for row in rows)]) + "\n")
+        return [judge(suite, tmp_path / name, claim) for claim in suite.claims]
+
+    for each in judged("open", {}, {}):
+        assert each.said == "holds" and "without" not in each.evidence and each.n.endswith("Hopper-v4, HalfCheetah-v4")
+    above, least, other = judged("plain", {"Hopper-v4": 0.21}, {"Hopper-v4": 0.19})
+    assert above.said == least.said == "holds" and above.n == least.n == "5 seeds, HalfCheetah-v4"
+    assert "; without Hopper-v4 (`plain` of BLPO 0.21, more than 0.2; `correction` / `direct` of BLPO 0.09" in above.evidence
+    assert other.n.endswith("Hopper-v4, HalfCheetah-v4") and "without" not in other.evidence
+    above, least, other = judged("closed", {"Hopper-v4": 0.21, "HalfCheetah-v4": 1.0}, {})
+    assert above.said == least.said == "nothing is claimed" and other.said == "holds"
+    assert "**nothing is claimed**" in page([suite], tmp_path / "closed")
+    assert {each.said for each in judged("at the bound", {"Hopper-v4": 0.2}, {"Hopper-v4": 0.2})} == {"holds"}
+
+
 def is_blpo_1(job: str) -> bool:
     return job == "Hopper-v4__blpo__1"
 
@@ -358,7 +393,7 @@ def test_numbers_have_as_many_digits_as_say_something(value, text):
 
 # ---- What the page says besides ---------------------------------------------------------------------------------
 def test_a_claim_with_failed_runs_is_undecided_and_names_them(tmp_path):
-    suite = make_suite(seeds=4, claims=(RETURN, TIME))
+    suite = make_suite(seeds=6, claims=(RETURN, TIME))
     gone = ("Hopper-v4__blpo__2", "HalfCheetah-v4__ppo__3")
     make_results(suite, tmp_path, better=("blpo",), slower=("ppo",), leave_out=gone, noise=0.05)
     assert judge(suite, tmp_path, RETURN).said == judge(suite, tmp_path, TIME).said == "holds"

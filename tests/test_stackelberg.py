@@ -388,6 +388,32 @@ def test_trajectory_weights_are_an_unbiased_estimate_of_the_mixed_term(task, the
     assert relative(task.T * step(torch.ones_like(weights)), policy_gradient) < 1e-12
 
 
+def test_timestep_weights_are_an_unbiased_estimate_of_their_mixed_term(task, theta):
+    """E of the step with weights 1 + 2 z_k minus the step without is -(d_theta d_omega F) x, over T, for
+    F = E sum_k (V(s_k) - V^pi_k(s_k))^2 with the law of the visited states held fixed; formed by the functions of the laboratory."""
+    critic, omega = float64_critic(0)
+    x, law = randn(len(omega), seed=34), task.probabilities(theta).detach()
+
+    def loss(theta, omega):
+        values = torch.stack([(task.policy(theta) * q).sum(1) for q in task.action_values(theta)])  # (T, S)
+        squared = (stac.critic_values(critic, omega, task.obs) - values) ** 2
+        return sum(law @ each[states] for each, states in zip(squared, task.states))
+
+    mixed = grad(lambda theta: grad(loss, 1)(theta, omega) @ x)(theta)
+    assert mixed.norm() > 1e-3
+    valid, obs = torch.ones(task.T, task.states.shape[1], dtype=F64), task.obs[task.states]
+    baseline = stac.critic_values(critic, omega, obs.flatten(0, 1)).view(valid.shape)
+    advantages = (rewards_to_go(task) - baseline) * law * len(law)  # the mean over rows is E / T
+    slopes = stac_ablations.directional_derivative(critic, omega, obs.flatten(0, 1), x).view(valid.shape)
+    weights = stac_ablations.timestep_weights(stac_ablations.episode_starts(valid), slopes, task.GAMMA)
+
+    def step(weights):
+        return grad(lambda theta: stac.policy_objective(task.logprobs(theta), advantages, weights))(theta)
+
+    correction = task.T * (step(weights) - step(torch.ones_like(weights)))
+    assert relative(correction, -mixed) < 1e-12
+
+
 # ---- The step of a batch against its double-backward form ------------------------------------------------------
 TRAJECTORIES = [(0, 2, 0), (4, 8, 0), (10, 11, 0), (0, 11, 1), (0, 5, 2), (7, 11, 2)]  # first row, last row, environment
 
