@@ -27,6 +27,7 @@ from benchmark.suites import Suite
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
 )  # fmt: skip
+LABELS = "bilevel/labels"  # how many labels a run has asked for so far
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
 SOLID, DASHED, DOTTED, DASHDOT = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
 HATCHES = {SOLID: None, DASHED: "////", DOTTED: "....", DASHDOT: "xxxx"}
@@ -173,6 +174,13 @@ def on_steps(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarra
     return grid, np.array([values[np.searchsorted(steps, grid, side="right") - 1] for steps, values in known])
 
 
+def on_labels(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (points,) and returns (runs, points): a run's return at so many labels is that of its last row before it asked
+    for more."""
+    counted = [dict(each, global_step=np.where(np.isnan(each[LABELS]), 0.0, each[LABELS])) for each in curves]
+    return on_steps(counted)
+
+
 def on_minutes(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Minutes (points,) and returns (runs, points), linear between the rows, while every run has values."""
     known = [(each["wall_time_s"] / 60, each["episodic_return"]) for each in curves]
@@ -183,11 +191,16 @@ def on_minutes(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndar
     return grid, np.array([np.interp(grid, minutes, values) for minutes, values in known])
 
 
+def uses_labels(curve: dict[str, np.ndarray]) -> bool:
+    """Whether a run was told any preferences."""
+    return LABELS in curve and bool((curve[LABELS] > 0).any())
+
+
 # ---- The figures -----------------------------------------------------------------------------------------------
 def return_curves(suite: Suite, results: Results, against: str = "steps") -> Figure:
-    """Mean episodic return with interval, one panel an environment, against "steps" or wall-clock "minutes".
+    """Mean episodic return with interval, one panel an environment, against "steps", wall-clock "minutes" or "labels".
 
-    Against minutes a method's curve ends where its shortest run does.
+    Against minutes a method's curve ends where its shortest run does; against labels there are those methods that use some.
     """
     environments = [each for each in suite.environments if any((name, each) in results.runs for name in suite.methods)]
     figure, axes = panels(len(environments), 3.3, 2.6)
@@ -198,14 +211,16 @@ def return_curves(suite: Suite, results: Results, against: str = "steps") -> Fig
             if not runs or (against == "minutes" and suite.methods[name].untimed):
                 continue
             curves = [results.curves[run["job"]] for run in runs]
-            x, returns = on_steps(curves) if against == "steps" else on_minutes(curves)
+            if against == "labels" and not all(uses_labels(each) for each in curves):
+                continue
+            x, returns = {"steps": on_steps, "minutes": on_minutes, "labels": on_labels}[against](curves)
             lines[name] = draw_band(panel, x, statistics.curve(statistics.mean, [returns]), looks[name])
             numbers.setdefault(name, []).append(len(runs))
         panel.set_title(environment)
         if against == "steps":
             step_axis(panel)
         else:
-            panel.set_xlabel("wall-clock minutes")
+            panel.set_xlabel({"minutes": "wall-clock minutes", "labels": "labels asked for"}[against])
     for panel in axes:
         if panel.get_subplotspec().is_first_col():
             panel.set_ylabel("episodic return")
@@ -343,6 +358,8 @@ def figures(suite: Suite, results: Results) -> dict[str, Figure]:
     made = {"returns_steps": return_curves(suite, results)}
     if any(not suite.methods[method].untimed for method, _ in results.runs):
         made["returns_minutes"] = return_curves(suite, results, "minutes")
+    if any(uses_labels(results.curves[run["job"]]) for runs in results.runs.values() for run in runs):
+        made["returns_labels"] = return_curves(suite, results, "labels")
     pooled = pooled_methods(suite, results)
     if is_aggregated(suite) and pooled:
         made["aggregate"] = aggregate_curves(suite, results)

@@ -28,6 +28,7 @@ LEAST_FOR_IQM = 4  # runs: with fewer, nothing is cut
 FIGURES = (
     ("returns_steps", "Episodic return against environment steps; mean and 95 % interval over seeds"),
     ("returns_minutes", "The same against wall-clock time, up to the shortest run of each method"),
+    ("returns_labels", "The same against the number of labels; a method's return at so many is that of the last episodes before it asked for more"),
     ("aggregate", "Interquartile mean of the normalised return"),
     ("profile", "Fraction of runs above a normalised final return"),
     ("improvement", "Probability of improvement"),

@@ -202,6 +202,26 @@ def test_curves_share_the_steps_and_minutes_that_every_run_has():
     assert returns[:, 0].tolist() == [1.0, 5.5] and returns[:, -1].tolist() == [2.0, 6.0]
 
 
+def test_returns_against_labels(tmp_path):
+    """Of the methods that use labels alone; the return at a number of labels is the last one before more were asked for."""
+    one = {"global_step": np.array([10.0, 20, 30, 40]), "episodic_return": np.array([np.nan, 1.0, 2, 3])}
+    other = {"global_step": np.array([10.0, 20, 30]), "episodic_return": np.array([4.0, 5, 6])}
+    one[figures.LABELS], other[figures.LABELS] = np.array([0.0, 5, 5, 9]), np.array([np.nan, 5, 7])
+    labels, returns = figures.on_labels([one, other])
+    assert labels.tolist() == [5, 7] and returns.tolist() == [[2, 2], [5, 6]]
+
+    suite = make_suite(seeds=2, environments=1, diagnostics=(figures.LABELS,))
+    make_results(suite, tmp_path)
+    assert "returns_labels" not in drawn(suite, tmp_path)
+    for path in (tmp_path / suite.name).glob("*.csv"):
+        lines = path.read_text().splitlines()
+        labels = [f"{10 * index * ('__ppo__' not in path.name)}" for index in range(len(lines) - 1)]
+        path.write_text("\n".join(",".join(pair) for pair in zip(lines, [figures.LABELS, *labels])) + "\n")
+    made = drawn(suite, tmp_path)["returns_labels"]
+    assert {text.split(" (")[0] for text in texts(made)} == {"nested control", "BLPO"}
+    assert made.axes[0].get_xlabel() == "labels asked for" and made.axes[0].get_lines()[0].get_xdata()[-1] == 110
+
+
 def test_a_suite_names_the_methods_that_its_figures_show(tmp_path):
     suite = make_suite(methods=4, baselines=("nested", "ppo"), figures=("blpo", "ppo"))
     make_results(suite, tmp_path)
