@@ -9,7 +9,7 @@ The leader's theta is a reward network r, the follower answers with the soft act
     grad Q*(s, a), grad V*(s) = E_pi*[sum_t gamma^t grad r(s_t, a_t)], from (s, a), from s    Prop. 5.1
 
 `--reward-update` names who moves theta: drlhf (Christiano et al. 2017), (12) alone -> drlhf_loss; others add to it: sobirl (13)
--> sobirl_term; hpgd (Thoma et al. 2024), (13) from rollouts of geometric length -> hpgd_term; pbrl (Shen et al. 2024),
+-> sobirl_term; hpgd-style (Thoma et al. 2024), (13) from rollouts of geometric length -> hpgd_term; pbrl-style (Shen et al. 2024),
 a value penalty, and a second actor -> pbrl_term, pbrl_policy_term; ground-truth is SAC on the true reward. Controls: constant,
 frozen, --permute-cross-entropy, --no-terminate. `--implicit` names how Prop. 5.1 is cut: one-step, as released ->
 one_step_advantages; rollouts, Stoc-SoBiRL's (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
@@ -143,10 +143,10 @@ class Args:
     """units in each of a critic's two hidden layers, in [1, 65536]"""
 
     # Upper level: the reward
-    reward_update: Literal["sobirl", "drlhf", "pbrl", "hpgd", "ground-truth", "constant", "frozen"] = "sobirl"
+    reward_update: Literal["sobirl", "drlhf", "pbrl-style", "hpgd-style", "ground-truth", "constant", "frozen"] = "sobirl"
     """how the reward is learned; or the true one; or a control: the same everywhere, a random network at rest"""
     permute_cross_entropy: bool = False
-    """a control for sobirl and hpgd: the implicit term gets another pair's cross-entropy"""
+    """a control for sobirl and hpgd-style: the implicit term gets another pair's cross-entropy"""
     constant_reward: float = 1.0
     """the reward of --reward-update constant, in [-1, 1]"""
     reward_bound: Literal["tanh", "clip"] = "tanh"
@@ -198,13 +198,13 @@ class Args:
     max_inverse_temperature: float = 10.0
     """largest 1 / alpha in the implicit term, in (0, inf] (inf as released)"""
     max_gradient_ratio: float = 10.0
-    """largest norm of the gradient that sobirl, hpgd or pbrl add, over the cross-entropy's, in (0, inf] (inf as released)"""
+    """largest norm of the gradient that sobirl, hpgd-style or pbrl-style add, over the cross-entropy's, in (0, inf] (inf as released)"""
     baseline: bool = True
     """in the implicit term, take the mean of the other pairs off each cross-entropy (not in the paper)"""
     rollouts: int | None = None
-    """M, rollouts for each estimate of sobirl and hpgd, for pbrl of each actor, in [1, 1024]; default: 1, for pbrl 10"""
+    """M, rollouts for each estimate of sobirl and hpgd-style, for pbrl-style of each actor, in [1, 1024]; default: 1, for pbrl-style 10"""
     rollout_length: int | None = None
-    """T, steps of a rollout, in [1, 100000]; default: 10 for sobirl, 200 for pbrl; hpgd draws it"""
+    """T, steps of a rollout, in [1, 100000]; default: 10 for sobirl, 200 for pbrl-style; hpgd-style draws it"""
     pbrl_penalty: float = 1.0
     """lambda, weight of PBRL's value penalty, in (0, inf)"""
 
@@ -1285,7 +1285,7 @@ def derived_seed(seed: int, step: int) -> int:
 
 
 # ---- Which arguments go together -------------------------------------------------------------------------------
-LEARNED = ("sobirl", "drlhf", "pbrl", "hpgd")  # values of --reward-update that ask the teacher
+LEARNED = ("sobirl", "drlhf", "pbrl-style", "hpgd-style")  # values of --reward-update that ask the teacher
 
 
 def check_batch_shape(args: Args) -> None:
@@ -1300,8 +1300,8 @@ def check_batch_shape(args: Args) -> None:
         raise BadInput(f"--fragment-length {args.fragment_length} is longer than an iteration; it must be at most num-steps")
     if args.implicit_pairs == "queue" and args.implicit == "rollouts":
         raise BadInput("--implicit rollouts starts from the newest pairs' states; --implicit-pairs queue must be left out")
-    if args.permute_cross_entropy and args.reward_update not in ("sobirl", "hpgd"):
-        raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd, not for {args.reward_update}; leave it out")
+    if args.permute_cross_entropy and args.reward_update not in ("sobirl", "hpgd-style"):
+        raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd-style, not for {args.reward_update}; leave it out")
     if args.permute_cross_entropy and args.implicit_pairs == "queue":
         raise BadInput("--permute-cross-entropy is for the newest pairs; --implicit-pairs queue must be left out")
     if (args.implicit != "one-step" or args.implicit_pairs != "newest") and args.reward_update != "sobirl":
@@ -1333,15 +1333,15 @@ def train(args: Args) -> Path:
     obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
     simulator = None
     flag = "--implicit rollouts" if args.implicit == "rollouts" else f"--reward-update {args.reward_update}"
-    if args.implicit == "rollouts" or args.reward_update in ("hpgd", "pbrl"):
+    if args.implicit == "rollouts" or args.reward_update in ("hpgd-style", "pbrl-style"):
         seed = derived_seed(args.seed, 2**41 + start)
-        simulator = Simulator(args.env_id, seed, action_space, args.terminate, args.reward_update != "pbrl", flag)
+        simulator = Simulator(args.env_id, seed, action_space, args.terminate, args.reward_update != "pbrl-style", flag)
         simulator.steps = checkpoint["simulator_steps"] if checkpoint else 0
 
     # ---- Training: agents, reward, replay ----------------------------------------------------------------------
     sizes = obs_dim, action_dim, args.actor_width, args.critic_width, args.alpha
     agents = [Agent(*sizes).to(device)]  # the first one acts
-    if args.reward_update == "pbrl":
+    if args.reward_update == "pbrl-style":
         agents.append(Agent(*sizes).to(device))  # the tracker of pi*
     learners = [SoftActorCritic(agent, args, action_dim) for agent in agents]
     agent = agents[0]
@@ -1381,16 +1381,16 @@ def train(args: Args) -> Path:
     warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
 
     def added_term(pairs: Tensor, rollouts: list[tuple[Tensor, Tensor]], weight: float) -> tuple[Tensor, Tensor]:
-        """What sobirl, hpgd or pbrl add to the mean cross-entropy, from these pairs of the queue and these rollouts, and
+        """What sobirl, hpgd-style or pbrl-style add to the mean cross-entropy, from these pairs of the queue and these rollouts, and
         the pairs' scores."""
         sums = [(model(each) * weights).sum(-1) for each, weights in rollouts]  # discounted, of each rollout
-        if args.reward_update == "pbrl":
+        if args.reward_update == "pbrl-style":
             return pbrl_term(sums[1], sums[0], weight), torch.full((1,), math.nan)
         pair_inputs = queue.inputs[pairs].to(device)
         rewards = model(pair_inputs)
         losses = cross_entropies(rewards, queue.labels[pairs].to(device))
         shift = int(torch.randint(1, len(pairs), ())) if args.permute_cross_entropy else 0
-        if args.reward_update == "hpgd":
+        if args.reward_update == "hpgd-style":
             advantages = rollout_advantages(*(each.view(len(pairs), 2, -1) for each in sums))
             return hpgd_term(losses, advantages, args.fragment_length, weight, args.baseline, shift), advantages.sum(1)
         if args.implicit == "one-step":
@@ -1491,24 +1491,24 @@ def train(args: Args) -> Path:
 
             # ---- Upper level: rollouts for the term that is added to the cross-entropy --------------------------
             global_step, alpha = iteration * batch_size, float(agent.log_alpha.detach().exp())
-            weight = args.pbrl_penalty if args.reward_update == "pbrl" else min(1 / alpha, args.max_inverse_temperature)
-            adds = learning and args.reward_update in ("sobirl", "hpgd", "pbrl")
-            if args.reward_update != "pbrl":  # the permuted control needs a second pair
+            weight = args.pbrl_penalty if args.reward_update == "pbrl-style" else min(1 / alpha, args.max_inverse_temperature)
+            adds = learning and args.reward_update in ("sobirl", "hpgd-style", "pbrl-style")
+            if args.reward_update != "pbrl-style":  # the permuted control needs a second pair
                 adds = adds and global_step > args.implicit_starts and len(newest) > int(args.permute_cross_entropy)
             rollouts: list[tuple[Tensor, Tensor]] = []
-            if adds and args.reward_update == "pbrl":  # both actors with the same starts and noise: equal ones have no penalty
+            if adds and args.reward_update == "pbrl-style":  # both actors with the same starts and noise: equal ones have no penalty
                 lengths = torch.full((args.rollouts or 10,), args.rollout_length or 200)
                 seed = derived_seed(args.seed, 2**42 + global_step)
                 rollouts = [simulator.roll_out(None, None, lengths, args.gamma, NumpyActor(each.actor), seed) for each in agents]
             elif adds and simulator is not None:
                 visited = queue.inputs[newest]
-                if args.reward_update == "hpgd":  # one step of each fragment
+                if args.reward_update == "hpgd-style":  # one step of each fragment
                     steps = torch.randint(args.fragment_length, visited.shape[:2])
                     visited = visited.gather(2, steps[..., None, None].expand(-1, -1, 1, visited.shape[-1]))
                 visited = visited.flatten(0, 2).repeat_interleave(args.rollouts or 1, 0)
                 for first_actions in (visited[:, obs_dim:], None):
                     lengths, decay = torch.full((len(visited),), args.rollout_length or 10), args.gamma
-                    if args.reward_update == "hpgd":
+                    if args.reward_update == "hpgd-style":
                         lengths, decay = geometric_lengths(len(visited), args.gamma), math.sqrt(args.gamma)
                     policy = NumpyActor(agent.actor)
                     rollouts.append(simulator.roll_out(visited[:, :obs_dim], first_actions, lengths, decay, policy))
@@ -1538,7 +1538,7 @@ def train(args: Args) -> Path:
                 epoch_losses.append(losses.detach())
             model.eval()
             pair_inputs = pair_losses = None
-            if args.reward_update == "pbrl" and learning and len(newest):
+            if args.reward_update == "pbrl-style" and learning and len(newest):
                 pair_inputs, pair_labels = queue.inputs[newest].to(device), queue.labels[newest].to(device)
                 with torch.no_grad():
                     pair_losses = cross_entropies(model(pair_inputs), pair_labels)

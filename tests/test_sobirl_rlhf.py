@@ -36,9 +36,9 @@ WAYS = {
     "sobirl reward-to-go": {"implicit": "reward-to-go-style"},
     "sobirl permuted": {"permute_cross_entropy": True},
     "drlhf": {"reward_update": "drlhf"},
-    "pbrl": {"reward_update": "pbrl", "rollout_length": 4, "rollouts": 2},
-    "hpgd": SHORT | {"rollout_length": None, "gamma": 0.8, "reward_update": "hpgd", "rollouts": 2},
-    "hpgd permuted": SHORT | {"rollout_length": None, "gamma": 0.8, "reward_update": "hpgd", "permute_cross_entropy": True},
+    "pbrl": {"reward_update": "pbrl-style", "rollout_length": 4, "rollouts": 2},
+    "hpgd": SHORT | {"rollout_length": None, "gamma": 0.8, "reward_update": "hpgd-style", "rollouts": 2},
+    "hpgd permuted": SHORT | {"rollout_length": None, "gamma": 0.8, "reward_update": "hpgd-style", "permute_cross_entropy": True},
     "ground-truth": {"reward_update": "ground-truth"},
     "constant": {"reward_update": "constant"},
     "frozen": {"reward_update": "frozen"},
@@ -96,7 +96,7 @@ def test_a_run_of_each_kind(runs, way):
         for name in ("losses/qf_loss", "losses/actor_loss", "losses/alpha", "losses/logprobs"):
             none_yet = row["global_step"] == "64" and name != "losses/alpha"
             assert row[name] == "" if none_yet else math.isfinite(float(row[name]))
-    asks = way.split()[0] in rlhf.LEARNED
+    asks = WAYS[way].get("reward_update", "sobirl") in rlhf.LEARNED
     assert [float(row["bilevel/labels"]) for row in rows] == ([12, 16, 20, 24] if asks else [0] * 4)
     assert [row["losses/cross_entropy"] != "" for row in rows] == [asks] * 4
     opinions = [f"bilevel/{name}" for name in ("heldout_accuracy", "heldout_cross_entropy", "reward_correlation", "learned_reward")]
@@ -252,10 +252,10 @@ def test_the_true_reward_reaches_only_the_teacher_and_ground_truth(toy_envs, tmp
     folders = {}
     for name, step in (("plain", original), ("shifted", shifted)):
         monkeypatch.setattr(toy_envs.Walk, "step", step)
-        for method in ("sobirl", "pbrl", "constant", "ground-truth"):
+        for method in ("sobirl", "pbrl-style", "constant", "ground-truth"):
             changes = {"run_dir": tmp_path / f"{method}{name}", "reward_update": method, "total_timesteps": 2 * 64}
             folders[method, name] = learned(train(**changes))
-    for method in ("sobirl", "pbrl", "constant"):
+    for method in ("sobirl", "pbrl-style", "constant"):
         assert same(folders[method, "plain"], folders[method, "shifted"]), method
     assert not same(folders["ground-truth", "plain"], folders["ground-truth", "shifted"])
 
@@ -385,7 +385,7 @@ def test_pbrl_rolls_both_actors_out_with_the_same_starts_and_noise(tmp_path, mon
         return original(sim, obs, actions, lengths, decay, policy, seed)
 
     monkeypatch.setattr(rlhf.Simulator, "roll_out", roll_out)
-    train(run_dir=tmp_path, reward_update="pbrl", rollout_length=3)
+    train(run_dir=tmp_path, reward_update="pbrl-style", rollout_length=3)
     assert calls[::2] == calls[1::2] and len({seed for _, seed in calls}) == 3  # three iterations learn
     assert all(lengths == [3] * 10 for lengths, _ in calls)
 
@@ -566,11 +566,11 @@ def test_every_number_states_its_interval_and_is_refused_outside(monkeypatch):
      ({"fragment_length": 33}, "--fragment-length 33"), ({"gamma": 1}, "--gamma is 1.0"),
      ({"implicit": "rollouts", "implicit_pairs": "queue"}, "--implicit-pairs queue"),
      ({"implicit": "rollouts"}, "--implicit rollouts needs a MuJoCo task"),
-     ({"reward_update": "hpgd"}, "--reward-update hpgd needs a MuJoCo task"),
+     ({"reward_update": "hpgd-style"}, "--reward-update hpgd-style needs a MuJoCo task"),
      ({"reward_update": "drlhf", "permute_cross_entropy": True}, "--permute-cross-entropy"),
      ({"implicit_pairs": "queue", "permute_cross_entropy": True}, "--implicit-pairs queue must be left out"),
      ({"reward_update": "drlhf", "implicit": "rollouts"}, "--implicit and --implicit-pairs"),
-     ({"reward_update": "pbrl", "implicit_pairs": "queue"}, "--implicit-pairs"), ({"terminate": False}, "--no-terminate"),
+     ({"reward_update": "pbrl-style", "implicit_pairs": "queue"}, "--implicit-pairs"), ({"terminate": False}, "--no-terminate"),
      ({"terminate": False, "env_id": PENDULUM, "num_envs": 2}, "--no-terminate"),
      ({"terminate": False, "env_id": PENDULUM, "num_envs": 1, "num_steps": 64}, "--no-terminate"),
      ({"buffer_size": 10**15, "total_timesteps": 10**15}, "--buffer-size needs")],
