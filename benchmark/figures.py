@@ -63,6 +63,8 @@ STYLES = {
     "stac-80": (GREEN, SOLID),
     "stac-1": (GREEN, DASHED),
     "stac-80-gauss-newton": (BLACK, SOLID),
+    "stac-1-gauss-newton": (BLACK, DASHED),
+    "plain-80-gauss-newton": (ORANGE, DOTTED),
     "released-80": (VERMILION, SOLID),
     "released-settings-80": (VERMILION, DOTTED),
     "sequential": (BLUE, SOLID),
