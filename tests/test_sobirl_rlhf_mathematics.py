@@ -11,7 +11,7 @@ import sobirl_rlhf as rlhf
 import torch
 import torch.nn as nn
 from sobirl_tabular import PreferenceLearning, exact_hypergradient, implicit_terms, optimal_soft_values, q_values
-from sobirl_tabular import trajectory_probabilities, truncated_value_gradients, value_gradients
+from sobirl_tabular import soft_policy_values, trajectory_probabilities, truncated_value_gradients, value_gradients
 
 OBS, ACTIONS = 5, 2
 
@@ -407,6 +407,31 @@ def test_pbrl_reward_and_policy_terms(tiny):
     others = (losses.sum() - losses) / (PAIRS - 1)
     expected = (1 - gamma) / penalty * sum((losses[i] - others[i]) * score(i) for i in range(PAIRS)) / PAIRS
     close(found, expected)
+
+
+def test_pbrl_term_has_the_gradient_of_the_value_penalty():
+    """lambda p, p = V^{pi*(r)} - V^{pi_y} >= 0 with soft values: by central differences in every reward of a tabular MDP, where the
+    expectations of the two actors' discounted sums are exact. pi* answers r in p, and not in the term."""
+    gamma, tau, penalty, states, actions = 0.9, 0.3, 0.7, 4, 3
+    transitions, start = torch.rand(1, states, actions, states).softmax(-1), torch.rand(states).softmax(0)
+    rewards, policy = torch.randn(1, states, actions), torch.randn(1, states, actions).softmax(-1)
+
+    def value_penalty(rewards):
+        best = optimal_soft_values(rewards, transitions, gamma, tau)
+        return penalty * start @ (best - soft_policy_values(policy, rewards, transitions, gamma, tau))[0]
+
+    best = optimal_soft_values(rewards, transitions, gamma, tau)
+    answer = (q_values(best, rewards, transitions, gamma) / tau).softmax(-1)
+    variable = rewards.clone().requires_grad_()
+    sums = [start @ soft_policy_values(each, variable, transitions, gamma, 0.0)[0] for each in (answer, policy)]
+    (found,) = torch.autograd.grad(rlhf.pbrl_term(*(each[None] for each in sums), penalty), variable)
+    assert value_penalty(rewards) > 0.1
+    expected = torch.zeros_like(rewards)
+    for index in itertools.product([0], range(states), range(actions)):
+        step = torch.zeros_like(rewards)
+        step[index] = 1e-5
+        expected[index] = (value_penalty(rewards + step) - value_penalty(rewards - step)) / 2e-5
+    close(found, expected, 1e-7)
 
 
 @pytest.mark.parametrize("bound", ["tanh", "clip"])
