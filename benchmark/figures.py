@@ -27,7 +27,6 @@ from benchmark.suites import Suite
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
 )  # fmt: skip
-LABELS = "bilevel/labels"  # how many labels a run has asked for so far
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
 SOLID, DASHED, DOTTED, DASHDOT = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
 HATCHES = {SOLID: None, DASHED: "////", DOTTED: "....", DASHDOT: "xxxx"}
@@ -87,6 +86,7 @@ STYLES = {
 for name, colour in {"0": BLUE, "05": SKY, "09": ORANGE, "095": GREEN, "1": VERMILION}.items():  # lambda, with the correction and without
     STYLES |= {f"{arm}{name}": (colour, SOLID) for arm in ("l", "both")}
     STYLES |= {f"{arm}{name}-nested": (colour, DASHED) for arm in ("l", "both")}
+LABELS = "bilevel/labels"  # the column that says how many labels a run has asked for so far
 FALLBACKS = [(colour, dash) for dash in (DOTTED, DASHDOT) for colour in COLOURS]
 
 SETTINGS = {
