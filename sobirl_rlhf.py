@@ -400,11 +400,21 @@ class Agent(nn.Module):
 
 
 class NumpyActor:
-    """The actor as it is now, in numpy: for the one row of a step PyTorch takes several times as long."""
+    """The actor as it was at the last `refresh`, in numpy: for the one row of a step PyTorch takes several times as long.
+    On a CPU the numbers are the actor's own memory, and so always as it is."""
 
     def __init__(self, actor: nn.Sequential):
-        parameters = [parameter.detach().cpu().numpy() for parameter in actor.parameters()]
-        self.layers = [*zip(parameters[::2], parameters[1::2])]
+        self.parameters = [parameter.detach() for parameter in actor.parameters()]
+        self.copies = [each.cpu().pin_memory() if each.is_cuda else each for each in self.parameters]
+        arrays = [copy.numpy() for copy in self.copies]
+        self.layers = [*zip(arrays[::2], arrays[1::2])]
+
+    def refresh(self) -> None:
+        """Take over what the actor has become."""
+        if self.parameters[0].is_cuda:
+            for copy, parameter in zip(self.copies, self.parameters):
+                copy.copy_(parameter, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
 
     def __call__(self, obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Actions (N, A) in [-1, 1] at observations (N, D) with standard normal noise (N, A)."""
@@ -516,14 +526,14 @@ class SoftActorCritic:
         self.critics = FusedAdam(agent.critics.parameters(), args.critic_learning_rate)
         self.temperature = FusedAdam([agent.log_alpha], args.critic_learning_rate)
         self.optimisers, self.targets = [self.actor, self.critics, self.temperature], list(agent.targets.parameters())
-        self.statistics: dict[str, Tensor] = {}  # of the last update
 
-    def update_critics(self, batch: "Batch", rewards: Tensor) -> None:
-        """One step of both critics towards their targets, and of the target critics towards them."""
+    def update_critics(self, batch: "Batch", rewards: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """One step of both critics towards their targets, and of the target critics towards them; noise (B, A), standard
+        normal, of the actions in the next states. Returns what is logged."""
         agent, args = self.agent, self.args
         with torch.no_grad():
             output = agent.actor(batch.next_obs)
-            next_actions, next_logprobs = squashed_sample(output, torch.randn_like(output[:, : self.action_dim]))
+            next_actions, next_logprobs = squashed_sample(output, noise)
             next_values = agent.targets(torch.cat([batch.next_obs, next_actions], -1))
             targets = critic_targets(
                 rewards, batch.terminated, next_values, next_logprobs, agent.log_alpha.exp(), args.gamma
@@ -533,20 +543,20 @@ class SoftActorCritic:
         self.critics.update(torch.autograd.grad(loss, self.critics.tensors))
         with torch.no_grad():
             torch._foreach_lerp_(self.targets, self.critics.tensors, args.target_rate)
-        self.statistics |= {"losses/qf_loss": loss, "losses/qf_values": values}
+        return {"losses/qf_loss": loss.detach(), "losses/qf_values": values.detach()}
 
-    def update_actor(self, batch: "Batch", extra_loss: Tensor | float = 0.0) -> None:
-        """One step of the actor, and of the temperature; `extra_loss` is added to the actor's. Only the actor's gradient is
-        taken: the critics are passed through."""
+    def update_actor(self, batch: "Batch", noise: Tensor, extra_loss: Tensor | float = 0.0) -> dict[str, Tensor]:
+        """One step of the actor, and of the temperature; noise (B, A), standard normal, of the actions; `extra_loss` is added
+        to the actor's. Only the actor's gradient is taken: the critics are passed through. Returns what is logged."""
         agent, alpha = self.agent, self.agent.log_alpha.detach().exp()
         output = agent.actor(batch.obs)
-        actions, logprobs = squashed_sample(output, torch.randn_like(output[:, : self.action_dim]))
+        actions, logprobs = squashed_sample(output, noise)
         loss = actor_loss(agent.critics(torch.cat([batch.obs, actions], -1)), logprobs, alpha)
         self.actor.update(torch.autograd.grad(loss + extra_loss, self.actor.tensors))
         logprobs = logprobs.detach()
         if self.args.autotune:
             self.temperature.update([temperature_gradient(agent.log_alpha.detach(), logprobs, -float(self.action_dim))])
-        self.statistics |= {"losses/actor_loss": loss, "losses/logprobs": logprobs}
+        return {"losses/actor_loss": loss.detach(), "losses/logprobs": logprobs}
 
 
 # ---- Preferences -----------------------------------------------------------------------------------------------
@@ -773,6 +783,39 @@ def limited_sum(gradients: list[Tensor], added: list[Tensor], limit: float) -> t
     return [each + factor * more for each, more in zip(gradients, added)], other / norm, factor
 
 
+# ---- CUDA graph (shared) ---------------------------------------------------------------------------------------
+class GraphedUpdate:
+    """`update(*inputs)` on a CUDA device by one launch: launching its hundred small kernels one by one takes several times
+    as long as running them.
+
+    A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not wait for the
+    device; its inputs are copied to where the first ones lay; the tensors that it returns are overwritten by the next call.
+    """
+
+    def __init__(self, update: Callable):
+        self.update, self.inputs, self.calls = update, [], 0
+        self.stream, self.graph, self.result = torch.cuda.Stream(), None, None
+
+    def __call__(self, *inputs: Tensor):
+        """What `update` returns for these inputs, whose shapes must always be the same."""
+        if not self.inputs:
+            self.inputs = [torch.zeros(each.shape, dtype=each.dtype, device="cuda") for each in inputs]
+        torch._foreach_copy_(self.inputs, inputs)
+        self.calls += 1
+        if self.calls <= 3:  # libraries allocate and choose kernels in the first calls, which no graph may hold
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.update(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.update(*self.inputs)
+        self.graph.replay()
+        return self.result
+
+
 # ---- Replay ----------------------------------------------------------------------------------------------------
 @dataclass
 class Batch:
@@ -828,10 +871,13 @@ class Replay:
             row[-2:] = rewards[i], terminated[i]
             self.added += 1
 
-    def sample(self, count: int, device: torch.device) -> Batch:
-        """`count` of the newest `capacity` transitions, drawn with replacement."""
-        index = (self.added - 1 - torch.randint(len(self), (count,))) % len(self.rows)
-        rows, d = self.tensor[index].to(device), self.obs_dim
+    def sample(self, count: int) -> Tensor:
+        """`count` of the newest `capacity` transitions, drawn with replacement, as rows of the file."""
+        return self.tensor[(self.added - 1 - torch.randint(len(self), (count,))) % len(self.rows)]
+
+    def batch(self, rows: Tensor) -> Batch:
+        """What is in such rows."""
+        d = self.obs_dim
         return Batch(rows[:, :d], rows[:, : d + self.action_dim], rows[:, d + self.action_dim : -2], rows[:, -2], rows[:, -1])
 
     def save(self) -> int:
@@ -1412,6 +1458,28 @@ def train(args: Args) -> Path:
         with torch.no_grad():
             return model(batch.inputs)
 
+    def update_follower(rows: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Update each agent's critics by the rows of `Replay.sample` (B, W), then its actor by the same rows as often as there
+        is noise for: (1 + times, agents, B, A), the first for the critics. Returns what is logged of the agent that acts."""
+        batch, noise = replay.batch(rows.to(device)), noise.to(device)
+        rewards = lower_reward(batch)
+        logged = [learner.update_critics(batch, rewards, own) for learner, own in zip(learners, noise[0])][0]
+        for each in noise[1:]:
+            policy_term: Tensor | float = 0.0
+            if pair_losses is not None:
+                output = agent.actor(pair_inputs[..., :obs_dim])
+                logprobs = squashed_logprob(output, pair_inputs[..., obs_dim:])
+                policy_term = pbrl_policy_term(pair_losses, logprobs, args.pbrl_penalty, args.gamma)
+            logged |= learners[0].update_actor(batch, each[0], policy_term)
+            for learner, own in zip(learners[1:], each[1:]):
+                learner.update_actor(batch, own)
+        return logged
+
+    updates = [update_follower] * 2  # of the critics alone; with the actor
+    if args.device == "cuda" and args.reward_update != "pbrl-style":  # its policy term has pairs of any number
+        updates = [GraphedUpdate(update_follower) for _ in updates]
+    acting, logged = NumpyActor(agent.actor), dict[str, Tensor]()
+
     run = Run(args, checkpoint)
     if not checkpoint:
         try:
@@ -1429,7 +1497,7 @@ def train(args: Args) -> Path:
             noise = (torch.randn if learning else torch.rand)(*shape, action_dim).numpy()
             for t in range(args.num_steps):
                 # ---- Training: one step of the environments ----------------------------------------------------
-                actions = NumpyActor(agent.actor)(obs, noise[t]) if learning else 2 * noise[t] - 1
+                actions = acting(obs, noise[t]) if learning else 2 * noise[t] - 1
                 env_start = time.perf_counter()
                 next_obs, reward, ends, cut, _ = envs.step(task_actions(actions, action_space))
                 env_time += time.perf_counter() - env_start
@@ -1451,19 +1519,12 @@ def train(args: Args) -> Path:
                 # ---- Lower level: one update for each transition -----------------------------------------------
                 update_start = time.perf_counter()
                 for count in range(replay.added - int(transition.sum()) + 1, replay.added + 1) if learning else ():
-                    batch = replay.sample(args.batch_size, device)
-                    rewards = lower_reward(batch)
-                    for learner in learners:
-                        learner.update_critics(batch, rewards)
-                    if count % args.policy_frequency == 0:
-                        for _ in range(args.policy_frequency):
-                            for learner in learners:
-                                policy_term = 0.0
-                                if learner.agent is agent and pair_losses is not None:
-                                    output = agent.actor(pair_inputs[..., :obs_dim])
-                                    logprobs = squashed_logprob(output, pair_inputs[..., obs_dim:])
-                                    policy_term = pbrl_policy_term(pair_losses, logprobs, args.pbrl_penalty, args.gamma)
-                                learner.update_actor(batch, policy_term)
+                    times = args.policy_frequency if count % args.policy_frequency == 0 else 0
+                    rows = replay.sample(args.batch_size)
+                    noise_shape = (1 + times, len(agents), args.batch_size, action_dim)
+                    logged |= updates[times > 0](rows, torch.randn(noise_shape))
+                    if times:
+                        acting.refresh()
                 update_time += time.perf_counter() - update_start
 
             # ---- Upper level: ask the teacher ------------------------------------------------------------------
@@ -1554,7 +1615,7 @@ def train(args: Args) -> Path:
             if args.reward_update in ("ground-truth", "constant"):  # nobody asks the network
                 opinions = dict.fromkeys(opinions, math.nan)
             names = ("losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/logprobs")
-            metrics = {name: float(learners[0].statistics.get(name, torch.tensor(math.nan)).detach().mean()) for name in names}
+            metrics = {name: float(logged.get(name, torch.tensor(math.nan)).mean()) for name in names}
             metrics |= {
                 "losses/alpha": alpha,
                 "losses/cross_entropy": float(torch.cat(epoch_losses)[-len(queue) :].mean()) if epoch_losses else math.nan,

@@ -486,12 +486,12 @@ class Solve:
     """How (H + lambda I) x = b was solved."""
 
     stopped: bool  # by the guard, at negative curvature
-    plain: bool  # x = 0: the leader's step is the individual gradient
+    plain: bool | Tensor  # x = 0: the leader's step is the individual gradient
     residual: Callable[[], Tensor]  # |(H + lambda I) x - b| / |b|, computed when it is asked for
 
 
 def critic_response(
-    data: list[ReluStack], errors: Tensor, led: list[ReluStack], least: Tensor, damping: float, ihvp: str, iterations: int
+    data: list[ReluStack], errors: Tensor, led: list[ReluStack], least: Tensor, damping: float | Tensor, ihvp: str, iterations: int
 ) -> tuple[Tensor, Solve]:
     """z = d_omega Q_i(s, a).x of each critic (E, n), where (d2_omega L + damping I) x = b = d_omega f, by `ihvp`.
 
@@ -499,14 +499,14 @@ def critic_response(
     """
     if ihvp == "kernel":
         z = kernel_response(data, led, least, damping)
-        return z, Solve(False, not z.any(), lambda: kernel_residual(data, led, least, z, damping))
+        return z, Solve(False, ~z.any(), lambda: kernel_residual(data, led, least, z, damping))
     b = flatten(part for critic, mask in zip(led, least) for part in critic.vjp(-mask / len(mask)))
     x, solve = guarded_solve(critic_hessian(data, errors), b, damping, iterations)
     each_x = x.view(len(data), -1)
     return torch.stack([critic.jvp(unflatten(own, critic.parameters())) for critic, own in zip(data, each_x)]), solve
 
 
-def kernel_response(data: list[ReluStack], led: list[ReluStack], least: Tensor, damping: float) -> Tensor:
+def kernel_response(data: list[ReluStack], led: list[ReluStack], least: Tensor, damping: float | Tensor) -> Tensor:
     """z of `critic_response` (E, n) exactly, for the Gauss-Newton H = 2/n J^T J and b = -1/n sum_k least_k dQ(s_k, mu(s_k)).
 
     J (H + damping I)^-1 = (K + damping I)^-1 J with K = 2/n J J^T (n, n), so x is never formed: the kernels J J^T and
@@ -525,7 +525,7 @@ def kernel_response(data: list[ReluStack], led: list[ReluStack], least: Tensor, 
 
 
 def kernel_residual(
-    data: list[ReluStack], led: list[ReluStack], least: Tensor, z: Tensor, damping: float
+    data: list[ReluStack], led: list[ReluStack], least: Tensor, z: Tensor, damping: float | Tensor
 ) -> Tensor:
     """|(H + damping I) x - b| / |b| in the space of the parameters, for the x = (b - 2/n J^T z) / damping that belongs to
     the z (E, n) of `kernel_response`; it is |2/n J^T (J x - z)| / |b|."""
@@ -553,7 +553,7 @@ def critic_hessian(data: list[ReluStack], errors: Tensor) -> Callable[[Tensor], 
 
 
 def actor_response(
-    agent: Agent, obs: Tensor, noise: Tensor, slopes: Tensor, b: Tensor, damping: float, iterations: int
+    agent: Agent, obs: Tensor, noise: Tensor, slopes: Tensor, b: Tensor, damping: float | Tensor, iterations: int
 ) -> tuple[Tensor, Solve]:
     """x (P,) with (d2_theta f + damping I) x = b = d_theta L, for the critic that leads: slopes = d_a min_i Q_i (n, A)."""
     return guarded_solve(actor_hessian(agent, obs, noise, slopes), b, damping, iterations)
@@ -591,7 +591,7 @@ def critic_correction(
 
 
 def guarded_solve(
-    product: Callable[[Tensor], Tensor], b: Tensor, damping: float, iterations: int
+    product: Callable[[Tensor], Tensor], b: Tensor, damping: float | Tensor, iterations: int
 ) -> tuple[Tensor, Solve]:
     """x (P,) with (H + damping I) x = b by `conjugate_gradient`, H given by its `product`."""
 
@@ -637,6 +637,39 @@ def leader_diagnostics(own: Tensor, total: Tensor) -> dict[str, float]:
         "bilevel/multiplier": (total.norm() / own.norm()).item(),
         "bilevel/cosine": torch.cosine_similarity(total, own, 0).item(),
     }
+
+
+# ---- CUDA graph (shared) ---------------------------------------------------------------------------------------
+class GraphedUpdate:
+    """`update(*inputs)` on a CUDA device by one launch: launching its hundred small kernels one by one takes several times
+    as long as running them.
+
+    A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not wait for the
+    device; its inputs are copied to where the first ones lay; the tensors that it returns are overwritten by the next call.
+    """
+
+    def __init__(self, update: Callable):
+        self.update, self.inputs, self.calls = update, [], 0
+        self.stream, self.graph, self.result = torch.cuda.Stream(), None, None
+
+    def __call__(self, *inputs: Tensor):
+        """What `update` returns for these inputs, whose shapes must always be the same."""
+        if not self.inputs:
+            self.inputs = [torch.zeros(each.shape, dtype=each.dtype, device="cuda") for each in inputs]
+        torch._foreach_copy_(self.inputs, inputs)
+        self.calls += 1
+        if self.calls <= 3:  # libraries allocate and choose kernels in the first calls, which no graph may hold
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.update(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.update(*self.inputs)
+        self.graph.replay()
+        return self.result
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------
@@ -1180,6 +1213,76 @@ def train(args: Args) -> Path:
             optimiser.load_state_dict(state)
         set_rng_state(checkpoint["rng"])
     leads = args.leader in ("actor", "critic") and args.regularisation < math.inf  # whether there is an implicit term
+    damping = torch.zeros((), dtype=torch.float64, device=device)  # lambda
+    stops, plain = torch.zeros(2, dtype=torch.int64, device=device)  # updates whose solve the guard stopped; without correction
+
+    # ---- Training: one update ----------------------------------------------------------------------------------
+    def update(
+        pairs: Tensor, b_rewards: Tensor, b_next_obs: Tensor, b_terminated: Tensor, here: Tensor, there: Tensor,
+        metrics: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Step both players, and the targets, by a minibatch of `Replay.sample` and the policy's noise in s and in s';
+        with `metrics`, to put the diagnostics into."""
+        b_obs, following = pairs[:, :obs_dim], (b_rewards, args.gamma * (1 - b_terminated), b_next_obs, there)
+
+        # ---- Both players: their own gradients ------------------------------------------------------------------
+        with torch.set_grad_enabled(leads):
+            backups = backup(agent, *following)
+        data = stacks(agent.critics, pairs)
+        errors = td_errors(data, backups)
+        torch._foreach_copy_(omega_grads, critic_gradient(data, errors))
+        if args.leader == "none-sequential":
+            critic_optimiser.update()
+        actions, costs = agent.policy(agent.actor(b_obs), here)
+        led, least, slopes = led_critics(agent, b_obs, actions)
+        actor_loss = policy_loss(actions, costs, slopes)
+
+        # ---- Leader: the implicit term --------------------------------------------------------------------------
+        if metrics is not None:
+            own = {"actor": flatten(torch.autograd.grad(actor_loss, thetas, retain_graph=True))}
+            own["critic"] = flatten(omega_grads)
+        if leads and args.leader == "actor":
+            z, solve = critic_response(data, errors, led, least, damping, args.ihvp, args.cg_iterations)
+            weights = 2 * z.sum(0)  # of the backups
+            actor_loss = actor_loss + (weights * backups).mean()
+        elif leads:
+            b = flatten(torch.autograd.grad(-2 * (errors.sum(0) * backups).mean(), thetas))  # d_theta L
+            x, solve = actor_response(agent, b_obs, here, slopes, b, damping, args.cg_iterations)
+            torch._foreach_sub_(omega_grads, critic_correction(agent, b_obs, here, led, least, x))
+        torch._foreach_copy_(theta_grads, torch.autograd.grad(actor_loss, thetas))
+        if leads:
+            stops.add_(solve.stopped)
+            plain.add_(solve.plain)
+        if metrics is not None:
+            metrics["losses/qf_loss"] = (errors * errors).mean(1).sum().item()
+            metrics["losses/q_values"] = data[0].outputs.mean().item()
+            metrics["losses/actor_loss"] = (costs - least_values(led)).mean().item()
+            metrics["losses/actor_gradient_norm"] = own["actor"].norm().item()
+            metrics["bilevel/inner_gradient_norm_before"] = own[follower].norm().item()
+        if metrics is not None and leads:
+            total = flatten(theta_grads if args.leader == "actor" else omega_grads)
+            metrics |= leader_diagnostics(own[args.leader], total)
+            metrics["bilevel/ihvp_residual"] = solve.residual().item()
+        if metrics is not None and leads and args.leader == "actor":
+            metrics["bilevel/weight_mean"] = weights.mean().item()
+            metrics["bilevel/weight_std"] = weights.std(correction=0).item()
+
+        # ---- Steps: both players, then the follower alone, then the target --------------------------------------
+        actor_optimiser.update()
+        if args.leader != "none-sequential":
+            critic_optimiser.update()
+        for _ in range(args.follower_steps - 1):
+            gradient = follower_gradient(agent, follower, pairs, b_obs, here, following)
+            torch._foreach_copy_(follower_grads, gradient)
+            follower_optimiser.update()
+        if metrics is not None:
+            gradient = follower_gradient(agent, follower, pairs, b_obs, here, following)
+            metrics["bilevel/inner_gradient_norm_after"] = flatten(gradient).norm().item()
+        with torch.no_grad():
+            target.lerp_(omega, 1 - args.polyak)
+
+    waits = leads and (args.leader == "critic" or args.ihvp == "cg")  # for the device: the guard of conjugate gradient
+    quick_update = GraphedUpdate(update) if args.device == "cuda" and not waits else update
 
     run, stored = Run(args, checkpoint), checkpoint["replay_size"] if checkpoint else 0
     try:
@@ -1200,7 +1303,9 @@ def train(args: Args) -> Path:
         num_iterations = args.total_timesteps // batch_size
         for iteration in range(start // batch_size + 1, num_iterations + 1):
             env_time, policy_time, update_time, episodes = 0.0, 0.0, 0.0, []
-            metrics, updates, stops, plain = dict.fromkeys(METRICS, math.nan), 0, 0, 0
+            metrics, updates = dict.fromkeys(METRICS, math.nan), 0
+            stops.zero_()
+            plain.zero_()
             noise = torch.randn(args.num_steps, args.num_envs, action_dim).numpy()
             uniform = 2 * torch.rand(noise.shape).numpy() - 1
             for first in range(0, args.num_steps, args.update_every):
@@ -1236,66 +1341,13 @@ def train(args: Args) -> Path:
                 count = replay.size - size_before  # one update for each new transition; a row of resets is none
                 arrays = [array.to(device) for array in replay.sample(count, args.batch_size)]
                 arrays += torch.randn(2, count, args.batch_size, agent.noise_dim).to(device)  # of the policy in s and in s'
-                damping = args.regularisation * math.exp(-step / args.regularisation_decay) if leads else math.inf
-                for index, (pairs, b_rewards, b_next_obs, b_terminated, here, there) in enumerate(zip(*arrays)):
+                damping.fill_(args.regularisation * math.exp(-step / args.regularisation_decay) if leads else math.inf)
+                for index, minibatch in enumerate(zip(*arrays)):
                     # In an iteration's last update: of the last block, or of the one before if that is a row of resets.
-                    diagnose = index == count - 1 and first >= args.num_steps - max(2, args.update_every)
-                    b_obs, following = pairs[:, :obs_dim], (b_rewards, args.gamma * (1 - b_terminated), b_next_obs, there)
-
-                    # ---- Both players: their own gradients -----------------------------------------------------
-                    with torch.set_grad_enabled(leads):
-                        backups = backup(agent, *following)
-                    data = stacks(agent.critics, pairs)
-                    errors = td_errors(data, backups)
-                    torch._foreach_copy_(omega_grads, critic_gradient(data, errors))
-                    if args.leader == "none-sequential":
-                        critic_optimiser.update()
-                    actions, costs = agent.policy(agent.actor(b_obs), here)
-                    led, least, slopes = led_critics(agent, b_obs, actions)
-                    actor_loss = policy_loss(actions, costs, slopes)
-
-                    # ---- Leader: the implicit term -------------------------------------------------------------
-                    if diagnose:
-                        own = {"actor": flatten(torch.autograd.grad(actor_loss, thetas, retain_graph=True))}
-                        own["critic"] = flatten(omega_grads)
-                    if leads and args.leader == "actor":
-                        z, solve = critic_response(data, errors, led, least, damping, args.ihvp, args.cg_iterations)
-                        weights = 2 * z.sum(0)  # of the backups
-                        actor_loss = actor_loss + (weights * backups).mean()
-                    elif leads:
-                        b = flatten(torch.autograd.grad(-2 * (errors.sum(0) * backups).mean(), thetas))  # d_theta L
-                        x, solve = actor_response(agent, b_obs, here, slopes, b, damping, args.cg_iterations)
-                        torch._foreach_sub_(omega_grads, critic_correction(agent, b_obs, here, led, least, x))
-                    torch._foreach_copy_(theta_grads, torch.autograd.grad(actor_loss, thetas))
-                    if leads:
-                        stops, plain = stops + solve.stopped, plain + solve.plain
-                    if diagnose:
-                        metrics["losses/qf_loss"] = (errors * errors).mean(1).sum().item()
-                        metrics["losses/q_values"] = data[0].outputs.mean().item()
-                        metrics["losses/actor_loss"] = (costs - least_values(led)).mean().item()
-                        metrics["losses/actor_gradient_norm"] = own["actor"].norm().item()
-                        metrics["bilevel/inner_gradient_norm_before"] = own[follower].norm().item()
-                    if diagnose and leads:
-                        total = flatten(theta_grads if args.leader == "actor" else omega_grads)
-                        metrics |= leader_diagnostics(own[args.leader], total)
-                        metrics["bilevel/ihvp_residual"] = solve.residual().item()
-                    if diagnose and leads and args.leader == "actor":
-                        metrics["bilevel/weight_mean"] = weights.mean().item()
-                        metrics["bilevel/weight_std"] = weights.std(correction=0).item()
-
-                    # ---- Steps: both players, then the follower alone, then the target -------------------------
-                    actor_optimiser.update()
-                    if args.leader != "none-sequential":
-                        critic_optimiser.update()
-                    for _ in range(args.follower_steps - 1):
-                        gradient = follower_gradient(agent, follower, pairs, b_obs, here, following)
-                        torch._foreach_copy_(follower_grads, gradient)
-                        follower_optimiser.update()
-                    if diagnose:
-                        gradient = follower_gradient(agent, follower, pairs, b_obs, here, following)
-                        metrics["bilevel/inner_gradient_norm_after"] = flatten(gradient).norm().item()
-                    with torch.no_grad():
-                        target.lerp_(omega, 1 - args.polyak)
+                    if index == count - 1 and first >= args.num_steps - max(2, args.update_every):
+                        update(*minibatch, metrics)
+                    else:
+                        quick_update(*minibatch)
                 updates += count
                 update_time += time.perf_counter() - update_start
 
@@ -1310,8 +1362,9 @@ def train(args: Args) -> Path:
 
                 metrics["charts/eval_return"] = float(np.mean(evaluate(policy, args, args.eval_episodes)))
             if leads and updates:
-                metrics["bilevel/negative_curvature"], metrics["bilevel/plain_fraction"] = stops / updates, plain / updates
-                metrics["bilevel/regularisation"] = damping
+                metrics["bilevel/negative_curvature"] = stops.item() / updates
+                metrics["bilevel/plain_fraction"] = plain.item() / updates
+                metrics["bilevel/regularisation"] = damping.item()
             metrics |= {
                 "time/env": env_time,
                 "time/policy": policy_time,

@@ -17,9 +17,9 @@ busy machine spoils all of them; ratios suffer less than milliseconds. The rows 
 and no tolerance ends the solve earlier (lambda = 500 keeps the matrix positive definite). The rows "lambda = 0" are the
 paper's setting, in which the guard may end a solve earlier.
 
-With `--device cuda` the environments stay on the CPU, and a second table is made: one update as a CUDA graph, its minibatch
-fixed, without diagnostics, beside the same update launched kernel by kernel on both devices. The scripts do not use graphs;
-conjugate gradients cannot be captured, since their guard decides on the CPU.
+With `--device cuda` the environments stay on the CPU, and the updates are CUDA graphs but for those with conjugate gradients,
+which cannot be captured, since their guard decides on the CPU. A second table has one update as a graph, its minibatch fixed,
+without diagnostics, beside the same update launched kernel by kernel on both devices.
 
 Writes speed_stackelberg.csv and speed_stackelberg.json (all samples, command, commit, versions, load).
 """

@@ -11,7 +11,7 @@ import test_off_policy
 import test_sobirl_rlhf
 import test_stac
 import torch
-from conftest import after_iteration, read_csv, train, without_time
+from conftest import after_iteration, load, read_csv, train, without_time
 from torch import nn
 
 import blpo_atari as blpo
@@ -80,6 +80,58 @@ def test_a_run_repeats_bitwise_and_its_first_update_is_that_of_the_cpu(tmp_path,
     assert first[begun].keys() == third[begun].keys() and any(value != 0 for value in third[begun].values())
     for name, value in third[begun].items():
         assert first[begun][name] == pytest.approx(value, rel=0.02, abs=2e-4), name
+
+
+GRAPHED = [f"{name} {leader}" for name in ("stddpg", "stsac") for leader in ("actor", "none-sequential")]
+GRAPHED += [f"sobirl_rlhf {way}" for way in ("sobirl", "drlhf", "ground-truth")]
+
+
+@pytest.mark.parametrize("kind", GRAPHED)
+def test_a_run_with_its_update_as_a_graph_is_the_run_that_launches_every_kernel(tmp_path, monkeypatch, kind):
+    module = load(f"{kind.split()[0]}.py")
+    graphs, original = [], module.GraphedUpdate
+
+    def graphed(update):
+        graphs.append(original(update))
+        return graphs[-1]
+
+    found = []
+    for each in (graphed, lambda update: update):
+        monkeypatch.setattr(module, "GraphedUpdate", each)
+        found.append(numbers(RUNS[kind](run_dir=tmp_path / str(len(found)), device="cuda")))
+    assert graphs and all(each.graph is not None and each.calls > 10 for each in graphs)
+    assert len(found[0]) == len(found[1]) > 1 and any(found[0])
+    for one, other in zip(*found):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["stddpg actor", "sobirl_rlhf sobirl"])
+def test_a_conjugate_gradient_or_a_second_agent_has_no_graph(tmp_path, monkeypatch, kind):
+    """Their updates wait for the device, or have inputs of changing shapes."""
+    module = load(f"{kind.split()[0]}.py")
+    monkeypatch.setattr(module, "GraphedUpdate", None)
+    changes = {"ihvp": "cg"} if kind.startswith("stddpg") else {"reward_update": "pbrl-style", "rollout_length": 3}
+    assert any(numbers(RUNS[kind](run_dir=tmp_path, device="cuda", **changes)))
+
+
+@pytest.mark.parametrize("kind", ["stddpg actor", "stsac actor", "sobirl_rlhf sobirl"])
+def test_an_interrupted_run_with_a_graph_goes_on(tmp_path, monkeypatch, kind):
+    def fail():
+        raise RuntimeError("pulled the plug")
+
+    script = f"{kind.split()[0]}.py"
+    whole = numbers(RUNS[kind](run_dir=tmp_path / "whole", device="cuda"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        after_iteration(patch, script, 2, fail)
+        RUNS[kind](run_dir=tmp_path / "cut", device="cuda")
+    (cut,) = (tmp_path / "cut").iterdir()
+    module = load(script)
+    module.train(module.parse_args(module.Args, ["--resume", str(cut)]))
+    went_on = numbers(cut)
+    assert len(went_on) == len(whole) and went_on[:2] == whole[:2]
+    assert all(math.isfinite(value) for row in went_on for value in row.values())
 
 
 @pytest.mark.parametrize("script", test_atari.SCRIPTS)

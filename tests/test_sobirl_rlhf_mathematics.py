@@ -177,12 +177,10 @@ def test_one_update_is_the_slow_one():
         for target in agent.targets.parameters():
             target += 0.1 * torch.randn_like(target)
     learner = rlhf.SoftActorCritic(agent, rlhf.Args(learning_rate=1e-2, critic_learning_rate=2e-2, target_rate=0.1), ACTIONS)
-    torch.manual_seed(5)
     noises = [torch.randn(12, ACTIONS) for _ in range(2)]
     expected = slow_update(learner, batch, rewards, noises)
-    torch.manual_seed(5)
-    learner.update_critics(batch, rewards)
-    learner.update_actor(batch)
+    learner.update_critics(batch, rewards, noises[0])
+    learner.update_actor(batch, noises[1])
     for name, value in agent.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-12), name
 
@@ -190,18 +188,17 @@ def test_one_update_is_the_slow_one():
 def test_a_fixed_temperature_stays():
     agent = rlhf.Agent(OBS, ACTIONS, 8, 8, 0.3)
     learner = rlhf.SoftActorCritic(agent, rlhf.Args(autotune=False), ACTIONS)
-    learner.update_actor(random_batch())
+    learner.update_actor(random_batch(), torch.randn(12, ACTIONS))
     assert agent.log_alpha.exp().item() == pytest.approx(0.3, rel=1e-12)
 
 
 def test_the_extra_loss_moves_the_actor():
     first, second = (rlhf.Agent(OBS, ACTIONS, 8, 8) for _ in range(2))
     second.load_state_dict(first.state_dict())
-    batch = random_batch()
+    batch, noise = random_batch(), torch.randn(12, ACTIONS)
     for agent, weight in ((first, 0.0), (second, 5.0)):
-        torch.manual_seed(1)
         extra = weight * rlhf.squashed_logprob(agent.actor(batch.obs), batch.inputs[:, OBS:].tanh()).mean()
-        rlhf.SoftActorCritic(agent, rlhf.Args(), ACTIONS).update_actor(batch, extra)
+        rlhf.SoftActorCritic(agent, rlhf.Args(), ACTIONS).update_actor(batch, noise, extra)
     assert not torch.allclose(first.actor[0].weight, second.actor[0].weight)
 
 
@@ -698,9 +695,9 @@ def test_replay_draws_all_of_the_newest_and_nothing_else(tmp_path):
     replay = new_replay(tmp_path)
     fill(replay, 0, 3)
     assert len(replay) == 3
-    assert set(replay.sample(200, torch.device("cpu")).rewards.tolist()) == {0, 1, 2}
+    assert set(replay.batch(replay.sample(200)).rewards.tolist()) == {0, 1, 2}
     fill(replay, 3, 30)
-    batch = replay.sample(500, torch.device("cpu"))
+    batch = replay.batch(replay.sample(500))
     assert set(batch.rewards.tolist()) == set(range(23, 33)) and len(replay) == 10
     k = batch.rewards
     assert torch.equal(batch.obs, k.unsqueeze(1).expand(-1, 2)) and torch.equal(batch.inputs, k.unsqueeze(1).expand(-1, 3))
@@ -716,7 +713,7 @@ def test_what_a_checkpoint_needs_stays_until_the_spare_rows_are_used(tmp_path):
     fill(replay, 1000, 4)  # lost by a kill
     assert replay.spare_left == 0
     again = rlhf.Replay(replay.path, 10, 2, 1, added)
-    assert set(again.sample(500, torch.device("cpu")).rewards.tolist()) == set(range(13, 23))
+    assert set(again.batch(again.sample(500)).rewards.tolist()) == set(range(13, 23))
     fill(replay, 2000, 1)  # one too many
     assert 13 not in rlhf.Replay(replay.path, 10, 2, 1, added).rows[:, 5]
     with pytest.raises(ValueError, match="too few"):
