@@ -1187,10 +1187,9 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device(args.device)
-    if args.device == "cpu":
-        torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
-        threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy
-        keep_freed_memory()
+    torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
+    threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy, which acts also where the networks live on a GPU
+    keep_freed_memory()
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     start = checkpoint["global_step"] if checkpoint else 0
