@@ -783,7 +783,7 @@ def limited_sum(gradients: list[Tensor], added: list[Tensor], limit: float) -> t
     return [each + factor * more for each, more in zip(gradients, added)], other / norm, factor
 
 
-# ---- CUDA graph (shared) ---------------------------------------------------------------------------------------
+# ---- CUDA graph ------------------------------------------------------------------------------------------------
 class GraphedUpdate:
     """`update(*inputs)` on a CUDA device by one launch: launching its hundred small kernels one by one takes several times
     as long as running them.

@@ -529,7 +529,8 @@ def kernel_response(data: list[ReluStack], led: list[ReluStack], least: Tensor, 
     systems, right = torch.stack(systems).double(), torch.stack(right).double()[..., None]
     systems.diagonal(dim1=1, dim2=2).add_(damping)
     factors, failed = torch.linalg.cholesky_ex(systems)
-    z = torch.cholesky_solve(right, factors)[..., 0].to(least)
+    half = torch.linalg.solve_triangular(factors, right, upper=False)  # not cholesky_solve: for two critics it has no CUDA graph
+    z = torch.linalg.solve_triangular(factors.mT, half, upper=True)[..., 0].to(least)
     return torch.where((failed == 0)[:, None] & z.isfinite(), z, 0.0)
 
 
@@ -648,7 +649,7 @@ def leader_diagnostics(own: Tensor, total: Tensor) -> dict[str, float]:
     }
 
 
-# ---- CUDA graph (shared) ---------------------------------------------------------------------------------------
+# ---- CUDA graph ------------------------------------------------------------------------------------------------
 class GraphedUpdate:
     """`update(*inputs)` on a CUDA device by one launch: launching its hundred small kernels one by one takes several times
     as long as running them.
@@ -1357,6 +1358,8 @@ def train(args: Args) -> Path:
                     else:
                         quick_update(*minibatch)
                 updates += count
+                if args.device == "cuda":  # so that the time is theirs; the next step would wait for the actor in any case
+                    torch.cuda.synchronize()
                 update_time += time.perf_counter() - update_start
 
             # ---- Training: evaluate, log and checkpoint --------------------------------------------------------

@@ -578,6 +578,7 @@ def test_what_they_have_in_common_with_the_other_scripts_is_the_same():
         "Args", "Agent", "mlp", "numpy_mlp", "check_action_space", "task_actions", "load_policy", "check_batch_shape", "train",
     }  # fmt: skip
     assert stac["conjugate_gradient"] == mine["conjugate_gradient"]
+    assert blocks("sobirl_rlhf.py")["CUDA graph"] == blocks("stddpg.py")["CUDA graph"]
 
 
 def test_the_scripts_document_themselves_and_stand_alone(script):

@@ -18,7 +18,6 @@ SHARED_BY_SOME = {  # every other shared block is in all scripts
     "Bilevel mathematics (shared)": BLPO_SCRIPTS,
     "Gaussian policy (shared)": CONTINUOUS_SCRIPTS,
     "Categorical policy (shared)": DISCRETE_SCRIPTS,
-    "CUDA graph (shared)": ("stddpg.py", "stsac.py", "sobirl_rlhf.py"),
 }
 
 
