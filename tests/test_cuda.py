@@ -130,7 +130,7 @@ def test_an_interrupted_run_with_a_graph_goes_on(tmp_path, monkeypatch, kind):
     module = load(script)
     module.train(module.parse_args(module.Args, ["--resume", str(cut)]))
     went_on = numbers(cut)
-    assert len(went_on) == len(whole) and went_on[:2] == whole[:2]
+    assert len(went_on) == len(whole) == 4 and went_on[0] == whole[0]
     assert all(math.isfinite(value) for row in went_on for value in row.values())
 
 
