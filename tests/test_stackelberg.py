@@ -333,6 +333,24 @@ def test_theorem_1_needs_a_factor_2(task, theta):
     assert relative(theorem(1), grad(L)(theta)) > 0.1
 
 
+def test_theorem_1_with_sampled_returns_has_an_unbiased_mixed_derivative(task, theta):
+    """The critic enters the estimate as (Q_w - G_0)^2 and (Q_w - G_0) G_t; its derivative in w is linear in the returns, so that sampled
+    ones, with a baseline of the state, serve, though they bias the estimate itself."""
+    q_w, x, baseline = randn(task.S, task.ACTIONS, seed=33), randn(task.S, task.ACTIONS, seed=34), randn(task.S, seed=35)
+
+    def L(theta, q_w):
+        return (task.start[:, None] * task.policy(theta) * (q_w - task.action_values(theta)[0]) ** 2).sum()
+
+    mixed = grad(lambda theta: (grad(L, 1)(theta, q_w) * x).sum())(theta)
+    first, to_go = (task.states[0], task.actions[0]), rewards_to_go(task)
+    coefficients = -2 * task.discounts * (to_go - baseline[task.states]) * x[first]
+    coefficients[0] = 2 * (q_w[first] - to_go[0]) * x[first]
+    assert mixed.norm() > 1e-3 and relative(task.expectation_of_scores(theta, coefficients), mixed) < 1e-12
+    sampled = 2 * task.discounts * (to_go[0] - q_w[first]) * (to_go - baseline[task.states])
+    sampled[0] = (to_go[0] - q_w[first]) ** 2
+    assert relative(task.expectation_of_scores(theta, sampled), grad(L)(theta, q_w)) > 0.1
+
+
 def start_loss(task, critic):
     """L(theta, omega) = E_s0 (V_omega(s0) - V^pi(s0))^2, exactly."""
     return lambda theta, omega: task.start @ (stac.critic_values(critic, omega, task.obs) - task.values(theta)) ** 2
