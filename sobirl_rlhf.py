@@ -401,7 +401,7 @@ class Agent(nn.Module):
 
 class NumpyActor:
     """The actor as it was at the last `refresh`, in numpy: for the one row of a step PyTorch takes several times as long.
-    On a CPU the numbers are the actor's own memory, and so always as it is."""
+    On a CPU the numbers are the actor's own memory, always current; there `refresh` has nothing to do."""
 
     def __init__(self, actor: nn.Sequential):
         self.parameters = [parameter.detach() for parameter in actor.parameters()]
@@ -702,7 +702,8 @@ def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
 def resample_actions(actor: nn.Module, inputs: Tensor, obs_dim: int, count: int) -> Tensor:
     """The states of inputs (..., D+A) with `count` actions of the policy's own each: (..., count, D+A)."""
     output = actor(inputs[..., :obs_dim]).unsqueeze(-2).expand(*inputs.shape[:-1], count, -1)
-    actions, _ = squashed_sample(output, torch.randn_like(output[..., : inputs.shape[-1] - obs_dim]))
+    noise = torch.randn(*output.shape[:-1], inputs.shape[-1] - obs_dim).to(output.device)
+    actions, _ = squashed_sample(output, noise)
     return torch.cat([inputs[..., :obs_dim].unsqueeze(-2).expand(*actions.shape[:-1], -1), actions], -1)
 
 
@@ -785,11 +786,11 @@ def limited_sum(gradients: list[Tensor], added: list[Tensor], limit: float) -> t
 
 # ---- CUDA graph ------------------------------------------------------------------------------------------------
 class GraphedUpdate:
-    """`update(*inputs)` on a CUDA device by one launch: launching its hundred small kernels one by one takes several times
-    as long as running them.
+    """`update(*inputs)` on a CUDA device by one launch in place of one for each of its hundred and more small kernels. The
+    first three calls launch every kernel, the fourth captures the graph.
 
     A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not wait for the
-    device; its inputs are copied to where the first ones lay; the tensors that it returns are overwritten by the next call.
+    device; its inputs are copied into buffers of the graph's own, and the next call overwrites the tensors that it returns.
     """
 
     def __init__(self, update: Callable):
@@ -1457,26 +1458,29 @@ def train(args: Args) -> Path:
         with torch.no_grad():
             return model(batch.inputs)
 
-    def update_follower(rows: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def update_follower(rows: Tensor, noises: Tensor) -> dict[str, Tensor]:
         """Update each agent's critics by the rows of `Replay.sample` (B, W), then its actor by the same rows as often as there
         is noise for: (1 + times, agents, B, A), the first for the critics. Returns what is logged of the agent that acts."""
-        batch, noise = replay.batch(rows.to(device)), noise.to(device)
+        batch, found = replay.batch(rows.to(device)), {}
+        critic_noise, *actor_noises = noises.to(device)
         rewards = lower_reward(batch)
-        logged = [learner.update_critics(batch, rewards, own) for learner, own in zip(learners, noise[0])][0]
-        for each in noise[1:]:
-            policy_term: Tensor | float = 0.0
-            if pair_losses is not None:
-                output = agent.actor(pair_inputs[..., :obs_dim])
-                logprobs = squashed_logprob(output, pair_inputs[..., obs_dim:])
-                policy_term = pbrl_policy_term(pair_losses, logprobs, args.pbrl_penalty, args.gamma)
-            logged |= learners[0].update_actor(batch, each[0], policy_term)
-            for learner, own in zip(learners[1:], each[1:]):
-                learner.update_actor(batch, own)
-        return logged
+        for learner, noise in zip(learners, critic_noise):
+            statistics = learner.update_critics(batch, rewards, noise)
+            found |= statistics if learner.agent is agent else {}
+        for actor_noise in actor_noises:
+            for learner, noise in zip(learners, actor_noise):
+                policy_term: Tensor | float = 0.0
+                if learner.agent is agent and pair_losses is not None:
+                    output = agent.actor(pair_inputs[..., :obs_dim])
+                    logprobs = squashed_logprob(output, pair_inputs[..., obs_dim:])
+                    policy_term = pbrl_policy_term(pair_losses, logprobs, args.pbrl_penalty, args.gamma)
+                statistics = learner.update_actor(batch, noise, policy_term)
+                found |= statistics if learner.agent is agent else {}
+        return found
 
-    updates = [update_follower] * 2  # of the critics alone; with the actor
+    update_of: dict[int, Callable] = dict.fromkeys((0, args.policy_frequency), update_follower)  # by the actor's updates in it
     if args.device == "cuda" and args.reward_update != "pbrl-style":  # its policy term has pairs of any number
-        updates = [GraphedUpdate(update_follower) for _ in updates]
+        update_of = {times: GraphedUpdate(update_follower) for times in update_of}
     acting, logged = NumpyActor(agent.actor), dict[str, Tensor]()
 
     run = Run(args, checkpoint)
@@ -1520,8 +1524,7 @@ def train(args: Args) -> Path:
                 for count in range(replay.added - int(transition.sum()) + 1, replay.added + 1) if learning else ():
                     times = args.policy_frequency if count % args.policy_frequency == 0 else 0
                     rows = replay.sample(args.batch_size)
-                    noise_shape = (1 + times, len(agents), args.batch_size, action_dim)
-                    logged |= updates[times > 0](rows, torch.randn(noise_shape))
+                    logged |= update_of[times](rows, torch.randn(1 + times, len(agents), args.batch_size, action_dim))
                     if times:
                         acting.refresh()
                 update_time += time.perf_counter() - update_start
@@ -1559,7 +1562,8 @@ def train(args: Args) -> Path:
             if adds and args.reward_update == "pbrl-style":  # both actors with the same starts and noise: equal ones have no penalty
                 lengths = torch.full((args.rollouts or 10,), args.rollout_length or 200)
                 seed = derived_seed(args.seed, 2**42 + global_step)
-                rollouts = [simulator.roll_out(None, None, lengths, args.gamma, NumpyActor(each.actor), seed) for each in agents]
+                policies = [acting, *(NumpyActor(each.actor) for each in agents[1:])]
+                rollouts = [simulator.roll_out(None, None, lengths, args.gamma, policy, seed) for policy in policies]
             elif adds and simulator is not None:
                 visited = queue.inputs[newest]
                 if args.reward_update == "hpgd-style":  # one step of each fragment
@@ -1570,8 +1574,7 @@ def train(args: Args) -> Path:
                     lengths, decay = torch.full((len(visited),), args.rollout_length or 10), args.gamma
                     if args.reward_update == "hpgd-style":
                         lengths, decay = geometric_lengths(len(visited), args.gamma), math.sqrt(args.gamma)
-                    policy = NumpyActor(agent.actor)
-                    rollouts.append(simulator.roll_out(visited[:, :obs_dim], first_actions, lengths, decay, policy))
+                    rollouts.append(simulator.roll_out(visited[:, :obs_dim], first_actions, lengths, decay, acting))
             rollouts = [(each.to(device), weights.to(device)) for each, weights in rollouts]
 
             # ---- Upper level: move theta -----------------------------------------------------------------------

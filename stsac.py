@@ -456,7 +456,7 @@ def led_critics(agent: Agent, obs: Tensor, actions: Tensor) -> tuple[list[ReluSt
     """The critics at the actor's own actions (n, A); which of them is the least, as 0/1 (E, n); and d_a min_i Q_i (n, A)."""
     led = stacks(agent.critics, torch.cat([obs, actions.detach()], 1))
     values = torch.cat([critic.outputs for critic in led], 1)
-    least = nn.functional.one_hot(values.argmin(1), len(led)).T.to(values)
+    least = (torch.arange(len(led), device=obs.device)[:, None] == values.argmin(1)).to(values)
     with torch.no_grad():
         weights = [critic.linears[0].weight[:, obs.shape[1] :] for critic in led]
         slopes = sum((critic.unit[0] @ weight) * mask[:, None] for critic, weight, mask in zip(led, weights, least))
@@ -651,11 +651,11 @@ def leader_diagnostics(own: Tensor, total: Tensor) -> dict[str, float]:
 
 # ---- CUDA graph ------------------------------------------------------------------------------------------------
 class GraphedUpdate:
-    """`update(*inputs)` on a CUDA device by one launch: launching its hundred small kernels one by one takes several times
-    as long as running them.
+    """`update(*inputs)` on a CUDA device by one launch in place of one for each of its hundred and more small kernels. The
+    first three calls launch every kernel, the fourth captures the graph.
 
     A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not wait for the
-    device; its inputs are copied to where the first ones lay; the tensors that it returns are overwritten by the next call.
+    device; its inputs are copied into buffers of the graph's own, and the next call overwrites the tensors that it returns.
     """
 
     def __init__(self, update: Callable):
@@ -1290,8 +1290,8 @@ def train(args: Args) -> Path:
         with torch.no_grad():
             target.lerp_(omega, 1 - args.polyak)
 
-    waits = leads and (args.leader == "critic" or args.ihvp == "cg")  # for the device: the guard of conjugate gradient
-    quick_update = GraphedUpdate(update) if args.device == "cuda" and not waits else update
+    uses_cg = leads and (args.leader == "critic" or args.ihvp == "cg")  # its guard reads numbers back, which no graph may do
+    undiagnosed_update = GraphedUpdate(update) if args.device == "cuda" and not uses_cg else update
 
     run, stored = Run(args, checkpoint), checkpoint["replay_size"] if checkpoint else 0
     try:
@@ -1350,15 +1350,16 @@ def train(args: Args) -> Path:
                 count = replay.size - size_before  # one update for each new transition; a row of resets is none
                 arrays = [array.to(device) for array in replay.sample(count, args.batch_size)]
                 arrays += torch.randn(2, count, args.batch_size, agent.noise_dim).to(device)  # of the policy in s and in s'
-                damping.fill_(args.regularisation * math.exp(-step / args.regularisation_decay) if leads else math.inf)
+                if leads:
+                    damping.fill_(args.regularisation * math.exp(-step / args.regularisation_decay))
                 for index, minibatch in enumerate(zip(*arrays)):
                     # In an iteration's last update: of the last block, or of the one before if that is a row of resets.
                     if index == count - 1 and first >= args.num_steps - max(2, args.update_every):
                         update(*minibatch, metrics)
                     else:
-                        quick_update(*minibatch)
+                        undiagnosed_update(*minibatch)
                 updates += count
-                if args.device == "cuda":  # so that the time is theirs; the next step would wait for the actor in any case
+                if args.device == "cuda":  # so that update_time holds the device's work; the next step waits for it in any case
                     torch.cuda.synchronize()
                 update_time += time.perf_counter() - update_start
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = [
@@ -57,6 +58,16 @@ def command(script: str, **changes) -> list[str]:
         elif value is not None:
             argv += [f"--{flag}", str(value)]
     return argv
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read out of a tensor, for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
 
 
 def load(script: str):

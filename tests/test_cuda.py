@@ -1,9 +1,10 @@
-"""The scripts on a CUDA device: the same numbers as on the CPU, bitwise repetition, resume, the acting step's graph. Skipped without one.
+"""The scripts on a CUDA device: the same numbers as on the CPU, bitwise repetition, resume, the graphs of steps and updates. Skipped without one.
 
-On a seed everything that is drawn is drawn on the CPU, so the first update of a run has the same data on both devices.
+All noise and all minibatches are drawn on the CPU, so the first update of a run has the same data on both devices.
 """
 
 import math
+import shutil
 
 import pytest
 import test_atari
@@ -108,8 +109,8 @@ def test_a_run_with_its_update_as_a_graph_is_the_run_that_launches_every_kernel(
 
 
 @pytest.mark.parametrize("kind", ["stddpg actor", "sobirl_rlhf sobirl"])
-def test_a_conjugate_gradient_or_a_second_agent_has_no_graph(tmp_path, monkeypatch, kind):
-    """Their updates wait for the device, or have inputs of changing shapes."""
+def test_conjugate_gradient_and_the_policy_term_of_pbrl_have_no_graph(tmp_path, monkeypatch, kind):
+    """The one waits for the device, the other has pairs of any number."""
     module = load(f"{kind.split()[0]}.py")
     monkeypatch.setattr(module, "GraphedUpdate", None)
     changes = {"ihvp": "cg"} if kind.startswith("stddpg") else {"reward_update": "pbrl-style", "rollout_length": 3}
@@ -122,16 +123,27 @@ def test_an_interrupted_run_with_a_graph_goes_on(tmp_path, monkeypatch, kind):
         raise RuntimeError("pulled the plug")
 
     script = f"{kind.split()[0]}.py"
+    module, graphs, original, found = load(script), [], load(script).GraphedUpdate, []
     whole = numbers(RUNS[kind](run_dir=tmp_path / "whole", device="cuda"))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
-        after_iteration(patch, script, 2, fail)
+        after_iteration(patch, script, 3, fail)
         RUNS[kind](run_dir=tmp_path / "cut", device="cuda")
     (cut,) = (tmp_path / "cut").iterdir()
-    module = load(script)
-    module.train(module.parse_args(module.Args, ["--resume", str(cut)]))
-    went_on = numbers(cut)
-    assert len(went_on) == len(whole) == 4 and went_on[0] == whole[0]
-    assert all(math.isfinite(value) for row in went_on for value in row.values())
+    copy = shutil.copytree(cut, tmp_path / "copy")
+
+    def graphed(update):
+        graphs.append(original(update))
+        return graphs[-1]
+
+    for folder, each in ((cut, graphed), (copy, lambda update: update)):  # with a graph, and launching every kernel
+        monkeypatch.setattr(module, "GraphedUpdate", each)
+        module.train(module.parse_args(module.Args, ["--resume", str(folder)]))
+        found.append(numbers(folder))
+    assert graphs and all(each.graph is not None for each in graphs)
+    assert len(found[0]) == len(found[1]) == len(whole) == 4 and found[0][:2] == found[1][:2] == whole[:2]
+    for one, other in zip(*found):
+        for name, value in other.items():
+            assert one[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize("script", test_atari.SCRIPTS)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+from collections import defaultdict
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -17,7 +18,7 @@ import pytest
 import stddpg
 import stsac
 import torch
-from conftest import REPO, WALK, after_iteration, load, read_csv, start, wait_for, without_time
+from conftest import REPO, WALK, Reads, after_iteration, load, read_csv, start, wait_for, without_time
 from stackelberg_toy import total_gradient
 from test_command_line import assert_one_sentence, ends, flag, numbers
 from test_semantics import Tampered
@@ -564,6 +565,42 @@ def test_the_two_scripts_differ_in_these_blocks_and_no_other():
     assert {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)} == {"Args", "Agent"}
     ours, theirs = (list(load(name).Args.__annotations__) for name in SCRIPTS)
     assert [(a, b) for a, b in zip(ours, theirs) if a != b] == [("exploration_noise", "entropy_coef")]
+
+
+@pytest.mark.parametrize("leader", ["actor", "none-simultaneous", "none-sequential"])
+def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader):
+    """All that it changes stays where it is, and without diagnostics it reads no number."""
+    module, addresses = load(script), defaultdict(set)
+    update, backup = module.FlatAdam.update, module.backup
+
+    def seen_update(self):
+        for vector in (vector for group in self.param_groups for vector in group["params"]):
+            tensors = [vector, vector.grad, *self.state[vector].values()]
+            addresses[id(self)].add(tuple(tensor.data_ptr() for tensor in tensors))
+        update(self)
+
+    def seen_backup(agent, *rest):
+        addresses["agent"].add(tuple(parameter.data_ptr() for parameter in agent.parameters()))
+        return backup(agent, *rest)
+
+    monkeypatch.setattr(module.FlatAdam, "update", seen_update)
+    monkeypatch.setattr(module, "backup", seen_backup)
+    counts, updates = [], []
+    for learning_starts in (0, 16):
+        with Reads() as reads:
+            folder = train(script, leader=leader, run_dir=tmp_path, learning_starts=learning_starts)
+        counts.append(reads.count)
+        updates.append(int(checkpoint(folder)["optimisers"][0]["state"][0]["step"]))
+    assert len(addresses) == 2 * 2 + 1 and all(len(each) == 1 for key, each in addresses.items() if key != "agent")
+    assert len(addresses["agent"]) == 2  # two runs
+    assert updates[0] > updates[1] + 10 and counts[0] == counts[1] > 0
+
+
+def test_plain_fraction_counts_the_updates_without_a_correction(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(load(script), "kernel_response", lambda data, led, least, damping: torch.zeros_like(least))
+    rows = read_csv(train(script, leader="actor", run_dir=tmp_path) / "metrics.csv")
+    assert {row["bilevel/plain_fraction"] for row in rows if row["bilevel/plain_fraction"]} == {"1.0"}
+    assert {float(row["bilevel/correction_norm"]) for row in rows if row["bilevel/correction_norm"]} == {0.0}
 
 
 def test_what_they_have_in_common_with_the_other_scripts_is_the_same():

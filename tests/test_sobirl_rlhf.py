@@ -399,7 +399,7 @@ def test_constant_reward_is_that_number(tmp_path, monkeypatch):
 
 
 def test_one_update_for_each_transition_and_the_actor_as_often(tmp_path, monkeypatch):
-    counts = {"critics": 0, "actor": 0}
+    counts, refreshed = {"critics": 0, "actor": 0}, []
     for name in ("critics", "actor"):
         original = getattr(rlhf.SoftActorCritic, f"update_{name}")
 
@@ -408,10 +408,12 @@ def test_one_update_for_each_transition_and_the_actor_as_often(tmp_path, monkeyp
             return original(self, *arguments)
 
         monkeypatch.setattr(rlhf.SoftActorCritic, f"update_{name}", counted)
+    monkeypatch.setattr(rlhf.NumpyActor, "refresh", lambda self: refreshed.append(counts["actor"]))
     folder = train(run_dir=tmp_path, reward_update="ground-truth")
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert counts["critics"] < 3 * 64 and abs(counts["actor"] - counts["critics"]) <= 2
     assert counts["critics"] + 64 * 0.7 < checkpoint["replayed"] < counts["critics"] + 64
+    assert refreshed == [*range(2, counts["actor"] + 1, 2)]  # whoever acts sees each of the actor's moves
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])

@@ -10,6 +10,7 @@ import pytest
 import sobirl_rlhf as rlhf
 import torch
 import torch.nn as nn
+from conftest import Reads
 from sobirl_tabular import PreferenceLearning, exact_hypergradient, implicit_terms, optimal_soft_values, q_values
 from sobirl_tabular import soft_policy_values, trajectory_probabilities, truncated_value_gradients, value_gradients
 
@@ -65,8 +66,13 @@ def test_logprob_is_finite_where_tanh_is_one():
 def test_numpy_actor_draws_what_the_network_draws():
     actor = rlhf.relu_mlp(OBS, 16, 2 * ACTIONS)
     obs, noise = torch.randn(7, OBS), torch.randn(7, ACTIONS)
-    found = rlhf.NumpyActor(actor)(obs.numpy(), noise.numpy())
-    close(torch.from_numpy(found), rlhf.squashed_sample(actor(obs), noise)[0].detach())
+    acting = rlhf.NumpyActor(actor)
+    close(torch.from_numpy(acting(obs.numpy(), noise.numpy())), rlhf.squashed_sample(actor(obs), noise)[0].detach())
+    before = actor[0].weight.detach().clone()
+    rlhf.FusedAdam(actor.parameters(), 0.1).update([torch.ones_like(parameter) for parameter in actor.parameters()])
+    acting.refresh()
+    close(torch.from_numpy(acting(obs.numpy(), noise.numpy())), rlhf.squashed_sample(actor(obs), noise)[0].detach())
+    assert not torch.equal(actor[0].weight, before)
 
 
 # ---- Critics and targets ---------------------------------------------------------------------------------------
@@ -183,6 +189,19 @@ def test_one_update_is_the_slow_one():
     learner.update_actor(batch, noises[1])
     for name, value in agent.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_an_update_can_be_a_cuda_graph():
+    """All that it changes stays where it is, and it reads no number."""
+    agent, batch, noise = rlhf.Agent(OBS, ACTIONS, 8, 8), random_batch(), torch.randn(2, 12, ACTIONS)
+    learner, addresses = rlhf.SoftActorCritic(agent, rlhf.Args(), ACTIONS), []
+    with Reads() as reads:
+        for _ in range(3):
+            learner.update_critics(batch, batch.rewards, noise[0])
+            learner.update_actor(batch, noise[1])
+            states = [each for optimiser in learner.optimisers for state in optimiser.state.values() for each in state.values()]
+            addresses.append([tensor.data_ptr() for tensor in (*agent.parameters(), *states)])
+    assert reads.count == 0 and addresses[0] == addresses[1] == addresses[2]
 
 
 def test_a_fixed_temperature_stays():
