@@ -591,8 +591,8 @@ def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader):
             folder = train(script, leader=leader, run_dir=tmp_path, learning_starts=learning_starts)
         counts.append(reads.count)
         updates.append(int(checkpoint(folder)["optimisers"][0]["state"][0]["step"]))
-    assert len(addresses) == 2 * 2 + 1 and all(len(each) == 1 for key, each in addresses.items() if key != "agent")
-    assert len(addresses["agent"]) == 2  # two runs
+        assert len(addresses) == 2 + 1 and all(len(each) == 1 for each in addresses.values())
+        addresses.clear()
     assert updates[0] > updates[1] + 10 and counts[0] == counts[1] > 0
 
 
