@@ -81,6 +81,8 @@ class Args:
     """ask cuDNN for deterministic kernels (on a CPU a run always repeats bitwise)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 products, as torch.set_float32_matmul_precision has it: high is TF32 on a GPU, medium bfloat16 on a CPU that has it"""
     run_dir: Path = Path("runs")
     """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
@@ -1364,6 +1366,7 @@ def train(args: Args) -> Path:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_float32_matmul_precision(args.matmul_precision)
     device = torch.device(args.device)
     torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
     threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy, which acts also where the networks live on a GPU
@@ -1624,6 +1627,7 @@ def train(args: Args) -> Path:
                 "bilevel/labels": float(queue.added),
                 "bilevel/true_reward": float(rollout_rewards[rows].mean()),
                 "bilevel/implicit_weight": weight * float(torch.stack(factors).mean()) if factors else 0.0,
+                "bilevel/gradient_factor": float(torch.stack(factors).mean()) if factors else math.nan,
                 "bilevel/implicit_ratio": float(torch.stack(ratios).nanmean()) if ratios else math.nan,
                 "bilevel/score_mean": float(torch.cat(scores).mean()) if scores else math.nan,
                 "bilevel/simulator_steps": float(simulator.steps if simulator else 0),

@@ -498,12 +498,17 @@ def tabular():
             q = q_values(values, problem.reward(x), problem.transitions, problem.gamma)
             self.policy, self.x = (q / problem.tau).softmax(-1), x.clone().requires_grad_()
             states, actions = problem.paths
-            single = trajectory_probabilities(problem.start, self.policy, problem.transitions, states, actions)[0]
             count = len(states)
             index = torch.cartesian_prod(torch.arange(count), torch.arange(count))
-            self.weights = single[index].prod(-1)
+            self.weights = self.law(self.policy, index)
+            self.index = index
             self.states, self.actions = states[index], actions[index]  # (P, 2, H)
             self.labels = problem.preferences[0].flatten()
+
+        def law(self, policy, index):
+            """The probabilities (P,) of the pairs under a policy."""
+            problem = self.problem
+            return trajectory_probabilities(problem.start, policy, problem.transitions, *problem.paths)[0][index].prod(-1)
 
         def rewards(self):
             return self.problem.reward(self.x)[0]
@@ -600,6 +605,23 @@ def test_bias_of_the_forms(tabular, record_property):
     for name, value in error.items():
         record_property(name, float(value))
     assert error["rollouts-5"] < 0.02 < error["one-step"] < error["reward-to-go-style"]
+
+
+def test_bias_of_pairs_of_an_older_policy(tabular, record_property):
+    """A queue holds pairs of other policies, here of one a fraction f of the way from the uniform one to pi* (f = 1: pi*'s own). With the exact
+    Q - V of pi*, as released without a baseline, the term is off by a multiple of itself, and the baseline takes most of that away."""
+    exact = implicit_terms(tabular.problem, tabular.problem.x, ())["exact"][0]
+    scores, losses, error = tabular.advantages(None).sum((1, 2)), tabular.losses().detach(), {}
+    for f in (0.0, 0.5, 0.9, 1.0):
+        older = (f * tabular.policy.log()).softmax(-1)
+        law = tabular.law(older, tabular.index)
+        for name, subtracted in (("none", 0.0), ("baseline", (law * losses).sum())):
+            error[f, name] = float((tabular.term(scores, losses - subtracted, law) - exact).norm() / exact.norm())
+            record_property(f"{f} {name}", error[f, name])
+    assert error[1.0, "none"] < 1e-10 and error[1.0, "baseline"] < 1e-10
+    for name in ("none", "baseline"):
+        assert error[0.0, name] > error[0.5, name] > error[0.9, name] > 0.02
+    assert all(error[f, "none"] > 20 * error[f, "baseline"] for f in (0.0, 0.5, 0.9)) and error[0.9, "none"] > 1 > error[0.0, "baseline"]
 
 
 # ---- Preferences -----------------------------------------------------------------------------------------------

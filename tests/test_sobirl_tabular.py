@@ -641,6 +641,23 @@ def test_bias_of_each_practical_form(record_property):
     assert mean["reward-to-go"] > 2 * mean["one-step"]
 
 
+def test_bias_where_the_state_changes_slowly(record_property):
+    """gamma = 0.99, as on MuJoCo, and a state that stays with probability 0.95 and more: then what comes later counts, and ten steps of a
+    rollout, the default of `sobirl_rlhf.py`, are little better than the one-step form."""
+    seeds = list(range(201, 211))
+    problem = PreferenceLearning(seeds)
+    states = problem.transitions.shape[-1]
+    problem.transitions = 0.05 * problem.transitions + 0.95 * torch.eye(states)[:, None]
+    problem.gamma = 0.99
+    rows = sobirl.measure_bias(problem, seeds, (2, 10, 20, 100))
+    forms = ("one-step", "rollouts-2", "rollouts-10", "rollouts-20", "rollouts-100")
+    mean = {form: sum(row["relative_error"] for row in rows if row["form"] == form) / 10 for form in forms}
+    for form, value in mean.items():
+        record_property(form, value)
+    assert sorted(forms, key=mean.get, reverse=True) == list(forms)
+    assert mean["rollouts-10"] > 0.5 * mean["one-step"] > 0.05 and mean["rollouts-100"] < 0.002
+
+
 def test_one_step_form_is_the_mean_of_the_released_expression():
     """sum over both fragments of r_theta(s, a) - sum_a pi r_theta(s, a), its gradient weighed by the cross-entropy and 1 / tau."""
     problem = PreferenceLearning([3])
