@@ -157,6 +157,14 @@ def test_each_argument_of_the_algorithm_matters(tmp_path):
             assert not same(first, second), (changes[i], changes[j])
 
 
+def test_matmul_precision_is_that_of_the_run(tmp_path):
+    """What it changes depends on the processor; that it is asked for does not, nor that it is asked for by this run alone."""
+    for precision in ("medium", "highest"):
+        train(run_dir=tmp_path, reward_update="ground-truth", matmul_precision=precision)
+        assert torch.get_float32_matmul_precision() == precision
+    assert rlhf.Args().matmul_precision == "highest"
+
+
 def test_heldout_pairs_leave_the_number_of_labels_alone(tmp_path):
     rows = read_csv(train(run_dir=tmp_path, heldout_pairs=0) / "metrics.csv")
     assert all(row["bilevel/heldout_accuracy"] == "" for row in rows) and float(rows[-1]["bilevel/labels"]) == 24
