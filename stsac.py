@@ -500,7 +500,8 @@ class Solve:
 
 
 def critic_response(
-    data: list[ReluStack], errors: Tensor, led: list[ReluStack], least: Tensor, damping: float | Tensor, ihvp: str, iterations: int
+    data: list[ReluStack], errors: Tensor, led: list[ReluStack], least: Tensor, damping: float | Tensor, ihvp: str,
+    iterations: int,
 ) -> tuple[Tensor, Solve]:
     """z = d_omega Q_i(s, a).x of each critic (E, n), where (d2_omega L + damping I) x = b = d_omega f, by `ihvp`.
 
@@ -529,7 +530,8 @@ def kernel_response(data: list[ReluStack], led: list[ReluStack], least: Tensor, 
     systems, right = torch.stack(systems).double(), torch.stack(right).double()[..., None]
     systems.diagonal(dim1=1, dim2=2).add_(damping)
     factors, failed = torch.linalg.cholesky_ex(systems)
-    half = torch.linalg.solve_triangular(factors, right, upper=False)  # not cholesky_solve: for two critics it has no CUDA graph
+    # Two triangular solves: cholesky_solve of two critics' systems cannot be captured in a CUDA graph.
+    half = torch.linalg.solve_triangular(factors, right, upper=False)
     z = torch.linalg.solve_triangular(factors.mT, half, upper=True)[..., 0].to(least)
     return torch.where((failed == 0)[:, None] & z.isfinite(), z, 0.0)
 
