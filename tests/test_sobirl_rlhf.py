@@ -281,6 +281,27 @@ def test_the_reward_network_learns_in_training_mode_and_is_asked_in_evaluation_m
     assert set(asked) == {(True, True), (False, False)}
 
 
+def test_the_lower_level_sees_the_network_of_now(tmp_path, monkeypatch):
+    """Also in rows whose reward was computed before, under another theta, and where the ring has overwritten rows."""
+    networks, apart, moved = [], [], set()
+    init, update = rlhf.RewardNetwork.__init__, rlhf.SoftActorCritic.update_critics
+
+    def made(network, *arguments, **changes):
+        init(network, *arguments, **changes)
+        networks.append(network)
+
+    def update_critics(learner, batch, rewards, noise):
+        with torch.no_grad():
+            apart.append((rewards - networks[0](batch.inputs)).abs().max().item())
+        moved.add(networks[0].network[0].bias[0].item())
+        return update(learner, batch, rewards, noise)
+
+    monkeypatch.setattr(rlhf.RewardNetwork, "__init__", made)
+    monkeypatch.setattr(rlhf.SoftActorCritic, "update_critics", update_critics)
+    train(run_dir=tmp_path, reward_learning_rate=1e-2, buffer_size=100, checkpoint_every=1)
+    assert len(apart) > 100 and len(moved) > 2 and max(apart) < 1e-5
+
+
 EVENTS = {
     "sobirl": {}, "sobirl rollouts": {}, "hpgd": {}, "pbrl": {}, "sobirl permuted": {}, "two epochs": {"reward_epochs": 2},
     "sobirl queue": {}, "drlhf": {},

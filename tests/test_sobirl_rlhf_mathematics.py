@@ -736,9 +736,9 @@ def test_replay_draws_all_of_the_newest_and_nothing_else(tmp_path):
     replay = new_replay(tmp_path)
     fill(replay, 0, 3)
     assert len(replay) == 3
-    assert set(replay.batch(replay.sample(200)).rewards.tolist()) == {0, 1, 2}
+    assert set(replay.batch(replay.tensor[replay.draw(200)]).rewards.tolist()) == {0, 1, 2}
     fill(replay, 3, 30)
-    batch = replay.batch(replay.sample(500))
+    batch = replay.batch(replay.tensor[replay.draw(500)])
     assert set(batch.rewards.tolist()) == set(range(23, 33)) and len(replay) == 10
     k = batch.rewards
     assert torch.equal(batch.obs, k.unsqueeze(1).expand(-1, 2)) and torch.equal(batch.inputs, k.unsqueeze(1).expand(-1, 3))
@@ -754,13 +754,30 @@ def test_what_a_checkpoint_needs_stays_until_the_spare_rows_are_used(tmp_path):
     fill(replay, 1000, 4)  # lost by a kill
     assert replay.spare_left == 0
     again = rlhf.Replay(replay.path, 10, 2, 1, added)
-    assert set(again.batch(again.sample(500)).rewards.tolist()) == set(range(13, 23))
+    assert set(again.batch(again.tensor[again.draw(500)]).rewards.tolist()) == set(range(13, 23))
     fill(replay, 2000, 1)  # one too many
     assert 13 not in rlhf.Replay(replay.path, 10, 2, 1, added).rows[:, 5]
     with pytest.raises(ValueError, match="too few"):
         rlhf.Replay(replay.path, 14, 2, 1, added)
     replay.delete()
     assert not replay.path.parent.exists()
+
+
+def test_each_row_is_rewarded_once_until_theta_moves():
+    torch.set_default_dtype(torch.float32)
+    asked, inputs, factor = [], torch.arange(20.0).unsqueeze(1), 2.0
+
+    def reward(each):
+        asked.append(each[:, 0].tolist())
+        return factor * each[:, 0]
+
+    remembered = rlhf.RememberedRewards(reward, len(inputs))
+    for places, new in (([3, 5, 7], [3, 5, 7]), ([5, 2, 5, 19], [2, 19]), ([2, 7, 3, 3], None)):
+        assert torch.equal(remembered(torch.tensor(places), inputs[places]), 2 * inputs[places, 0])
+        assert (asked.pop() if asked else None) == new
+    remembered.forget()
+    factor = -1.0
+    assert remembered(torch.tensor([5, 4]), inputs[[5, 4]]).tolist() == [-5, -4] and asked == [[5, 4]]
 
 
 def test_replay_takes_its_size_on_the_disk_at_once(tmp_path):
