@@ -874,9 +874,9 @@ class Replay:
             row[-2:] = rewards[i], terminated[i]
             self.added += 1
 
-    def draw(self, count: int) -> Tensor:
-        """Where `count` of the newest `capacity` transitions stand in `tensor`, drawn with replacement."""
-        return (self.added - 1 - torch.randint(len(self), (count,))) % len(self.rows)
+    def sample(self, count: int) -> Tensor:
+        """`count` of the newest `capacity` transitions, drawn with replacement, as rows of the file."""
+        return self.tensor[(self.added - 1 - torch.randint(len(self), (count,))) % len(self.rows)]
 
     def batch(self, rows: Tensor) -> Batch:
         """What is in such rows."""
@@ -892,29 +892,6 @@ class Replay:
     def delete(self) -> None:
         """Remove the file and its folder."""
         shutil.rmtree(self.path.parent, ignore_errors=True)
-
-
-class RememberedRewards:
-    """The learned rewards of the replay's rows, each computed once while theta stands still: as long as the replay has fewer
-    rows than an iteration draws, most rows come more than once. A row that is overwritten was not drawn since `forget`,
-    as the replay's spare rows are at least an iteration's."""
-
-    def __init__(self, reward: Callable[[Tensor], Tensor], count: int):
-        """`reward` of observations and actions (n, D+A) -> (n,); `count` of the replay's rows."""
-        self.reward, self.values, self.known = reward, torch.zeros(count), torch.zeros(count, dtype=torch.bool)
-
-    @torch.no_grad()
-    def __call__(self, places: Tensor, inputs: Tensor) -> Tensor:
-        """The rewards (B,) of the rows at `places` (B,), whose observations and actions are `inputs` (B, D+A)."""
-        new = (~self.known[places]).nonzero()[:, 0]
-        if len(new):
-            self.values[places[new]] = self.reward(inputs[new])
-            self.known[places[new]] = True
-        return self.values[places]
-
-    def forget(self) -> None:
-        """Theta has moved."""
-        self.known.zero_()
 
 
 def check_disk(folder: Path, size: int) -> None:
@@ -1438,6 +1415,8 @@ def train(args: Args) -> Path:
         replay_file = args.resume / REPLAY_FILE
         try:
             replay = Replay(replay_file, capacity, obs_dim, action_dim, checkpoint["replayed"])
+            if len(replay.rows) != checkpoint["replay_rows"]:
+                raise ValueError(f"{len(replay.rows)} rows instead of {checkpoint['replay_rows']}")
         except (OSError, ValueError) as error:
             raise BadInput(f"--resume {args.resume}: its {REPLAY_FILE} is missing or damaged, so it cannot continue") from error
     else:
@@ -1477,7 +1456,7 @@ def train(args: Args) -> Path:
 
     def lower_reward(batch: Batch) -> Tensor:
         """The reward (B,) that the lower level sees; the network is in evaluation mode."""
-        if args.reward_update == "ground-truth" or remembered:
+        if args.reward_update == "ground-truth":
             return batch.rewards
         if args.reward_update == "constant":
             return torch.full_like(batch.rewards, args.constant_reward)
@@ -1485,7 +1464,7 @@ def train(args: Args) -> Path:
             return model(batch.inputs)
 
     def update_follower(rows: Tensor, noises: Tensor) -> dict[str, Tensor]:
-        """Update each agent's critics by rows of the replay (B, W), then its actor by the same rows as often as there
+        """Update each agent's critics by the rows of `Replay.sample` (B, W), then its actor by the same rows as often as there
         is noise for: (1 + times, agents, B, A), the first for the critics. Returns what is logged of the agent that acts."""
         batch, found = replay.batch(rows.to(device)), {}
         critic_noise, *actor_noises = noises.to(device)
@@ -1517,9 +1496,6 @@ def train(args: Args) -> Path:
             shutil.rmtree(run.folder)
             raise BadInput(f"--run-dir {args.run_dir} cannot hold the replay: {error.strerror}; name another folder") from error
         replay = Replay(run.folder / REPLAY_FILE, capacity, obs_dim, action_dim)
-    remembered = None
-    if args.device == "cpu" and args.reward_update not in ("ground-truth", "constant"):  # a graph knows no number of new rows
-        remembered = RememberedRewards(model, len(replay.rows))
 
     with run:
         obs = envs.reset()[0].astype(np.float32)
@@ -1552,10 +1528,7 @@ def train(args: Args) -> Path:
                 update_start = time.perf_counter()
                 for count in range(replay.added - int(transition.sum()) + 1, replay.added + 1) if learning else ():
                     times = args.policy_frequency if count % args.policy_frequency == 0 else 0
-                    places = replay.draw(args.batch_size)
-                    rows = replay.tensor[places]
-                    if remembered:
-                        rows[:, -2] = remembered(places, replay.batch(rows).inputs)
+                    rows = replay.sample(args.batch_size)
                     logged |= update_of[times](rows, torch.randn(1 + times, len(agents), args.batch_size, action_dim))
                     if times:
                         acting.refresh()
@@ -1622,7 +1595,9 @@ def train(args: Args) -> Path:
                 losses = cross_entropies(model(queue.inputs[mb].to(device)), queue.labels[mb].to(device))
                 gradients = torch.autograd.grad(drlhf_loss(losses), reward_parameters)
                 if k < len(carriers):
+                    model.eval()  # the policy answers the reward without dropout
                     term, pair_scores = added_term(carriers[k], rollouts, weight)
+                    model.train()
                     added = torch.autograd.grad(term, reward_parameters)
                     gradients, ratio, factor = limited_sum(gradients, added, args.max_gradient_ratio)
                     for values, value in ((scores, pair_scores.detach()), (ratios, ratio), (factors, factor)):
@@ -1632,8 +1607,6 @@ def train(args: Args) -> Path:
                 reward_optimiser.step()
                 epoch_losses.append(losses.detach())
             model.eval()
-            if remembered:
-                remembered.forget()
             pair_inputs = pair_losses = None
             if args.reward_update == "pbrl-style" and learning and len(newest):
                 pair_inputs, pair_labels = queue.inputs[newest].to(device), queue.labels[newest].to(device)
@@ -1672,6 +1645,7 @@ def train(args: Args) -> Path:
             if due or run.stop_signal:
                 state = {
                     "replayed": replay.save(),
+                    "replay_rows": len(replay.rows),
                     "agents": [each.state_dict() for each in agents],
                     "reward": model.state_dict(),
                     "optimisers": [each.state_dict() for each in optimisers],

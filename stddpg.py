@@ -633,11 +633,11 @@ def conjugate_gradient(
 
 
 def leader_diagnostics(own: Tensor, total: Tensor) -> dict[str, float]:
-    """The leader's own gradient (P,) and its total one in numbers."""
+    """The leader's own gradient (P,) and its total one in numbers; no multiplier where the own one is 0."""
     return {
         "bilevel/direct_norm": own.norm().item(),
         "bilevel/correction_norm": (total - own).norm().item(),
-        "bilevel/multiplier": (total.norm() / own.norm()).item(),
+        "bilevel/multiplier": (total.norm() / own.norm()).item() if own.any() else math.nan,
         "bilevel/cosine": torch.cosine_similarity(total, own, 0).item(),
     }
 

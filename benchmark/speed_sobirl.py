@@ -6,9 +6,9 @@
 How the numbers are taken. On the CPU, one torch thread, float32 at the highest precision (but for `sobirl-medium`), Hopper-v4, one environment, both
 networks 256-256, batch 256, one update for each step. Competitors live in processes of their own and take turns A B C A B
 C ..., an iteration of the script (2000 steps) each, so that a change of the machine's load meets all of them alike; a number
-is the median over the turns with (lowest..highest), and a ratio is taken within a turn before its median. The first
-iteration, random steps that fill the replay, counts for none. The queue has its 3000 pairs from the start, so a turn contains the
-dearest reward update there is: an epoch over all of them.
+is the median over the turns with (lowest..highest), and a ratio is taken within a turn before its median. Before the first turn
+100,000 random steps fill the replay, as in the middle of a run of 200,000. The queue has its 3000 pairs from the start, so an epoch
+of the reward update is over all of them; an iteration asks for 10 more, as in a run of 500,000 steps, and the implicit term is theirs.
 The load average is printed and kept, because a busy machine spoils times; so the same ratio is also given of the seconds that
 the processes had a core (`cpu_vs_reference`), which do not count the waiting for one. The targets are for the first.
 
@@ -41,6 +41,7 @@ import sobirl_rlhf
 from benchmark.speed import Row, loops_in_turns, provenance, ratios, script_loop, show, with_processor_time, write_csv
 
 STEPS = sobirl_rlhf.Args.num_steps  # of a turn: an iteration of the script with default arguments
+RANDOM_TURNS = 50  # before the first
 METHODS = {
     "ground-truth": "--reward-update ground-truth",
     "drlhf": "--reward-update drlhf",
@@ -121,7 +122,7 @@ def reference_loop(env_id: str, seed: int, rollout_done: Callable[[dict[str, flo
     obs, _ = envs.reset(seed=seed)
     position, step, start, env_time = 0, 0, time.perf_counter(), 0.0
     while True:
-        if step < STEPS:
+        if step < RANDOM_TURNS * STEPS:
             actions = np.array([envs.single_action_space.sample()])
         else:
             actions = actor.sample(torch.Tensor(obs))[0].detach().numpy()
@@ -131,7 +132,7 @@ def reference_loop(env_id: str, seed: int, rollout_done: Callable[[dict[str, flo
         observations[position], next_observations[position] = obs, next_obs
         stored_actions[position], rewards[position], dones[position] = actions, reward, terminated
         position, obs, step = (position + 1) % capacity, next_obs, step + 1
-        if step > STEPS:
+        if step > RANDOM_TURNS * STEPS:
             index = np.random.randint(0, min(step, capacity), size=256)
             b_obs, b_next_obs, b_actions, b_rewards, b_dones = (
                 torch.as_tensor(array[index, 0]) for array in (observations, next_observations, stored_actions, rewards, dones)
@@ -173,12 +174,13 @@ def measure(args: Args) -> list[Row]:
     """Steps per second of every competitor, and its ratio to the reference, turn by turn."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["--env-id", args.env_id, "--env-backend", args.env_backend, "--device", "cpu", "--run-dir", folder]
-        words += ["--num-steps", str(STEPS), "--learning-starts", str(STEPS), "--checkpoint-every", "1000"]
-        words += ["--warmup-pairs", "3000", "--warmup-epochs", "0", "--label-budget", "1000000"]
+        words += ["--num-steps", str(STEPS), "--checkpoint-every", "1000"]
+        words += ["--learning-starts", str(RANDOM_TURNS * STEPS), "--warmup-pairs", "3000", "--warmup-epochs", "0"]
+        words += ["--pairs-per-iteration", "10", "--label-budget", "1000000"]
         loops = {"reference SAC": partial(reference_loop, args.env_id, 1)}
         for method in args.methods:
             loops[method] = partial(script_loop, sobirl_rlhf, [*words, *METHODS[method].split()])
-        samples = loops_in_turns({name: with_processor_time(loop) for name, loop in loops.items()}, args.rounds, 1)
+        samples = loops_in_turns({name: with_processor_time(loop) for name, loop in loops.items()}, args.rounds, 1, RANDOM_TURNS)
     reference = samples["reference SAC"]
 
     def faster(turns: list[dict[str, float]], name: str) -> list[float]:

@@ -278,11 +278,12 @@ def test_the_reward_network_learns_in_training_mode_and_is_asked_in_evaluation_m
 
     monkeypatch.setattr(rlhf.RewardNetwork, "forward", forward)
     train(run_dir=tmp_path, reward_dropout=0.5)
-    assert set(asked) == {(True, True), (False, False)}
+    added = (False, True)  # the implicit term is of the reward that the policy answers
+    assert set(asked) == {(True, True), (False, False), added}
 
 
 def test_the_lower_level_sees_the_network_of_now(tmp_path, monkeypatch):
-    """Also in rows whose reward was computed before, under another theta, and where the ring has overwritten rows."""
+    """Not that of an older theta, and where the ring has overwritten rows."""
     networks, apart, moved = [], [], set()
     init, update = rlhf.RewardNetwork.__init__, rlhf.SoftActorCritic.update_critics
 
@@ -566,7 +567,7 @@ def test_resume_refuses_another_algorithm_and_a_lost_replay(tmp_path, monkeypatc
         rlhf.parse_args(rlhf.Args, ["--resume", str(folder), "--reward-update", "drlhf"])
     path = folder / rlhf.REPLAY_FILE
     content = path.read_bytes()
-    for damage in (content[:-4], content[: len(content) // 28 // 20 * 28], None):
+    for damage in (content[:-4], content[:-28], content[: len(content) // 28 // 20 * 28], None):
         path.unlink() if damage is None else path.write_bytes(damage)
         with pytest.raises(rlhf.BadInput, match="replay/transitions.f32 is missing or damaged"):
             resume(folder)
@@ -669,6 +670,7 @@ def test_the_reference_of_the_speed_module_trains(monkeypatch):
     from benchmark import speed_sobirl
 
     monkeypatch.setattr(speed_sobirl, "STEPS", 30)
+    monkeypatch.setattr(speed_sobirl, "RANDOM_TURNS", 1)
     turns = []
 
     def rollout_done(seconds):
