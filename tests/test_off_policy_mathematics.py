@@ -294,6 +294,15 @@ def test_the_correction_falls_like_one_over_lambda(script):
     assert norms[0] > 0 and norms[0] / norms[1] == pytest.approx(10, rel=1e-4)
 
 
+def test_the_leader_in_numbers(script):
+    own, total = torch.tensor([3.0, 0.0]), torch.tensor([3.0, 4.0])
+    found = script.leader_diagnostics(own, total)
+    assert found == pytest.approx(
+        {"bilevel/direct_norm": 3, "bilevel/correction_norm": 4, "bilevel/multiplier": 5 / 3, "bilevel/cosine": 0.6}
+    )
+    assert math.isnan(script.leader_diagnostics(torch.zeros(2), total)["bilevel/multiplier"])
+
+
 def test_a_detached_backup_removes_the_correction(script):
     p = problem(script)
     own = grad(p.f)(p.theta, p.omega)
