@@ -116,7 +116,7 @@ class Args:
     num_envs: int = 1
     """parallel environments, in [1, 65536]"""
     num_steps: int = 2000
-    """steps of each environment between two reward updates, in [2, inf) (the paper's number is lost; 10,000 on Atari)"""
+    """steps of each environment between two reward updates, in [2, inf) (our choice; the paper has 10,000 on Atari)"""
 
     # Lower level: soft actor-critic
     gamma: float = 0.99
@@ -208,7 +208,7 @@ class Args:
     rollout_length: int | None = None
     """T, steps of a rollout, in [1, 100000]; default: 10 for sobirl, 200 for pbrl-style; hpgd-style draws it"""
     pbrl_penalty: float = 1.0
-    """lambda, weight of PBRL's value penalty, in (0, inf)"""
+    """lambda, weight of PBRL's value penalty, in (0, inf); 1 is our choice"""
 
 
 # ---- Environments ----------------------------------------------------------------------------------------------

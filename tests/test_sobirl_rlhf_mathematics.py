@@ -782,7 +782,9 @@ def simulator(env_id="Hopper-v4", settable=True, terminate=True):
     return rlhf.Simulator(env_id, 3, space, terminate, settable, "--flag")
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "InvertedPendulum-v4"])
+@pytest.mark.parametrize(
+    "env_id", ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Swimmer-v4", "Ant-v4", "InvertedPendulum-v4"]
+)
 def test_a_task_put_into_a_state_goes_on_as_it_did(env_id):
     torch.set_default_dtype(torch.float32)
     import gymnasium as gym
