@@ -3,9 +3,9 @@
 `ppo_continuous.py` with a categorical policy and with defaults for classic control: the two files differ in the policy,
 the arguments and this text. Actor theta and critic omega are improved at the same time on minibatches of the last rollout:
 
+    pi_theta(a|s) = softmax(logits_theta(s))_a                                                              -> Agent
     delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)
     A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k      up to the end of the episode   GAE, eq. (11)   -> gae
-    pi_theta(a|s) = softmax(logits_theta(s))_a                                                    -> Agent, BehaviourPolicy
     r_t     = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
     J       = mean_t min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t)                               eq. (7)    -> clipped_surrogate
     L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)                     eq. (9)    -> value_loss
@@ -20,70 +20,91 @@ Environments step in EnvPool where it has them, else in Gymnasium.
 """
 
 # ---- Imports (shared) ------------------------------------------------------------------------------------------
-import ast
 import contextlib
+import copy
 import csv
-import ctypes
-import difflib
 import functools
 import importlib.metadata
 import importlib.util
-import inspect
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, BinaryIO, Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
-import threadpoolctl
+import pydantic
 import torch
 import torch.nn as nn
 import tyro
+from gymnasium.utils.env_checker import check_env
+from pydantic import Field
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import envpool
-except ImportError:  # no wheel for this platform: Gymnasium serves
-    envpool = None
+
+# ---- Ranges of arguments (shared) ------------------------------------------------------------------------------
+def number(kind: type, words: str, **bounds: float) -> type:
+    """The type of a number within bounds; `--help` shows the words."""
+    return Annotated[kind, Field(**bounds), tyro.conf.arg(metavar=words)]
+
+
+Count = number(int, "INT>0", gt=0)
+Positive = number(float, "FLOAT>0", gt=0)
+NonNegative = number(float, "FLOAT>=0", ge=0)
+Width = number(int, "1..8192", ge=1, le=8192)
+Fraction = number(float, "0..1", ge=0, le=1)
+
+
+class BadInput(Exception):
+    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+
+
+class CheckedArgs(pydantic.BaseModel, extra="forbid", validate_default=True, allow_inf_nan=False, ser_json_inf_nan="strings"):
+    """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadInput for the first argument that is out of its range."""
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            name = "--" + "-".join(str(part) for part in wrong["loc"][:1]).replace("_", "-")
+            raise BadInput(f"{name} is {wrong['input']!r}: {wrong['msg'][0].lower()}{wrong['msg'][1:]}") from None
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------
-@dataclass
-class Args:
-    """Every number must lie in the interval that its line states."""
+class Args(CheckedArgs):
+    """The run, the task, then PPO."""
 
-    exp_name: str | None = None
-    """name of the experiment; default: the name of this file"""
-    seed: int = 1
-    """seed of the environments, the initial weights, the actions and the minibatches, in [0, 2147483647]"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run always repeats bitwise)"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment"""
+    seed: Annotated[int, Field(ge=0, lt=2**31), tyro.conf.arg(metavar="0..2147483647")] = 1
+    """seed of the environments, the initial weights, the actions and the minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     run_dir: Path = Path("runs")
     """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
-    """continue the run in this folder, with its arguments, from its last checkpoint"""
-    checkpoint_every: int = 50
-    """iterations between two checkpoints, in [1, inf)"""
+    """continue, extend or replay the run in this folder, with its arguments; those given again win"""
+    checkpoint_every: Count = 50
+    """iterations between two checkpoints"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "bilevel-actor-critic"
@@ -91,123 +112,152 @@ class Args:
     wandb_entity: str | None = None
     """W&B team"""
     save_model: bool = False
-    """write model.pt (weights and observation normaliser) at the end"""
-    eval_episodes: int = 0
-    """episodes played with the most probable actions after training, in [0, 10000]"""
+    """write model.pt (the policy with its normaliser) at the end"""
+    eval_episodes: number(int, "INT>=0", ge=0, le=10_000) = 0
+    """episodes played with the most probable actions at the end, through Gymnasium"""
     capture_video: bool = False
-    """film one such episode through Gymnasium"""
+    """film one such episode"""
 
-    # Algorithm
     env_id: str = "CartPole-v1"
     """any task with a Discrete action space; also namespace/Name-v0 and module:Name-v0"""
-    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
-    """who steps the environments; auto: EnvPool where it has the task"""
-    env_threads: int = 0
-    """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
-    total_timesteps: int = 500000
-    """environment steps in all, in [1, inf); rounded down to whole rollouts"""
-    num_envs: int = 4
-    """parallel environments, in [1, 65536]"""
-    num_steps: int = 128
-    """steps of each environment in a rollout, in [2, inf)"""
-    learning_rate: float = 2.5e-4
-    """Adam step size of the actor, in (0, inf)"""
-    critic_learning_rate: float | None = None
-    """Adam step size of the critic, in (0, inf); default: learning_rate"""
+    env_kwargs: str = "{}"
+    """keyword arguments of the task, as JSON: '{"sutton_barto_reward": true}'"""
+    env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
+    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool where it has the task, else sync"""
+    env_threads: number(int, "INT>=0", ge=0, le=1024) = 0
+    """EnvPool threads; 0: one for each usable core, at most num_envs"""
+    total_timesteps: Count = 500_000
+    """environment steps in all, rounded down to whole rollouts"""
+    num_envs: number(int, "1..65536", ge=1, le=65536) = 4
+    """parallel environments"""
+
+    num_steps: number(int, "INT>1", ge=2) = 128
+    """steps of each environment in a rollout"""
+    learning_rate: Positive = 2.5e-4
+    """Adam step size of the actor"""
+    critic_learning_rate: Positive = 1e-3
+    """Adam step size of the critic"""
     anneal_lr: bool = True
     """lower both step sizes linearly to 0"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """lambda of the advantages and of the critic's targets, in [0, 1]"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    gae_lambda: Fraction = 0.95
+    """lambda of the advantages and of the critic's targets"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    num_minibatches: int = 4
-    """minibatches in an epoch, in [1, inf)"""
-    update_epochs: int = 4
-    """passes over a rollout, in [1, inf)"""
+    num_minibatches: Count = 4
+    """minibatches in an epoch"""
+    update_epochs: Count = 4
+    """passes over a rollout"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
-    clip_coef: float = 0.2
-    """eps of the clipped ratio, in (0, inf)"""
+    clip_coef: Positive = 0.2
+    """eps of the clipped ratio"""
     clip_vloss: bool = True
     """clip the change of the value as well"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus, in [0, inf)"""
-    vf_coef: float = 0.5
-    """weight of the value loss, in [0, inf)"""
-    max_grad_norm: float = 0.5
-    """largest norm of the joint gradient, in (0, inf]"""
-    target_kl: float | None = None
-    """stop the epochs of a rollout once the approximate KL divergence exceeds this, in (0, inf); default: never"""
-    actor_width: int = 64
-    """units in each of the actor's two hidden layers, in [1, 65536]"""
-    critic_width: int = 64
-    """units in each of the critic's two hidden layers, in [1, 65536]"""
+    ent_coef: NonNegative = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: NonNegative = 0.5
+    """weight of the value loss"""
+    max_grad_norm: number(float, "FLOAT>0", gt=0, allow_inf_nan=True) = 0.5
+    """largest norm of the joint gradient"""
+    target_kl: Positive | None = None
+    """stop the epochs of a rollout once the approximate KL divergence exceeds this; default: never"""
+    actor_width: Width = 64
+    """units in each of the actor's two hidden layers"""
+    critic_width: Width = 64
+    """units in each of the critic's two hidden layers"""
+
+    @pydantic.model_validator(mode="after")
+    def check_batch_shape(self):
+        """Raise BadInput unless there is a whole rollout and the minibatches divide it."""
+        batch_size = self.num_envs * self.num_steps
+        if batch_size > 10_000_000:
+            raise BadInput(f"--num-envs x --num-steps is {batch_size}, more than the 10,000,000 rows that a rollout may have")
+        if self.total_timesteps < batch_size:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of num-envs x num-steps = {batch_size}")
+        if batch_size % self.num_minibatches:
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide num-envs x num-steps = {batch_size}")
+        return self
+
+
+METRICS = (
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/value_loss",
+    "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
+    "losses/explained_variance", "charts/learning_rate", "time/env", "time/policy", "time/update",
+)  # fmt: skip
 
 
 # ---- Environments (shared) -------------------------------------------------------------------------------------
-def make_envs(
-    env_id: str, num_envs: int, seed: int, backend: str = "auto", threads: int = 1
-) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.spaces.Space]:
-    """Parallel environments that reset on the step after an episode's end (Gymnasium's NEXT_STEP mode).
+@contextlib.contextmanager
+def task_errors(env_id: str):
+    """Turn whatever a task raises while it is made into one sentence, with the line of the task's own code: BadInput."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+        own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        if isinstance(error, ModuleNotFoundError):
+            where += "; modules are found beside the script, in the working directory and on PYTHONPATH"
+        text = " ".join(str(error).split()).rstrip(".")
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {type(error).__name__}: {text}{where}") from error
 
-    That mode lets one loop serve both backends: at the end of an episode `step` returns its true final observation;
-    the next `step` ignores the action and returns the first observation of the new episode with reward 0.
 
-    Returns the environments, already seeded, and the spaces of a single one: observations, a flat Box, and actions.
-    Raises BadInput if the task is unknown, cannot be made, or has spaces that this script cannot use.
+def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.Space]:
+    """The parallel environments of `args`, seeded, and the spaces of one: observations, a flat Box, and actions.
+
+    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all backends: at
+    the end of an episode `step` returns its true final observation; the next `step` ignores the action and returns the
+    first observation of the new episode with reward 0. Raises BadInput if the task is unknown or cannot be used.
     """
-    has_envpool = envpool is not None and env_id in envpool.list_all_envs()
-    if backend == "envpool" and not has_envpool:
-        reason = "is not installed" if envpool is None else f"does not have {env_id!r}"
-        raise BadInput(f"--env-backend envpool: EnvPool {reason}; use --env-backend gymnasium")
-    if backend != "gymnasium" and has_envpool:
-        with warnings.catch_warnings():  # of float64 boxes that become float32
-            warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
+    try:
+        import envpool
+    except ImportError:  # no wheel for this platform: Gymnasium serves
+        envpool = None
+    has_envpool = envpool is not None and args.env_id in envpool.list_all_envs()
+    if args.env_backend == "envpool" and not has_envpool:
+        raise BadInput(f"--env-backend envpool: EnvPool is not installed or does not have {args.env_id!r}; use sync or async")
+    kwargs = json.loads(args.env_kwargs)
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        if has_envpool and args.env_backend in ("auto", "envpool"):
+            cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+            threads = args.env_threads or min(len(cores), args.num_envs)
+            # Pinned threads take a quarter to a third less time a step. They are pinned only where they fill all the cores
+            # that this process may use, so that several small runs never crowd on the same ones.
+            kwargs["thread_affinity_offset"] = cores[0] if threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
             envs = envpool.make(
-                env_id, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads,
-                thread_affinity_offset=first_core(threads),
-            )  # fmt: skip
+                args.env_id, env_type="gymnasium", num_envs=args.num_envs, seed=seed, num_threads=threads, **kwargs
+            )
             observation_space, action_space = envs.observation_space, envs.action_space
-    else:
-        try:
-            envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync")
-        except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError, OSError) as error:
-            known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
-            near = difflib.get_close_matches(env_id, known, n=3)
-            hint = f"; the nearest known names are {', '.join(near)}" if near else ""
-            raise BadInput(f"--env-id {env_id!r} cannot be made: {first_sentence(error)}{hint}") from error
-        if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
-            envs = gym.wrappers.vector.FlattenObservation(envs)
-        envs.reset(seed=seed)
-        observation_space, action_space = envs.single_observation_space, envs.single_action_space
-    check_action_space(env_id, action_space)
+        else:
+            if not has_envpool:
+                try:
+                    check_env(gym.make(args.env_id, **kwargs).unwrapped, skip_render_check=True)
+                except AssertionError as error:
+                    say(f"note: Gymnasium's check of {args.env_id!r} says: {' '.join(str(error).split())}")
+            mode = "async" if args.env_backend == "async" else "sync"
+            envs = gym.make_vec(args.env_id, num_envs=args.num_envs, vectorization_mode=mode, **kwargs)
+            if len(envs.single_observation_space.shape or ()) != 1:
+                envs = gym.wrappers.vector.FlattenObservation(envs)
+            envs.reset(seed=seed)
+            envs.step(envs.action_space.sample())  # what the task refuses shows here
+            envs.reset(seed=seed)
+            observation_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise BadInput(f"--env-id {env_id!r} has the observation space {observation_space}; this script needs a flat Box")
+        raise BadInput(f"--env-id {args.env_id!r} has the observation space {observation_space}; this script needs a flat Box")
+    check_action_space(args.env_id, action_space)
     return envs, observation_space, action_space
 
 
-def first_core(threads: int) -> int:
-    """The core of EnvPool's first thread, the others following; -1: the system moves them about.
+class RunningMeanStd:
+    """Running mean and variance of rows in float64 (Chan et al. 1979), from mean 0, variance 1 and the weight of 1e-4 rows.
 
-    Pinned threads take a quarter to a third less time a step where PyTorch works between the steps. They are pinned only
-    if they fill all the cores that this process may use, so that several small runs never crowd on the same ones.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return cores[0] if cores and threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
-
-
-class RunningNormaliser:
-    """Running mean and variance of rows, in float64 (Chan et al. 1979), as in Gymnasium's normalising wrappers.
-
-    It starts with mean 0, variance 1 and the weight of 1e-4 rows.
+    Gymnasium's class of this name gives the same numbers and takes three times as long, a twentieth of a step.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
-        self.mean = np.zeros(shape)
-        self.squares = np.full(shape, 1e-4)  # sum of squared deviations from the mean
-        self.count = 1e-4
+    def __init__(self, shape: tuple[int, ...] = ()):
+        self.mean, self.squares, self.count = np.zeros(shape), np.full(shape, 1e-4), 1e-4
 
     def update(self, rows: np.ndarray) -> None:
         """Add rows (n, *shape)."""
@@ -222,197 +272,86 @@ class RunningNormaliser:
         """Standard deviation (*shape), kept away from 0 by 1e-8 under the root."""
         return np.sqrt(self.squares / self.count + 1e-8)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Mean, sum of squares and count as float64 tensors."""
-        return {name: torch.as_tensor(getattr(self, name), dtype=torch.float64) for name in ("mean", "squares", "count")}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
-        self.mean, self.squares, self.count = (state[name].numpy() for name in ("mean", "squares", "count"))
-
-
-# ---- Networks (shared) -----------------------------------------------------------------------------------------
-class NumpyTanh(torch.autograd.Function):
-    """tanh by numpy's vectorised kernel: torch.tanh takes five times as long, longer than a layer's matrix product.
-
-    The backward pass is torch.tanh's own.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        """x of any shape -> tanh(x), in the memory of x."""
-        np.tanh(x.numpy(), out=x.numpy())
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> Tensor:
-        """The slope times 1 - tanh(x)^2."""
-        return torch.ops.aten.tanh_backward(slope, *ctx.saved_tensors)
-
-
-class Tanh(nn.Module):
-    """tanh, element by element: `NumpyTanh` on the CPU, torch.tanh elsewhere and under the transforms of torch.func."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape -> tanh(x); on the CPU x is overwritten, so nothing else may use it afterwards."""
-        in_numpy = x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
-        return NumpyTanh.apply(x) if in_numpy else torch.tanh(x)
-
-
-def mlp(inputs: int, width: int, outputs: int, gain: float) -> nn.Sequential:
-    """Two hidden tanh layers; orthogonal weights (gain sqrt 2, `gain` at the output), zero biases."""
-    layers = [nn.Linear(inputs, width), Tanh(), nn.Linear(width, width), Tanh(), nn.Linear(width, outputs)]
-    for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain)):
-        nn.init.orthogonal_(layer.weight, layer_gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
-
-
-def numpy_mlp(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
-    """The network as it is now, in numpy: x (n, inputs) -> (n, outputs). For the few rows of a step, PyTorch takes four
-    times as long, and a GPU longer still."""
-    parameters = [parameter.detach().cpu().numpy() for parameter in network.parameters()]
-    *hidden, output = zip(parameters[::2], parameters[1::2])
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        for weight, bias in hidden:
-            x = np.tanh(x @ weight.T + bias)
-        return x @ output[0].T + output[1]
-
-    return forward
-
-
-def flat_view(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
-    """One vector (P,) that the parameters, and their gradients, become views of: theta or omega as the paper has it.
-
-    An optimiser then steps one tensor instead of six, a fifth of the time. A weight lies in memory with its longer side
-    contiguous: for 11 observations the gradient of the first layer takes a third of the time that way. So the order of
-    its elements is not that of `torch.nn.utils.parameters_to_vector`: add no vector to it that was made otherwise. Gradients
-    accumulate in place: zero them with `.grad.zero_()`, never by setting them to None.
-    """
-    parameters = list(parameters)
-    flat, start = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters])), 0
-    flat.grad = torch.zeros_like(flat)
-    for parameter in parameters:
-        end = start + parameter.numel()
-        data, grad = (vector[start:end].view(sorted(parameter.shape)) for vector in (flat.data, flat.grad))
-        if data.shape != parameter.shape:
-            data, grad = data.T, grad.T
-        parameter.data, parameter.grad, start = data.copy_(parameter.data), grad, end
-    return flat
-
-
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on flat vectors. `update` runs PyTorch's fused kernel and nothing else; what `step` does around
-    it takes six times as long as the kernel. Give it parameter groups with `params`, a flat vector, and `lr`."""
-
-    def __init__(self, *groups: dict):
-        super().__init__(groups, eps=1e-5, fused=True)
-        for group in self.param_groups:
-            for vector in group["params"]:
-                zeros = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[vector] = {"step": torch.zeros((), device=vector.device)} | zeros
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """One step along the vectors' gradients (Kingma and Ba 2015, alg. 1), bitwise that of `step`."""
-        for group in self.param_groups:
-            vectors, (beta1, beta2) = group["params"], group["betas"]
-            grads, states = [vector.grad for vector in vectors], [self.state[vector] for vector in vectors]
-            means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_add_(steps, 1)
-            torch._fused_adam_(
-                vectors, grads, means, squares, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-                weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
-
 
 # ---- Categorical policy (shared) -------------------------------------------------------------------------------
-class Agent(nn.Module):
-    """Categorical actor, the softmax of its logits, and a critic of its own."""
+def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
+    """The layer with orthogonal weights and zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, obs_dim: int, action_dim: int, actor_width: int = 64, critic_width: int = 64):
+
+class Agent(nn.Module):
+    """A critic, and a categorical actor of its own: pi(a|s) is the softmax of its logits.
+
+    The networks may be any modules from observations (..., D) to one value (..., 1) and to the logits (..., A).
+    """
+
+    def __init__(self, obs_dim: int, num_actions: int, actor_width: int = 64, critic_width: int = 64):
         super().__init__()
-        self.critic = mlp(obs_dim, critic_width, 1, gain=1.0)
-        self.actor_logits = mlp(obs_dim, actor_width, action_dim, gain=0.01)
+        self.critic = nn.Sequential(
+            layer_init(nn.Linear(obs_dim, critic_width)),
+            nn.Tanh(),
+            layer_init(nn.Linear(critic_width, critic_width)),
+            nn.Tanh(),
+            layer_init(nn.Linear(critic_width, 1), gain=1.0),
+        )
+        self.actor_logits = nn.Sequential(
+            layer_init(nn.Linear(obs_dim, actor_width)),
+            nn.Tanh(),
+            layer_init(nn.Linear(actor_width, actor_width)),
+            nn.Tanh(),
+            layer_init(nn.Linear(actor_width, num_actions), gain=0.01),
+        )
+        # What playing needs besides the networks: the observations' statistics and the number of the task's first action.
+        self.register_buffer("obs_mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("obs_std", torch.ones(obs_dim, dtype=torch.float64))
+        self.register_buffer("first_action", torch.zeros((), dtype=torch.int64))
+        self.num_actions = num_actions
+
+    def set_action_space(self, space: gym.spaces.Discrete) -> None:
+        """Keep the number of the task's first action."""
+        self.first_action.fill_(int(space.start))
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """theta: the weights of the logits."""
         return [*self.actor_logits.parameters()]
 
-    def logprob_and_entropy(self, obs: Tensor, actions: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) (...) of actions (...), numbered from 0, at observations (..., D), and the mean entropy in nats
-        (scalar) under weights (...) that sum to 1; by default all observations weigh the same."""
+    def values(self, obs: Tensor) -> Tensor:
+        """V of observations (..., D) -> (...)."""
+        return self.critic(obs).squeeze(-1)
+
+    def noise(self, *shape: int) -> Tensor:
+        """The standard Gumbel noise (*shape, A) of the actions of a whole rollout."""
+        return -torch.empty(*shape, self.num_actions).exponential_().log_()
+
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions (...), numbered from 0, at normalised observations (..., D) with that noise (..., A): the largest sum of
+        logit and Gumbel noise is a sample of the softmax (Maddison et al. 2014)."""
+        return (self.actor_logits(obs) + noise).argmax(-1)
+
+    def logprob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) of actions (...), numbered from 0, at observations (..., D) and the entropy in nats, both (...)."""
         logprobs = self.actor_logits(obs).log_softmax(-1)
-        entropy = categorical_entropy(logprobs)
-        return categorical_logprob(logprobs, actions), entropy.mean() if weights is None else (weights * entropy).sum()
+        return logprobs.gather(-1, actions[..., None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
-    def mode(self, obs: Tensor) -> Tensor:
-        """The most probable actions, numbered from 0: (..., D) -> (...)."""
-        return self.actor_logits(obs).argmax(-1)
+    def task_actions(self, actions: Tensor) -> Tensor:
+        """The policy's actions (...), numbered from 0, as the task takes them: numbered from the start of its space."""
+        return actions + self.first_action
 
-
-class BehaviourPolicy:
-    """pi_old, the agent's policy as it is now, for one rollout: in numpy, with the noise of all steps drawn at once.
-
-    The action with the largest sum of logit and Gumbel noise is a sample of the softmax (Gumbel-max trick,
-    Maddison et al. 2014).
-    """
-
-    def __init__(self, agent: Agent, action_space: gym.spaces.Discrete, shape: tuple[int, int]):
-        """For a rollout of shape (steps, environments)."""
-        self.action_space, self.device = action_space, next(agent.actor_logits.parameters()).device
-        self.noise = -torch.empty(*shape, int(action_space.n)).exponential_().log_().numpy()  # standard Gumbel
-        self.network = numpy_mlp(agent.actor_logits)
-        self.logits = np.zeros(self.noise.shape, dtype=np.float32)
-        self.actions = np.zeros(shape, dtype=np.int64)
-
-    def act(self, t: int, obs: np.ndarray) -> np.ndarray:
-        """The actions (N,) of step t at observations (N, D), numbered as in the task; in `actions` from 0."""
-        self.logits[t] = self.network(obs)
-        self.actions[t] = (self.logits[t] + self.noise[t]).argmax(-1)
-        return task_actions(self.actions[t], self.action_space)
-
-    def logprobs(self) -> Tensor:
-        """log pi_old(a|s) of the rollout (T, N), from the logits that were kept."""
-        logits, actions = (torch.from_numpy(array).to(self.device) for array in (self.logits, self.actions))
-        return categorical_logprob(logits.log_softmax(-1), actions)
+    def forward(self, raw_obs: Tensor) -> Tensor:
+        """The policy as it is played: raw observations (..., D) -> the most probable actions, as the task takes them (...)."""
+        obs = ((raw_obs.double() - self.obs_mean) / self.obs_std).clamp(-10, 10)
+        return self.task_actions(self.actor_logits(obs.float()).argmax(-1))
 
 
-def categorical_logprob(logprobs: Tensor, actions: Tensor) -> Tensor:
-    """The entries of log pi(.|s) (..., A) at the actions (...), numbered from 0 -> (...)."""
-    return logprobs.gather(-1, actions[..., None]).squeeze(-1)
-
-
-def categorical_entropy(logprobs: Tensor) -> Tensor:
-    """Entropy in nats of log pi(.|s) (..., A) -> (...)."""
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
-def check_action_space(env_id: str, space: gym.spaces.Space) -> None:
+def check_action_space(env_id: str, space: gym.Space) -> None:
     """Raise BadInput unless the actions are numbered."""
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-        other = f"{SCRIPT.split('_')[0]}_continuous.py"
+        other = f"{Path(__file__).stem.split('_')[0]}_continuous.py"
         raise BadInput(f"--env-id {env_id!r} has continuous actions, this script needs a Discrete space; use {other}")
     if not isinstance(space, gym.spaces.Discrete):
         raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a Discrete one")
-
-
-def task_actions(actions: np.ndarray, space: gym.spaces.Discrete) -> np.ndarray:
-    """The policy's actions (...), numbered from 0, as the task takes them: numbered from the start of its space."""
-    return actions + space.start
-
-
-def save_action_space(space: gym.spaces.Discrete) -> dict[str, int]:
-    """What model.pt keeps of the action space: the number of actions and the number of the first."""
-    return {"num_actions": int(space.n), "first_action": int(space.start)}
-
-
-def load_action_space(model: dict) -> gym.spaces.Discrete:
-    """The inverse of `save_action_space`."""
-    return gym.spaces.Discrete(model["num_actions"], start=model["first_action"])
 
 
 # ---- PPO mathematics (shared) ----------------------------------------------------------------------------------
@@ -455,432 +394,50 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
 
 
 # ---- The run: what is not the algorithm (shared) ---------------------------------------------------------------
-SCRIPT = Path(__file__).name
-ANY_TIME = {"resume", "track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
-ANY_TIME |= {"checkpoint_every", "env_threads"}  # arguments that --resume may change: they leave the result as it is
+EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
 
 
-class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+class Diverged(Exception):
+    """One sentence: which numbers stopped being finite, and when; printed, exit status 1."""
 
 
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's text, without its full stop."""
-    return re.split(r"[.?!]\s|\n", str(error))[0].rstrip(".")
+def say(text: str) -> None:
+    """Print a line on stderr, above the progress bar. A reader that went away never changes what becomes of a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file=sys.stderr)
 
 
-def check_ranges(args) -> None:
-    """Raise BadInput for the first number of `args` outside the interval that its line in Args states."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(type(args)))).body[0].body
-    for field, doc in zip(body, body[1:]):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(doc, ast.Expr):
-            continue
-        interval = re.search(r"in ([\[(])([^\s,]+), ([^\s,]+)([\])])", doc.value.value)
-        value = getattr(args, field.target.id)
-        if interval is None or value is None:
-            continue
-        left, low, high, right = interval.groups()
-        above = value >= float(low) if left == "[" else value > float(low)
-        below = value <= float(high) if right == "]" else value < float(high)
-        if not (above and below):
-            raise BadInput(f"--{field.target.id.replace('_', '-')} is {value}, it must be {interval.group()}")
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
-
-def nearest_divisors(number: int, near: int) -> str:
-    """The divisors of `number` on both sides of `near`, in words."""
-    divisors = {d for i in range(1, math.isqrt(number) + 1) if number % i == 0 for d in (i, number // i)}
-    below, above = max(d for d in divisors if d <= near), min(d for d in divisors if d >= min(near, number))
-    return " or ".join(str(d) for d in sorted({below, above}))
-
-
-def parse_args(cls, argv: list[str] | None = None):
-    """The command line as an instance of `cls`, checked. With --resume, the arguments of that run; one given again
-    must agree unless it is in ANY_TIME. Raises BadInput; tyro itself exits with status 2 on words it cannot parse."""
-    args = tyro.cli(cls, args=argv, description=inspect.getmodule(cls).__doc__)
-    if args.resume is not None:
-        try:
-            saved = json.loads((args.resume / "args.json").read_text())
-            result = args.resume / "result.json"
-            finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
-            made_by, old = saved["script"], dict(saved["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {args.resume} is not a run folder: {error}") from error
-        if made_by != SCRIPT:
-            raise BadInput(f"--resume {args.resume} is a run of {made_by}, not of {SCRIPT}")
-        if finished:
-            raise BadInput(f"--resume {args.resume} has nothing left to do: that run has finished")
-        known = {field.name: field.type for field in fields(cls)}
-        old = {name: value for name, value in old.items() if name in known}
-        old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
-        args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
-        if args.device == "auto":
-            args.device = old.get("device", "auto")
-        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
-            if getattr(args, name) != old.get(name, getattr(args, name)):
-                raise BadInput(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
-                    "leave it out or start a new run"
-                )
-    check_ranges(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise BadInput("--track needs the package wandb: pip install wandb")
-    args.exp_name = args.exp_name or Path(SCRIPT).stem
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.env_threads == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.env_threads = min(cores, args.num_envs)
+    Raises BadInput; tyro itself exits with status 2 on words it cannot parse.
+    """
+    read = functools.partial(tyro.cli, Args, args=argv, description=sys.modules[Args.__module__].__doc__.split("\n\n")[0])
+    args = read()
+    if args.resume is None:
+        return args
+    try:
+        made = json.loads((args.resume / "args.json").read_text())
+        saved = Args(**made["args"] | {"resume": args.resume})
+        if made["script"] != Path(__file__).name:
+            raise ValueError(f"it was made by {made['script']}")
+    except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
+        raise BadInput(f"--resume {args.resume} is not a run folder of this script: {error}") from error
+    args = read(default=saved)
+    for name, value in saved:
+        if getattr(args, name) != value:
+            say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
     return args
 
 
 def provenance() -> dict:
-    """What made a run: command, commit, versions, machine."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
-    except OSError:  # no git on this machine
-        commit, dirty = None, None
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return {
-        "script": SCRIPT,
-        "argv": sys.argv,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco")},
-        "cpu": model.group(1) if model else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-    }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
-    new = path.with_name(path.name + ".new")
-    try:
-        write(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:  # a full disk should not stay full of half a file
-        new.unlink(missing_ok=True)
-        raise
-
-
-def make_folder(path: Path) -> Path:
-    """Create `path`, or path_1, path_2, ... if it is taken: mkdir is atomic, so two runs never share a folder."""
-    for copy in itertools.count():
-        folder = path if copy == 0 else path.with_name(f"{path.name}_{copy}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
-    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
-    if importlib.util.find_spec("fcntl") is None:  # as on Windows
-        return None
-    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def rng_state() -> dict:
-    """The states of the random generators of python, numpy and torch, as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """The inverse of `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-        torch.cuda.set_rng_state(cuda_state, device)
-
-
-def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint.pt of a run folder. Raises BadInput if it is missing, damaged or of another script."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT:
-            raise BadInput(f"--resume {folder}: its checkpoint.pt is one of {checkpoint['script']}, not of {SCRIPT}")
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume {folder} has no checkpoint.pt yet, so it cannot continue; start a new run") from error
-    except (BadInput, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        raise BadInput(f"--resume {folder}: its checkpoint.pt is truncated or damaged, so it cannot continue") from error
-    return checkpoint
-
-
-class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
-
-    A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
-    Raises BadInput if the folder cannot be written or another process writes it.
-    """
-
-    def __init__(self, args, checkpoint: dict | None):
-        self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
-        self.trained, self.closed = False, False
-        self.global_step = checkpoint["global_step"] if checkpoint else 0
-        self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
-        if checkpoint is None:
-            name = re.sub(r"[/:\\\s]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-            try:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                self.folder = make_folder(args.run_dir / name)
-                saved = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-                self.write_json("args.json", {"args": saved} | provenance())
-            except OSError as error:
-                raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
-        else:
-            self.folder = args.resume
-        self.lock = lock_folder(self.folder)
-        if checkpoint is not None:
-            try:
-                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-                for csv_name in ("metrics.csv", "episodes.csv"):
-                    self.cut_csv(csv_name, self.global_step)
-            except OSError as error:
-                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            try:
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name, dir=self.folder,
-                    id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
-                )  # fmt: skip
-            except Exception as error:
-                if checkpoint is None:
-                    shutil.rmtree(self.folder)
-                reason = first_sentence(error)
-                raise BadInput(f"--track: W&B does not start: {reason}; log in, set WANDB_MODE=offline or leave it out") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if checkpoint else None)
-        self.csv_files = {name: open(self.folder / name, "a", newline="") for name in ("metrics.csv", "episodes.csv")}
-        if self.csv_files["episodes.csv"].tell() == 0:
-            self.write_rows(
-                "episodes.csv", [("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")]
-            )
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True)
-
-    def __enter__(self):
-        def ask_to_stop(number, frame):
-            if self.stop_signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.stop_signal = number
-            if self.trained and not self.closed:
-                self.stop()
-
-        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.started = time.perf_counter() - self.wall_time
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error is not None and not isinstance(error, SystemExit):
-            with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
-                self.close("failed", error=f"{kind.__name__}: {error}")
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def end_training(self) -> None:
-        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
-        self.trained = True
-        if self.stop_signal:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
-        self.close("interrupted", signal=self.stop_signal)
-        sys.exit(128 + self.stop_signal)
-
-    def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder."""
-        write_atomically(self.folder / name, lambda new: new.write_text(json.dumps(content, indent=1, default=str) + "\n"))
-
-    def write_rows(self, name: str, rows: list) -> None:
-        """Append rows to a csv file of the folder, past Python's buffer."""
-        csv.writer(self.csv_files[name]).writerows(rows)
-        self.csv_files[name].flush()
-
-    def cut_csv(self, name: str, last_step: int) -> None:
-        """Drop the rows after `last_step`, and a last line that a kill cut short."""
-        path = self.folder / name
-        header, *rows = [*csv.reader(path.read_text().splitlines() if path.exists() else [])] or [[]]
-        rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= last_step]
-        if name == "episodes.csv":
-            self.episodes = [(int(row[0]), float(row[3])) for row in rows]
-        text = "".join(",".join(row) + "\r\n" for row in [header, *rows] if row)
-        write_atomically(path, lambda new: new.write_text(text, newline=""))
-
-    def log(self, global_step: int, metrics: dict[str, float], episodes: list[tuple]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration:
-        (global_step, wall_time_s, env_index, return, length)."""
-        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        self.episodes += [(row[0], row[3]) for row in episodes]
-        if episodes:
-            self.write_rows("episodes.csv", episodes)
-        returns, lengths = [row[3] for row in episodes], [row[4] for row in episodes]
-        metrics = {
-            "charts/episodic_return": float(np.mean(returns)) if returns else math.nan,
-            "charts/episodic_length": float(np.mean(lengths)) if lengths else math.nan,
-            "charts/SPS": global_step / self.wall_time,
-        } | metrics
-        if self.csv_files["metrics.csv"].tell() == 0:
-            self.write_rows("metrics.csv", [("global_step", "wall_time_s", *metrics)])
-        row = ["" if math.isnan(value) else value for value in metrics.values()]
-        self.write_rows("metrics.csv", [(global_step, self.wall_time, *row)])
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.tensorboard.add_scalar(name, value, global_step)
-        recent = np.mean([episode[1] for episode in self.episodes[-20:]]) if self.episodes else math.nan
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
-            self.bar.update(global_step - self.bar.n)
-        elif self.wall_time - self.last_print > 10:
-            self.last_print = self.wall_time
-            speed = metrics["charts/SPS"]
-            print(f"{global_step:>10,} steps  return {recent:8.1f}  {speed:8,.0f} steps/s  {self.folder}", flush=True)
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and all random states; loads with weights_only=True."""
-        self.tensorboard.flush()
-        state |= {"script": SCRIPT, "global_step": self.global_step, "wall_time": self.wall_time, "rng": rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
-
-    def close(self, status: str, **extra) -> None:
-        """Write result.json, last and atomically."""
-        self.closed = True
-        batch_size = self.args.num_envs * self.args.num_steps
-        end = self.args.total_timesteps // batch_size * batch_size
-        last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in (*self.csv_files.values(), self.tensorboard):
-            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
-                file.close()
-        if self.bar is not None:
-            self.bar.close()
-        result = {
-            "status": status,
-            "global_step": self.global_step,
-            "wall_time_s": self.wall_time,
-            "final_return": float(np.mean(last)) if last else None,
-        }
-        self.write_json("result.json", result | extra)
-        mean = "" if result["final_return"] is None else f", final return {result['final_return']:.1f}"
-        print(f"{status} after {self.global_step:,} steps{mean}: {self.folder}", flush=True)
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if status == "finished" else 1)
-
-
-def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The trained policy in a model.pt: raw observations (..., D) -> the most probable actions, as the task takes them."""
-    model = torch.load(path, weights_only=True)
-    action_space = load_action_space(model)
-    sizes = len(model["obs_mean"]), gym.spaces.flatdim(action_space), model["actor_width"], model["critic_width"]
-    agent = Agent(*sizes)
-    agent.load_state_dict(model["agent"])
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        normalised = ((torch.as_tensor(obs).double() - model["obs_mean"]) / model["obs_std"]).clamp(-10, 10)
-        with torch.no_grad():
-            return task_actions(agent.mode(normalised.float()).numpy(), action_space)
-
-    return policy
-
-
-def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
-    """Undiscounted returns of one episode in each of `episodes` fresh environments (seeds unlike the training's).
-    Where a task has no time limit, an episode counts up to its 100,000th step."""
-    envs, *_ = make_envs(args.env_id, episodes, derived_seed(args.seed, 2**40), args.env_backend, args.env_threads)
-    obs, _ = envs.reset()
-    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    for _ in range(100_000):
-        if not running.any():
-            break
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs.astype(np.float32)))
-        returns += np.where(running, rewards, 0.0)
-        running &= ~(terminated | truncated)
-    envs.close()
-    return returns.tolist()
-
-
-def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
-    """Film one episode, up to its 5,000th step, into `folder`; without a model, only draw one frame. For a child
-    process: where no GL is, rendering may raise or kill."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    if model is None:  # the caller says in one sentence what failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array"))
-    if model is not None:
-        env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True)
-    obs, _ = env.reset(seed=seed)
-    if model is None:
-        env.render()
-        os._exit(0)  # drivers may crash when they are unloaded
-    policy = load_policy(model)
-    for _ in range(5_000):
-        obs, _, terminated, truncated, _ = env.step(policy(np.asarray(obs, dtype=np.float32)))
-        if terminated or truncated:
-            break
-    env.close()
-
-
-def film_in_child(*arguments) -> bool:
-    """Whether `film(*arguments)` ran to its end in a process of its own."""
-    child = multiprocessing.get_context("spawn").Process(target=film, args=arguments)
-    child.start()
-    child.join()
-    return child.exitcode == 0
+    """What makes a run: command, commit, versions."""
+    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if importlib.util.find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
+    commit = git.stdout.strip() or None if git else None
+    return {"script": Path(__file__).name, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -888,77 +445,269 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-# ---- Batch shape -----------------------------------------------------------------------------------------------
-def check_batch_shape(args: Args) -> None:
-    """Raise BadInput unless the minibatches divide a rollout."""
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches:
-        raise BadInput(
-            f"--num-minibatches {args.num_minibatches} does not divide num-envs x num-steps = {batch_size}; "
-            f"{nearest_divisors(batch_size, args.num_minibatches)} would"
-        )
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk should not stay full of half a file
+
+
+class Run:
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
+
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever the end is.
+    `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which the loop reads at the end
+    of its iteration; a second one, or one after training, stops at once.
+    """
+
+    def __init__(self, args: Args):
+        self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
+        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+
+    def __enter__(self):
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if that is not possible."""
+        if self.folder is None:
+            return self
+        try:
+            self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+        except filelock.Timeout:
+            raise BadInput(f"--resume {self.folder} is still running in another process; stop it first") from None
+        except FileNotFoundError as error:
+            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run") from error
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            raise BadInput(f"--resume {self.folder}: checkpoint.pt cannot be read, {error}; start a new run") from error
+        return self
+
+    def open(self) -> None:
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if it cannot be written or W&B refuses."""
+        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}"
+        try:
+            if self.checkpoint is None:
+                self.folder = self.args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            if self.args.track:
+                self.start_wandb()
+            path, args = self.folder / "args.json", json.loads(self.args.model_dump_json(exclude={"resume"}))
+            self.write_json("args.json", (json.loads(path.read_text()) if self.checkpoint else provenance()) | {"args": args})
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+            self.metrics, self.episodes = self.open_csv("metrics.csv", METRICS), self.open_csv("episodes.csv", EPISODES)
+        except OSError as error:
+            raise BadInput(f"the run folder cannot be written: {error}; name another --run-dir or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if self.checkpoint else None)
+        interval = 0.1 if sys.stderr.isatty() else 10  # seconds
+        self.bar = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True, mininterval=interval)
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.opened, self.started = True, time.perf_counter() - self.wall_time
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ask the loop to stop; at once if it was asked before or has ended."""
+        if self.stop_signal or self.trained:
+            sys.exit(128 + number)
+        self.stop_signal = number
+
+    def start_wandb(self) -> None:
+        """Send what TensorBoard gets to W&B as well. Parts that are logged offline are runs of one group, since an id that
+        is used twice offline overwrites the first part when it is synchronised."""
+        part = f"-{self.global_step}" if self.checkpoint and os.environ.get("WANDB_MODE") == "offline" else ""
+        try:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.folder.name,
+                group=self.folder.name, id=re.sub(r"[^\w-]", "_", self.folder.name + part), resume="allow",
+                config=self.args.model_dump(mode="json"), sync_tensorboard=True,
+            )  # fmt: skip
+        except Exception as error:
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder)
+            raise BadInput(f"--track: W&B does not start: {error}; log in, set WANDB_MODE=offline or leave it out") from error
+
+    def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after it are dropped,
+        and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [], 0
+        for line in path.read_text(errors="replace").splitlines()[1:] if path.exists() else []:
+            try:
+                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
+                kept += [(line, row)] if row["global_step"] <= self.global_step else []
+            except ValueError:
+                damaged += 1
+        if damaged:
+            say(f"{path}: {damaged} lines could not be read and are dropped")
+        self.returns += [(row["global_step"], row["episodic_return"]) for _, row in kept if columns is EPISODES]
+        text = "\r\n".join([",".join(columns), *(line for line, _ in kept), ""])
+        write_atomically(path, lambda file: file.write(text.encode()))
+        self.files.append(open(path, "a", newline=""))
+        return csv.DictWriter(self.files[-1], columns)
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write or replace a json file of the folder."""
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        write_atomically(self.folder / name, lambda file: file.write(text.encode()))
+
+    def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration; None is
+        a number that does not exist."""
+        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time, "charts/SPS": global_step / self.wall_time}
+        for name in ("episodic_return", "episodic_length"):
+            metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
+        self.episodes.writerows(episodes)
+        self.metrics.writerow(metrics)
+        for file in self.files:
+            file.flush()
+        for name in METRICS[2:]:
+            if metrics.get(name) is not None:
+                self.tensorboard.add_scalar(name, metrics[name], global_step)
+        self.returns += [(global_step, row["episodic_return"]) for row in episodes]
+        with contextlib.suppress(OSError, ValueError):
+            recent = np.mean([value for _, value in self.returns[-20:]] or math.nan)
+            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+            self.bar.update(global_step - self.bar.n)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace checkpoint.pt by `state`, the counters and torch's random states; the csv files reach the disk before."""
+        for file in self.files:
+            os.fsync(file.fileno())
+        rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": rng}
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Write result.json, last and atomically, and let go of everything."""
+        if self.opened:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            ends = {type(None): "finished", SystemExit: "interrupted", KeyboardInterrupt: "interrupted", Diverged: "diverged"}
+            status = ends.get(type(error), "failed")
+            end = self.args.total_timesteps // (self.args.num_envs * self.args.num_steps) * self.args.num_envs * self.args.num_steps
+            last = [value for step, value in self.returns if step > 0.9 * end]
+            final = float(np.mean(last)) if last and np.isfinite(last).all() else None
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time, "final_return": final}
+            result |= {"error": f"{kind.__name__}: {error}"} if status in ("failed", "diverged") else self.result
+            for each in (self.bar, self.tensorboard, *self.files):
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader; the result may still fit
+                    each.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self.write_json("result.json", result)
+            say(f"{status} after {self.global_step:,} steps, final return {final or math.nan:.1f}: {self.folder}")
+            if status == "interrupted":
+                say(f"continue with --resume {self.folder}")
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+        if self.lock is not None:
+            self.lock.release()
+
+
+def load_agent(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt. Called with raw observations (..., D) it gives the actions that are played."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    agent = Agent(*saved["agent_sizes"])
+    agent.load_state_dict(saved["agent"])
+    return agent.eval()
+
+
+def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy in a model.pt or a checkpoint.pt: raw observations (..., D) -> the most probable actions, as the task takes
+    them."""
+    return as_policy(load_agent(path))
+
+
+def as_policy(agent: Agent) -> Callable[[np.ndarray], np.ndarray]:
+    """The agent as a function of numpy arrays: raw observations (..., D) -> the actions that are played."""
+    return torch.no_grad()(lambda obs: agent(torch.as_tensor(np.asarray(obs))).numpy())
+
+
+def play(policy: Callable, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's; the first is filmed into the folder.
+
+    An episode ends at the latest with its 100,000th step, or with its 5,000th if it is filmed. Raises BadInput if Gymnasium
+    cannot make the task; without episodes it only tries.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        env = gym.make(args.env_id, render_mode="rgb_array" if film_folder else None, **json.loads(args.env_kwargs))
+        if film_folder:
+            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: episode == 0)
+        env, returns = gym.wrappers.FlattenObservation(env), [0.0] * episodes
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
+        for _ in range(5_000 if film_folder and episode == 0 else 100_000):
+            obs, reward, terminated, truncated, _ = env.step(policy(obs))
+            returns[episode] += float(reward)
+            if terminated or truncated:
+                break
+    env.close()
+    return returns
 
 
 # ---- Training: set-up (shared) ---------------------------------------------------------------------------------
 def train(args: Args) -> Path:
-    """Train and return the run folder. Raises BadInput before anything is created."""
-    batch_size = args.num_envs * args.num_steps
-    if args.total_timesteps < batch_size:
-        raise BadInput(
-            f"--total-timesteps {args.total_timesteps} is less than one rollout of num-envs x num-steps = "
-            f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
-        )
-    check_batch_shape(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device(args.device)
-    if args.device == "cpu":
-        torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
-        threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy
-        keep_freed_memory()
+    """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
+    with Run(args) as run:
+        checkpoint, start = run.checkpoint, run.global_step
+        torch.manual_seed(args.seed)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
+        envs, observation_space, action_space = make_envs(args, derived_seed(args.seed, start))
+        if args.eval_episodes or args.capture_video:
+            play(None, args, episodes=0)
+        obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
+        agent_sizes = obs_dim, action_dim, args.actor_width, args.critic_width
+        agent = Agent(*agent_sizes)
+        agent.set_action_space(action_space)
+        agent.to(device)
 
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    start = checkpoint["global_step"] if checkpoint else 0
-    envs, observation_space, action_space = make_envs(
-        args.env_id, args.num_envs, derived_seed(args.seed, start), args.env_backend, args.env_threads
-    )
-    if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
-        raise BadInput(f"--capture-video: Gymnasium cannot draw {args.env_id} here (MuJoCo needs EGL); leave it out")
-    obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
-    agent = Agent(obs_dim, action_dim, args.actor_width, args.critic_width).to(device)
+        # ---- Optimisers ----------------------------------------------------------------------------------------
+        parameters = [
+            {"params": agent.actor_parameters(), "lr": args.learning_rate},
+            {"params": agent.critic.parameters(), "lr": args.critic_learning_rate},
+        ]
+        optimisers = [torch.optim.Adam(parameters, eps=1e-5, fused=True)]
 
-    # ---- Optimisers --------------------------------------------------------------------------------------------
-    theta, omega = flat_view(agent.actor_parameters()), flat_view(agent.critic.parameters())
-    critic_lr = args.critic_learning_rate or args.learning_rate
-    optimiser = FlatAdam({"params": theta, "lr": args.learning_rate}, {"params": omega, "lr": critic_lr})
-    optimisers = [optimiser]
+        # ---- Training: buffers and the loop (shared) -----------------------------------------------------------
+        step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
+        obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd()
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+                for each, state in zip(optimisers, checkpoint["optimisers"]):
+                    each.load_state_dict(state)
+            except (RuntimeError, ValueError) as error:
+                raise BadInput(f"--resume {args.resume}: its networks have another shape; leave out the widths and the task") from error
+            for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
+                stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
+            torch.set_rng_state(checkpoint["rng"][0])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state_all(checkpoint["rng"][1:])
 
-    # ---- Training: buffers and the loop (shared) ---------------------------------------------------------------
-    step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
-    obs_stats, return_stats = RunningNormaliser((obs_dim,)), RunningNormaliser(())
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for each, state in zip(optimisers, checkpoint["optimisers"]):
-            each.load_state_dict(state)
-        obs_stats.load_state_dict(checkpoint["obs_stats"])
-        return_stats.load_state_dict(checkpoint["return_stats"])
-        set_rng_state(checkpoint["rng"])
+        def normalise(raw: np.ndarray) -> np.ndarray:
+            """Observations in units of their running standard deviation, clipped to +-10."""
+            return np.minimum(np.maximum((raw - obs_stats.mean) / obs_stats.std, -10.0), 10.0)
 
-    def normalise(raw: np.ndarray) -> np.ndarray:
-        """Observations in units of their running standard deviation, clipped to +-10."""
-        return np.minimum(np.maximum((raw - obs_stats.mean) / obs_stats.std, -10.0), 10.0)
-
-    # The rollout lives in numpy arrays (time, environment, ...); row num_steps of obs is the next rollout's first.
-    shape = (args.num_steps, args.num_envs)
-    obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), dtype=np.float32)
-    rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-    ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
-    discounted_returns, episode_returns = np.zeros(args.num_envs), np.zeros(args.num_envs)
-    episode_lengths = np.zeros(args.num_envs, dtype=np.int64)
-
-    with Run(args, checkpoint) as run:
+        # The rollout: arrays (time, environment, ...); row num_steps of obs is the next rollout's first.
+        batch_size, shape = args.num_envs * args.num_steps, (args.num_steps, args.num_envs)
+        obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), dtype=np.float32)
+        rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
+        ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
+        discounted_returns, episode_returns = np.zeros(args.num_envs), np.zeros(args.num_envs)
+        episode_lengths = np.zeros(args.num_envs, dtype=np.int64)
+        run.open()
         raw_obs, _ = envs.reset()
         if not checkpoint:
             obs_stats.update(raw_obs)
@@ -972,41 +721,43 @@ def train(args: Args) -> Path:
             # ---- Training: collect a rollout (shared) ----------------------------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
-            behaviour = BehaviourPolicy(agent, action_space, shape)
+            behaviour = copy.deepcopy(agent).cpu()  # pi_old; for the few rows of a step the CPU is faster than a GPU
+            noise, actions = behaviour.noise(*shape).detach(), []
             for t in range(args.num_steps):
-                actions = behaviour.act(t, obs[t])
+                with torch.no_grad():
+                    actions.append(behaviour.sample(torch.from_numpy(obs[t]), noise[t]))
+                    task_actions = behaviour.task_actions(actions[t]).numpy()
                 env_start = time.perf_counter()
-                raw_obs, reward, ends, cut, _ = envs.step(actions)
+                raw_obs, reward, ends, cut, _ = envs.step(task_actions)
                 env_time += time.perf_counter() - env_start
                 transition, ended = ~ended, ends | cut
                 terminated[t], truncated[t], valid[t] = ends, cut, transition
                 reward = np.where(transition, reward, 0.0)
                 episode_returns += reward
                 episode_lengths += transition
+                discounted_returns = args.gamma * discounted_returns + reward
                 # A final observation is no input of the policy and a reset row earns no reward: neither is counted.
                 obs_stats.update(raw_obs[~ended] if ended.any() else raw_obs)
-                obs[t + 1] = normalise(raw_obs)
-                discounted_returns = args.gamma * discounted_returns + reward
                 return_stats.update(discounted_returns[transition])
+                obs[t + 1] = normalise(raw_obs)
                 rewards[t] = np.minimum(np.maximum(reward / return_stats.std, -10.0), 10.0)
-                if ended.any():
-                    step = (iteration - 1) * batch_size + (t + 1) * args.num_envs
-                    wall_time = time.perf_counter() - run.started
-                    for index in ended.nonzero()[0].tolist():
-                        episodes.append((step, wall_time, index, float(episode_returns[index]), int(episode_lengths[index])))
-                    discounted_returns[ended], episode_returns[ended], episode_lengths[ended] = 0.0, 0.0, 0
+                for index in ended.nonzero()[0].tolist():
+                    step, wall_time = (iteration - 1) * batch_size + (t + 1) * args.num_envs, time.perf_counter() - run.started
+                    episode = (step, wall_time, index, float(episode_returns[index]), int(episode_lengths[index]))
+                    episodes.append(dict(zip(EPISODES, episode)))
+                    discounted_returns[index], episode_returns[index], episode_lengths[index] = 0.0, 0.0, 0
 
             # ---- Training: values, advantages and targets of the rollout (shared) ------------------------------
             update_start = time.perf_counter()
-            logprobs, arrays = behaviour.logprobs(), (obs, behaviour.actions, rewards, terminated, truncated, valid)
-            b_obs, b_actions, b_rewards, b_terminated, b_truncated, b_valid = (
-                torch.from_numpy(array).to(device) for array in arrays
+            b_obs, b_rewards, b_terminated, b_truncated, b_valid = (
+                torch.from_numpy(array).to(device) for array in (obs, rewards, terminated, truncated, valid)
             )
-            b_ended = torch.max(b_terminated, b_truncated)
+            b_actions, b_ended = torch.stack(actions).to(device), torch.max(b_terminated, b_truncated)
             if not args.bootstrap_truncation:
                 b_terminated = b_ended
             with torch.no_grad():
-                values = agent.critic(b_obs).squeeze(-1)
+                values = agent.values(b_obs)
+                logprobs, _ = agent.logprob_and_entropy(b_obs[:-1], b_actions)
             advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
 
@@ -1020,28 +771,24 @@ def train(args: Args) -> Path:
                 order = torch.randperm(len(rows)).to(device)
                 minibatches = zip(*(array[order].tensor_split(num_minibatches) for array in transitions))
                 for mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_values, mb_returns in minibatches:
-                    new_logprobs, entropy = agent.logprob_and_entropy(mb_obs, mb_actions)
-                    logratio = new_logprobs - mb_logprobs
+                    new_logprobs, entropies = agent.logprob_and_entropy(mb_obs, mb_actions)
+                    logratio, entropy = new_logprobs - mb_logprobs, entropies.mean()
                     ratio = logratio.exp()
                     if args.norm_adv and len(mb_advantages) > 1:
                         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                     policy_loss = -clipped_surrogate(ratio, mb_advantages, args.clip_coef).mean()
-                    new_values = agent.critic(mb_obs).squeeze(-1)
                     vloss_clip = args.clip_coef if args.clip_vloss else None
-                    critic_loss = value_loss(new_values, mb_values, mb_returns, vloss_clip)
+                    critic_loss = value_loss(agent.values(mb_obs), mb_values, mb_returns, vloss_clip)
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
-                    theta.grad.zero_()
-                    omega.grad.zero_()
+                    optimisers[0].zero_grad()
                     loss.backward()
-                    nn.utils.clip_grad_norm_([theta, omega], args.max_grad_norm)
-                    optimiser.update()
+                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimisers[0].step()
                     if epoch == args.update_epochs - 1 or args.target_kl is not None:
                         with torch.no_grad():
                             clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()
                             kl = ((ratio - 1) - logratio).mean()
-                            statistics.append(
-                                torch.stack([critic_loss, policy_loss, entropy, -logratio.mean(), kl, clipped])
-                            )
+                            statistics.append(torch.stack([critic_loss, policy_loss, entropy, -logratio.mean(), kl, clipped]))
                 if args.target_kl is not None and torch.stack(statistics)[:, 4].mean() > args.target_kl:
                     break
             names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
@@ -1049,54 +796,59 @@ def train(args: Args) -> Path:
 
             # ---- Training: log and checkpoint (shared) ---------------------------------------------------------
             targets, predictions = (x[b_valid.bool()] for x in (returns, values[:-1]))
-            losses["losses/explained_variance"] = float(1 - (targets - predictions).var() / targets.var())
+            explained = float(1 - (targets - predictions).var() / targets.var())
             now = time.perf_counter()
             times = {
+                "losses/explained_variance": explained if math.isfinite(explained) else None,
                 "charts/learning_rate": optimisers[0].param_groups[0]["lr"],
                 "time/env": env_time,
                 "time/policy": update_start - rollout_start - env_time,
                 "time/update": now - update_start,
             }
             run.log(iteration * batch_size, losses | times, episodes)
+            weights = torch.cat([parameter.flatten() for parameter in agent.parameters()])
+            watched = {"observations": b_obs, "rewards": b_rewards, "losses": torch.stack(statistics), "weights": weights}
+            for name, numbers in watched.items():
+                if not numbers.isfinite().all():
+                    raise Diverged(f"the {name} stopped being finite by step {iteration * batch_size:,}")
+            agent.obs_mean.copy_(torch.as_tensor(obs_stats.mean))
+            agent.obs_std.copy_(torch.as_tensor(obs_stats.std))
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                state = {"agent": agent.state_dict(), "optimisers": [each.state_dict() for each in optimisers]}
-                stats = {"obs_stats": obs_stats.state_dict(), "return_stats": return_stats.state_dict()}
-                run.save_checkpoint(state | stats)
+                stats = [[torch.as_tensor(x) for x in (each.mean, each.squares, each.count)] for each in (obs_stats, return_stats)]
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict(), "stats": stats}
+                run.save_checkpoint(state | {"optimisers": [each.state_dict() for each in optimisers]})
             if run.stop_signal:
-                run.stop()
+                sys.exit(128 + run.stop_signal)
 
-        # ---- Training: model, evaluation, video (shared) -------------------------------------------------------
-        run.end_training()
+        # ---- Training: model, evaluation, film (shared) --------------------------------------------------------
+        run.trained = True
         envs.close()
-        model = {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "agent": agent.cpu().state_dict(),
-            "actor_width": args.actor_width,
-            "critic_width": args.critic_width,
-            "obs_mean": torch.as_tensor(obs_stats.mean),
-            "obs_std": torch.as_tensor(obs_stats.std),
-            **save_action_space(action_space),
-        }
-        path = run.folder / "model.pt"
-        if args.save_model or args.eval_episodes or args.capture_video:
-            write_atomically(path, lambda new: torch.save(model, new))
-        results = {}
+        agent.cpu()
+        if args.save_model:
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes, "agent": agent.state_dict()}
+            write_atomically(run.folder / "model.pt", lambda file: torch.save(model, file))
+        film_folder, policy = run.folder / "videos" if args.capture_video else None, as_policy(agent)
+        try:
+            eval_returns = play(policy, args, max(args.eval_episodes, int(args.capture_video)), film_folder)
+        except Exception as error:
+            if film_folder is None:
+                raise
+            say(f"there is no film: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa; the run is complete without it")
+            eval_returns = play(policy, args, args.eval_episodes)
         if args.eval_episodes:
-            results["eval_returns"] = evaluate(load_policy(path), args, args.eval_episodes)
-            print(f"mean return of {args.eval_episodes} evaluation episodes: {np.mean(results['eval_returns']):.1f}")
-        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed):
-            print("the video could not be made; the run is complete without it", file=sys.stderr)
-        if not args.save_model:
-            path.unlink(missing_ok=True)
-        run.close("finished", **results)
+            run.result["eval_returns"] = eval_returns
+            say(f"mean return of {args.eval_episodes} evaluation episodes: {np.mean(eval_returns):.1f}")
     return run.folder
 
 
 # ---- Entry point (shared) --------------------------------------------------------------------------------------
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a task of the user's own may lie
     try:
-        train(parse_args(Args))
+        train(parse_args())
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
+    except Diverged as error:
+        say(f"error: {error}")
+        sys.exit(1)
