@@ -38,10 +38,10 @@ def in_the_old_order(agent_class):
     return Old
 
 
-def run(name: str, tmp_path, monkeypatch, *words: str):
-    """Run the recorded command, with more words, in the old order: the rows of metrics.csv and the weights, both ways."""
-    script, *old = shlex.split(RECORDED[name]["command"])
-    module = load(script)
+def run(name: str, tmp_path, monkeypatch, *words: str, script: str | None = None):
+    """Run the recorded command, with more words, perhaps by another script: the rows of metrics.csv and the weights."""
+    recorded, *old = shlex.split(RECORDED[name]["command"].replace(" --mixed-term trajectory", ""))
+    module = load(script or recorded)
     monkeypatch.setattr(module, "Agent", in_the_old_order(module.Agent))
     folder = module.train(module.parse_args([*old, "--run-dir", str(tmp_path), *words]))
     with open(folder / "metrics.csv") as file:
@@ -50,13 +50,15 @@ def run(name: str, tmp_path, monkeypatch, *words: str):
 
 
 def assert_same(name: str, rows, weights, but=()) -> None:
-    """The run is the recorded one up to rounding, `but` for some metrics."""
+    """The run is the recorded one up to rounding, `but` for some metrics: the weights to 2e-5 (seen: 3e-6). What a solver
+    leaves of its system is the rounding itself, and conjugate gradients on an indefinite Hessian carry it on (seen: 1e-3)."""
     for row, then in zip(rows, RECORDED[name]["metrics"], strict=True):
         for metric, value in then.items():
             if metric not in but:
-                assert float(row[metric]) == pytest.approx(value, rel=2e-3, abs=2e-5), metric
+                rounding = 5e-4 if metric == "bilevel/ihvp_residual" else 2e-5
+                assert float(row[metric]) == pytest.approx(value, rel=3e-3, abs=rounding), metric
     for key, value in RECORDED[name]["weights"].items():
-        assert torch.allclose(weights[key].flatten(), torch.tensor(value), rtol=1e-3, atol=1e-4), key
+        assert torch.allclose(weights[key].flatten(), torch.tensor(value), rtol=0, atol=2e-5), key
 
 
 @pytest.mark.parametrize("name", ["ppo_continuous", "ppo_discrete"])
@@ -69,3 +71,33 @@ def test_nested_control(kind, tmp_path, monkeypatch):
     """The inner gradient's norms are now those of the whole rollout."""
     name = f"blpo_{kind}_none"
     assert_same(name, *run(name, tmp_path, monkeypatch))
+
+
+LABORATORY = [f"blpo_continuous_{ihvp}" for ihvp in ("cg", "exact", "nystrom")]
+LABORATORY += [name for name in RECORDED if name.startswith("laboratory") and name != "laboratory_released"]
+
+
+@pytest.mark.parametrize("name", LABORATORY)
+def test_laboratory(name, tmp_path, monkeypatch):
+    """The mixed term had the refreshed advantages, and each state was its own start unless the trajectory was asked for."""
+    own_start = [] if "trajectory" in RECORDED[name]["command"] else ["--mixed-discount", "0"]
+    words = ["--mixed-advantages", "refreshed", *own_start]
+    assert_same(name, *run(name, tmp_path, monkeypatch, *words, script="blpo_continuous_ablations.py"))
+
+
+def test_released_leader(tmp_path, monkeypatch):
+    """The weights 1 + 2 z were logged for this leader as well, which has no such weights."""
+    name = "laboratory_released"
+    assert_same(name, *run(name, tmp_path, monkeypatch), but=["bilevel/weight_mean"])
+
+
+@pytest.mark.parametrize("ihvp", ["cg", "exact", "nystrom"])
+def test_discrete_differs_in_the_advantages_of_the_mixed_term_alone(ihvp, tmp_path, monkeypatch):
+    """With those of the leader's objective in both rows, as then, the runs agree; with its own they do not."""
+    import blpo_discrete as script
+
+    name, surrogate = f"blpo_discrete_{ihvp}", script.clipped_surrogate
+    with pytest.raises(AssertionError):
+        assert_same(name, *run(name, tmp_path / "as it is", monkeypatch, "--mixed-discount", "0"))
+    monkeypatch.setattr(script, "clipped_surrogate", lambda ratio, rows, eps: surrogate(ratio, rows[:1].expand_as(rows), eps))
+    assert_same(name, *run(name, tmp_path / "as it was", monkeypatch, "--mixed-discount", "0"))

@@ -108,7 +108,7 @@ def by_the_laboratory(batch):
     valid, obs = batch["valid"][None], batch["obs"]
     weights = valid / valid.sum()
     row_weights, row_targets = (nn.functional.pad(x, (0, 1)).flatten() for x in (weights, batch["targets"][None]))
-    operator = laboratory.gae_operator((batch["terminated"] + batch["truncated"])[None], valid, GAMMA, LAMBDA)
+    operator = laboratory.gae_operator((batch["terminated"] + batch["truncated"])[None], valid, GAMMA * LAMBDA)
     discounts = GAMMA * (1 - batch["terminated"])[None]
 
     jacobian = laboratory.CriticJacobian(critic, obs)
@@ -120,13 +120,13 @@ def by_the_laboratory(batch):
     u = laboratory.lambda_returns_vjp(slopes, discounts, operator)
     u[:, :-1] -= slopes
     b = jacobian.vjp(u.view(1, -1))[0]
-    hessian = laboratory.Hessian(jacobian, row_weights, critic, row_targets)
+    hessian = laboratory.Hessian(jacobian, row_weights, critic, obs, row_targets)
     directions = nn.functional.one_hot(torch.tensor(COLUMNS), len(b)).double()
     columns = laboratory.curvature_products(hessian, directions)
     core = directions @ columns.T + RIDGE * torch.eye(len(COLUMNS)).double()
     v = laboratory.nystrom_solver(columns, core, RHO)(b)
 
-    response = -jacobian.jvp(v[None])  # the released code minimises f = -J
+    response = -jacobian.jvp(v)[None]  # the released code minimises f = -J
     returns_dot = laboratory.lambda_returns(response, torch.zeros_like(weights), discounts, operator)
     rows = laboratory.released_mixed_weights(
         ratio.detach(), advantages, returns_dot - response[:, :-1], batch["targets"][None] - values[:, :-1],
@@ -195,17 +195,26 @@ def test_the_released_correction_is_not_that_of_algorithm_1():
 def test_presets_fill_what_is_left_at_its_default():
     import blpo_continuous_ablations as laboratory
 
-    args = laboratory.parse_args(laboratory.Args, ["--preset", "released-halfcheetah", "--nested-updates", "5"])
+    args = laboratory.parse_args(["--preset", "released-halfcheetah", "--nested-updates", "5"])
     assert (args.env_id, args.leader, args.ihvp_bound, args.clip_f) == ("HalfCheetah-v4", "released", 1.4, 0.7)
     assert (args.nystrom_rank, args.damping, args.core_ridge, args.columns) == (5, 50.0, 1.0, "fixed")
     assert (args.num_envs, args.num_steps, args.chunk_length, args.num_minibatches) == (32, 640, 640, 32)
     assert (args.learning_rate, args.critic_learning_rate) == (3e-4, 1.2e-3)
     assert args.nested_updates == 5 and not args.anneal_lr and not args.norm_adv
-    assert laboratory.parse_args(laboratory.Args, []).leader == "lambda-return"
-    for name in laboratory.PRESETS:
-        laboratory.check_batch_shape(laboratory.Args(preset=name))
-        laboratory.check_ranges(laboratory.Args(preset=name))
-        assert laboratory.Args(preset=name, total_timesteps=1_000_000).total_timesteps == 1_000_000
+    assert laboratory.parse_args([]).leader == "lambda-return"
+    for name, settings in laboratory.PRESETS.items():
+        args = laboratory.Args(preset=name, total_timesteps=500_000)
+        assert args.total_timesteps == 500_000 and {key: getattr(args, key) for key in settings} == settings
+        assert laboratory.Args.model_validate_json(args.model_dump_json()) == args
+
+
+@pytest.mark.parametrize("words", ["--correction-control permuted", "--mixed-discount 0", "--mixed-advantages refreshed", "--norm-adv"])
+def test_the_released_leader_refuses_what_it_would_ignore(words):
+    import blpo_continuous_ablations as laboratory
+
+    leader = ["--leader", "released", *([] if words == "--norm-adv" else ["--no-norm-adv"])]
+    with pytest.raises(laboratory.BadInput, match=words.split()[0].replace("--norm", "--no-norm")):
+        laboratory.parse_args([*leader, *words.split()])
 
 
 if __name__ == "__main__":
