@@ -11,8 +11,7 @@ and the critic omega (follower) of one agent, and the same loop, with what is no
                                those of J, of the critic that has just answered. L's targets do not move with that
                                critic, so this is not its mixed term; with --mixed-discount 0 it is the update of this
                                project's first results (docs/blpo.md)
-    --correction-control ...   on z, before its trace e = W^T z. permuted: z shuffled within the minibatch; constant:
-                               its mean; reversed: -z. The trace of a control still grows along a chunk  -> controlled
+    --correction-control ...   permuted: e shuffled within the minibatch; constant: its mean; reversed: -e   -> controlled
     --ihvp pcg                 conjugate gradients preconditioned by the Nystrom inverse     -> preconditioned_cg_ihvp
     --columns ...              directions of the Nystrom approximation: coordinates (the paper), fixed (the same ones
                                each time, as released), last-layer (its coordinates), gaussian (J^T Omega), krylov
@@ -31,7 +30,6 @@ has the signs, sums and settings of the released code beside the paper's (Prakas
 import contextlib
 import copy
 import csv
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -851,19 +849,19 @@ def preconditioned_cg_ihvp(
     return v
 
 
-def controlled(z: Tensor, weights: Tensor, control: str, generator: torch.Generator) -> Tensor:
-    """The response z (C, L) under a control that breaks or reverses its meaning and leaves the rest as it is.
+def controlled(e: Tensor, weights: Tensor, control: str, generator: torch.Generator) -> Tensor:
+    """The trace e (C, L) under a control that breaks or reverses its meaning and leaves the rest as it is.
 
     weights (C, L) are those of the mean over the transitions, 0 for other rows, which no control mixes in.
     """
     if control == "constant":
-        return torch.where(weights > 0, (weights * z).sum(), 0.0)
+        return torch.where(weights > 0, (weights * e).sum(), 0.0)
     if control == "reversed":
-        return -z
+        return -e
     if control == "permuted":
-        z, rows = z.clone(), weights > 0
-        z[rows] = z[rows][torch.randperm(int(rows.sum()), generator=generator).to(z.device)]
-    return z
+        e, rows = e.clone(), weights > 0
+        e[rows] = e[rows][torch.randperm(int(rows.sum()), generator=generator).to(e.device)]
+    return e
 
 
 def released_mixed_weights(
@@ -902,24 +900,28 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+def resume_folder(resume: Path | None = None) -> Path | None:
+    """The run folder to resume, of the words on a command line."""
+    return resume
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
     Raises BadInput; tyro itself exits with status 2 on words it cannot parse.
     """
-    read = functools.partial(tyro.cli, Args, args=argv, description=sys.modules[Args.__module__].__doc__.split("\n\n")[0])
-    args = read()
-    if args.resume is None:
-        return args
-    try:
-        made = json.loads((args.resume / "args.json").read_text())
-        saved = Args(**made["args"] | {"resume": args.resume})
-        if made["script"] != Path(__file__).name:
-            raise ValueError(f"it was made by {made['script']}")
-    except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
-        raise BadInput(f"--resume {args.resume} is not a run folder of this script: {error}") from error
-    args = read(default=saved)
-    for name, value in saved:
+    folder, _ = tyro.cli(resume_folder, args=argv, return_unknown_args=True, add_help=False)
+    saved = None
+    if folder is not None:
+        try:
+            made = json.loads((folder / "args.json").read_text())
+            saved = Args(**made["args"] | {"resume": folder})
+            if made["script"] != Path(__file__).name:
+                raise ValueError(f"it was made by {made['script']}")
+        except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
+            raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
+    args = tyro.cli(Args, args=argv, default=saved, description=sys.modules[Args.__module__].__doc__.split("\n\n")[0])
+    for name, value in saved or ():
         if getattr(args, name) != value:
             say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
     return args
@@ -1125,7 +1127,7 @@ def as_policy(agent: Agent) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def play(policy: Callable, args, episodes: int, film_folder: Path | None = None) -> list[float]:
-    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's; the first is filmed into the folder.
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's; with a folder they are filmed.
 
     An episode ends at the latest with its 100,000th step, or with its 5,000th if it is filmed. Raises BadInput if Gymnasium
     cannot make the task; without episodes it only tries.
@@ -1135,11 +1137,11 @@ def play(policy: Callable, args, episodes: int, film_folder: Path | None = None)
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
         env = gym.make(args.env_id, render_mode="rgb_array" if film_folder else None, **json.loads(args.env_kwargs))
         if film_folder:
-            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: episode == 0)
+            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
         env, returns = gym.wrappers.FlattenObservation(env), [0.0] * episodes
     for episode in range(episodes):
         obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
-        for _ in range(5_000 if film_folder and episode == 0 else 100_000):
+        for _ in range(5_000 if film_folder else 100_000):
             obs, reward, terminated, truncated, _ = env.step(policy(obs))
             returns[episode] += float(reward)
             if terminated or truncated:
@@ -1348,8 +1350,8 @@ def train(args: Args) -> Path:
                         response = torch.where(finite, response, 0.0)
                         fallbacks += ~finite
                         if args.leader == "lambda-return":
-                            z = controlled(response[:, :-1], weights, args.correction_control, control_generator)
-                            e = transposed(mb_mixed_operator, z)
+                            e = transposed(mb_mixed_operator, response[:, :-1])
+                            e = controlled(e, weights, args.correction_control, control_generator)
                     actor_start = time.perf_counter()
 
                     # The leader's step along the hypergradient: correction's gradient is -(grad_theta,omega L) v.
@@ -1426,17 +1428,14 @@ def train(args: Args) -> Path:
         if args.save_model:
             model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes, "agent": agent.state_dict()}
             write_atomically(run.folder / "model.pt", lambda file: torch.save(model, file))
-        film_folder, policy = run.folder / "videos" if args.capture_video else None, as_policy(agent)
-        try:
-            eval_returns = play(policy, args, max(args.eval_episodes, int(args.capture_video)), film_folder)
-        except Exception as error:
-            if film_folder is None:
-                raise
-            say(f"there is no film: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa; the run is complete without it")
-            eval_returns = play(policy, args, args.eval_episodes)
+        if args.capture_video:
+            try:
+                play(as_policy(agent), args, 1, run.folder / "videos")
+            except Exception as error:  # as where nothing can draw
+                say(f"there is no film: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa; the run is complete without it")
         if args.eval_episodes:
-            run.result["eval_returns"] = eval_returns
-            say(f"mean return of {args.eval_episodes} evaluation episodes: {np.mean(eval_returns):.1f}")
+            run.result["eval_returns"] = play(as_policy(agent), args, args.eval_episodes)
+            say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
