@@ -218,7 +218,7 @@ class Args(CheckedArgs):
     mixed_advantages: Literal["targets", "refreshed"] = "targets"
     """advantages of the mixed term: those of the critic's targets, or J's"""
     correction_control: Literal["none", "permuted", "constant", "reversed"] = "none"
-    """what replaces the response z"""
+    """what replaces the trace e"""
     columns: Literal["features", "last-layer", "coordinates", "fixed", "gaussian", "krylov"] = "features"
     """directions of the Nystrom approximation"""
     core_ridge: NonNegative = 0.0
