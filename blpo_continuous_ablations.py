@@ -772,12 +772,14 @@ def leader_diagnostics(
 def check_critic(critic: nn.Module, obs_dim: int, needs_linear_output: bool) -> None:
     """Raise BadInput if `CriticJacobian` does not hold for this critic: a layer that is used twice, or, where the solver
     needs it, a last layer that is not nn.Linear(..., 1)."""
-    critic = copy.deepcopy(critic).cpu().double()
-    obs = torch.randn(8, obs_dim, generator=torch.Generator().manual_seed(0)).double()
+    critic, generator = copy.deepcopy(critic).cpu().double(), torch.Generator().manual_seed(0)
+    for parameter in critic.parameters():  # a last layer of zeros would hide all others
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    obs = torch.randn(8, obs_dim, generator=generator).double()
     jacobian, values = CriticJacobian(critic, obs), critic(obs).squeeze(-1)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(values.square().sum(), [*critic.parameters()])])
     if not torch.allclose(jacobian.vjp(2 * values.detach()[None])[0], expected, rtol=1e-6, atol=1e-9):
-        raise BadInput("the critic's derivatives do not hold: each linear layer must be used once")
+        raise BadInput("the critic's derivatives do not hold: use each linear layer once, without dropout, and let no row depend on others")
     last = torch.cat([jacobian.last_inputs, torch.ones(8, 1)], 1)
     dense = jacobian.vjp(torch.eye(8).double())[:, -last.shape[1] :]
     if needs_linear_output and not torch.allclose(dense, last):
