@@ -3,8 +3,8 @@
     JOB.csv      global_step, wall_time_s, episodic_return, episodes, and the suite's diagnostics; one row for each
                  `grid` steps: the mean return of the episodes that ended in them, how many these were, the mean of a
                  diagnostic over the iterations in them. A cell is empty where there is nothing to average.
-    runs.json    command, commit, versions, machine, attempts, load, final return and wall-clock time of every run; the jobs
-                 missing, and those of them that failed
+    runs.json    command, commit, versions, machine, attempts, load, final return, wall-clock time (none of a run that
+                 stopped because it diverged) of every run; the jobs missing, and those of them that failed
 
 Figures drawn from earlier csv files are removed: `python -m benchmark plot SUITE` draws them anew.
 """
@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark.launch import finished_run, job_status
-from benchmark.suites import RESULTS, ROOT, BadSuite, Suite, read_json
-from ppo_continuous import ANY_TIME, write_atomically
+from benchmark.launch import finished_run, job_status, run_status
+from benchmark.machine import write_atomically
+from benchmark.suites import RESULTS, ROOT, BadSuite, Suite, read_json, without
 
 # What may differ between the runs of one method: who and where they are, and what leaves the result as it is.
-FREE = {"env_id", "seed", "exp_name", "run_dir", "device"} | ANY_TIME
+FREE = {"env_id", "seed", "exp_name", "run_dir", "device", "resume", "track", "wandb_project_name", "wandb_entity"}
+FREE |= {"save_model", "eval_episodes", "capture_video", "checkpoint_every", "env_threads"}
 
 
 class Mixed(BadSuite):
@@ -53,7 +54,7 @@ def collect(suite: Suite, run_dir: Path, results: Path = RESULTS, allow_mixed: b
                 failed.append(job.name)
             continue
         runs[-1]["suite_command"] = job.command
-    problems = mixtures(runs)
+    problems = mixtures(runs, suite.restated)
     if problems and not allow_mixed:
         raise Mixed(f"{suite.name} mixes {'; '.join(problems)}; run the rest again, or say --allow-mixed")
     for run in runs:
@@ -79,7 +80,7 @@ def did_fail(job_folder: Path, before: bool) -> bool:
 def describe(job_folder: Path, run: Path) -> dict:
     """Where a finished run came from, and what came out."""
     job, made, result = (read_json(path) for path in (job_folder / "job.json", run / "args.json", run / "result.json"))
-    attempts = job["attempts"] or [made]
+    attempts = job["attempts"] or [origin(made)]
     commits = list(dict.fromkeys(attempt["commit"] for attempt in attempts))
     script = job["command"][0]
     return {
@@ -95,16 +96,25 @@ def describe(job_folder: Path, run: Path) -> dict:
         "script_blob": blob(commits[-1], script),
         "dirty": any(attempt["dirty"] for attempt in attempts),
         "versions": made["versions"],
-        "cpu": made["cpu"],
-        "gpu": made["gpu"],
+        "cpu": made.get("cpu", attempts[-1]["cpu"]),
+        "gpu": made.get("gpu", attempts[-1]["gpu"]),
         "cores": attempts[-1].get("cores"),
         "attempts": len(job["attempts"]),
         "load": max((each[key] for each in attempts for key in LOADS if each.get(key) is not None), default=None),
         "final_return": result["final_return"],
-        "diverged": diverged(run, result["final_return"]),
-        "wall_time_s": result["wall_time_s"],
+        "diverged": result["status"] == "diverged" or diverged(run, result["final_return"]),
+        "wall_time_s": None if result["status"] == "diverged" else result["wall_time_s"],  # it made fewer steps
         "steps": result["global_step"],
     }
+
+
+def origin(made: dict) -> dict:
+    """Where a run that was started by hand came from, by its args.json: scripts that write "-dirty" behind the commit leave
+    the machine to the launcher, the others write it themselves."""
+    commit = made["commit"]
+    dirty = made.get("dirty", commit is not None and commit.endswith("-dirty"))
+    found = {"commit": commit and commit.removesuffix("-dirty"), "dirty": dirty}
+    return found | {name: made.get(name) for name in ("cpu", "gpu")}
 
 
 LOADS = ("load_at_start", "load_at_end")
@@ -132,8 +142,9 @@ def blob(commit: str | None, script: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def mixtures(runs: list[dict]) -> list[str]:
-    """What keeps the runs from one table, each as a phrase; none if nothing does."""
+def mixtures(runs: list[dict], restated: tuple[str, ...] = ()) -> list[str]:
+    """What keeps the runs from one table, each as a phrase; none if nothing does. Commands are compared without the arguments
+    that are `restated` (Suite)."""
     problems = []
     commits = sorted({commit or "none" for run in runs for commit in run["commits"]})
     if len(commits) > 1:
@@ -145,7 +156,7 @@ def mixtures(runs: list[dict]) -> list[str]:
     if dirty:
         problems.append(f"runs of uncommitted code ({', '.join(dirty)})")
     for run in runs:
-        if run["command"] != " ".join(["python", *run["suite_command"]]):
+        if without(restated, run["command"].split()) != without(restated, ["python", *run["suite_command"]]):
             problems.append(f"a run with other arguments than the suite's now ({run['job']}: {run['command']})")
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for run in runs:
@@ -161,15 +172,19 @@ def mixtures(runs: list[dict]) -> list[str]:
 
 
 def curve(run: Path, grid: int, diagnostics: tuple[str, ...]) -> tuple[list[str], list[list]]:
-    """Header and rows of a run on the grid of steps; a diagnostic that its script does not log is left out."""
+    """Header and rows of a run on the grid of steps; a diagnostic that its script does not log is left out.
+
+    A run that ended early, since it diverged, has rows up to all the steps that it should have made.
+    """
     with open(run / "episodes.csv") as file:
         episodes = [(int(row["global_step"]), float(row["episodic_return"])) for row in csv.DictReader(file)]
     with open(run / "metrics.csv") as file:
         metrics = list(csv.DictReader(file))
     steps, times = ([float(row[name]) for row in metrics] for name in ("global_step", "wall_time_s"))
     kept = [name for name in diagnostics if metrics and name in metrics[0]]
-    rows = []
-    for low in range(0, math.ceil(steps[-1] / grid) * grid, grid):
+    planned = read_json(run / "args.json")["args"]["total_timesteps"]
+    rows, end = [], planned if run_status(run) == "diverged" else steps[-1]
+    for low in range(0, math.ceil(end / grid) * grid, grid):
         returns = [value for step, value in episodes if low < step <= low + grid]
         row = [low + grid, round(float(np.interp(low + grid, [0.0, *steps], [0.0, *times])), 2)]
         row += [round(float(np.mean(returns)), 3) if returns else "", len(returns)]

@@ -8,8 +8,7 @@ It captures systems from three runs of 102,400 steps, then solves them all.
 The rule, written before the numbers: among the dampings 100, 30, 10, 3, 1, 0.3, 0.1 take the smallest at which the
 cheapest kind of directions leaves a relative residual |(H + damping I) v - b| / |b| below 0.3 in every captured system
 (the median of 5 draws of its random directions; v = 0 scores 1). A smaller damping is nearer to the hypergradient of the undamped
-follower. The runs train with `--ihvp exact`, so that no approximation shapes the critics it is judged on; their seed is
-used for nothing else.
+follower. The runs train with `--ihvp exact`; their seed is used for nothing else.
 """
 
 import csv
@@ -18,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ import tyro
 
 import blpo_continuous as blpo
 import blpo_continuous_ablations as laboratory
+from benchmark.machine import provenance
 
 RANK, DRAWS = 10, 5
 DAMPINGS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
@@ -47,24 +48,24 @@ class Args:
     """folder for the csv, md and json files; default: nothing is written"""
 
 
-def captured_systems(env_id: str, args: Args) -> list[tuple[int, blpo.GaussNewton, torch.Tensor]]:
-    """(iteration, curvature, u with b = J^T u) of the last minibatch of some rollouts of a real run."""
+def captured_systems(words: list[str], rollouts: Collection[int]) -> list[tuple[int, blpo.GaussNewton, torch.Tensor]]:
+    """(rollout, curvature, u with b = J^T u) of the last minibatch of some rollouts of a real run with these words, on the CPU
+    and with the exact solver, so that no approximation shapes the critics."""
     systems, solves, original = [], 0, blpo.exact_ihvp
-    per_rollout = blpo.Args.update_epochs * blpo.Args.num_minibatches
 
     def keep(curvature, u, damping):
         nonlocal solves
         solves += 1
-        if solves % per_rollout == 0 and solves // per_rollout in args.iterations:
+        if solves % per_rollout == 0 and solves // per_rollout in rollouts:
             systems.append((solves // per_rollout, curvature, u))
         return original(curvature, u, damping)
 
     with TemporaryDirectory() as folder:
-        words = f"--env-id {env_id} --seed {args.seed} --ihvp exact --run-dir {folder} --device cpu".split()
-        words += ["--total-timesteps", str(args.total_timesteps)]
+        args = blpo.parse_args([*words, "--ihvp", "exact", "--device", "cpu", "--run-dir", folder])
+        per_rollout = args.update_epochs * args.num_minibatches
         blpo.exact_ihvp = keep
         try:
-            blpo.train(blpo.parse_args(blpo.Args, words))
+            blpo.train(args)
         finally:
             blpo.exact_ihvp = original
     return systems
@@ -72,14 +73,15 @@ def captured_systems(env_id: str, args: Args) -> list[tuple[int, blpo.GaussNewto
 
 def residual(curvature: blpo.GaussNewton, b: torch.Tensor, v: torch.Tensor, damping: float) -> float:
     """|(H + damping I) v - b| / |b|."""
-    return float((curvature.product(v, damping) - b).norm() / b.norm())
+    return float((curvature.product(v) + damping * v - b).norm() / b.norm())
 
 
 def main(args: Args) -> None:
     """Capture, solve, print; write if asked."""
     rows, worst, started = [], defaultdict(list), time.time()
     for env_id in args.env_ids:
-        for iteration, curvature, u in captured_systems(env_id, args):
+        words = f"--env-id {env_id} --seed {args.seed} --total-timesteps {args.total_timesteps}".split()
+        for iteration, curvature, u in captured_systems(words, args.iterations):
             kernel = curvature.jacobian.kernel() * curvature.root[:, None] * curvature.root
             top = float(torch.linalg.eigvalsh(kernel.double())[-1])
             for damping in DAMPINGS:
@@ -92,14 +94,14 @@ def main(args: Args) -> None:
                         p = laboratory.nystrom_directions(columns, curvature, b, RANK, generator)
                         products = laboratory.curvature_products(curvature, p)
                         solved[columns].append(blpo.nystrom_solver(products, p @ products.T, damping)(b))
-                weights = 1 + 2 * curvature.jacobian.jvp(solved["exact"][0][None])[0][curvature.root > 0]
+                z = curvature.jacobian.jvp(solved["exact"][0])[curvature.root > 0]
                 for solver, solutions in solved.items():
                     value = statistics.median(residual(curvature, b, v, damping) for v in solutions)
                     worst[solver, damping].append(value)
                     rows.append({
                         "env_id": env_id, "iteration": iteration, "top_eigenvalue": round(top, 3), "damping": damping,
-                        "solver": solver, "residual": f"{value:.4g}", "exact_weight_mean": f"{weights.mean():.4g}",
-                        "exact_weight_std": f"{weights.std():.4g}",
+                        "solver": solver, "residual": f"{value:.4g}", "exact_z_mean": f"{z.mean():.4g}",
+                        "exact_z_std": f"{z.std():.4g}",
                     })  # fmt: skip
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
     count = len(worst[solvers[0], DAMPINGS[0]])
@@ -117,11 +119,10 @@ def main(args: Args) -> None:
         writer.writeheader()
         writer.writerows(rows)
     (args.results_dir / "summary.md").write_text("\n".join(lines) + "\n")
-    provenance = blpo.provenance() | {"script": "benchmark/ihvp_study.py"}
-    provenance |= {"command": " ".join(["python", "-m", "benchmark.ihvp_study", *sys.argv[1:]])}
-    del provenance["argv"]
-    provenance |= {"seed": args.seed, "seconds": round(time.time() - started)}
-    (args.results_dir / "study.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    made_by = provenance() | {"script": "benchmark/ihvp_study.py"}
+    made_by |= {"command": " ".join(["python", "-m", "benchmark.ihvp_study", *sys.argv[1:]])}
+    made_by |= {"seed": args.seed, "seconds": round(time.time() - started)}
+    (args.results_dir / "study.json").write_text(json.dumps(made_by, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ A job has a folder `RUN_DIR/SUITE/JOB/`:
     {run}/       the script's own run folder (docs/run_folder.md)
 
 Nothing else is remembered: what is finished, interrupted or failed is read from these folders, so a launcher may be
-killed at any moment and started again, and several may share the work. The runs that a killed launcher left behind, and those
-of another one on the same machine, count among the `workers` runs at a time.
+killed at any moment and started again, and several may share the work. A run that diverged (its numbers are not finite any
+more) is finished: it would diverge again. The runs that a killed launcher left behind, and those of another one on the same
+machine, count among the `workers` runs at a time.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-import ppo_continuous
+from benchmark.machine import provenance, write_atomically
 from benchmark.suites import ROOT, BadSuite, Job, Suite, read_json
 
 ELSEWHERE = 75  # exit status of an attempt at a job that another process is running (EX_TEMPFAIL of sysexits.h)
@@ -76,7 +77,7 @@ def describe(job: Job) -> dict:
 def write_job(folder: Path, content: dict) -> None:
     """Replace job.json."""
     text = json.dumps(content, indent=1, default=str) + "\n"
-    ppo_continuous.write_atomically(folder / "job.json", lambda new: new.write_text(text))
+    write_atomically(folder / "job.json", lambda new: new.write_text(text))
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -85,11 +86,16 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def finished_run(folder: Path) -> Path | None:
-    """The run folder of a job that has finished."""
+    """The run folder of a job that has come to its end: all its steps, or numbers that are not finite any more."""
     for run in run_folders(folder):
-        if (read_json(run / "result.json") or {}).get("status") == "finished":
+        if run_status(run) in ("finished", "diverged"):
             return run
     return None
+
+
+def run_status(run: Path) -> str | None:
+    """What the result.json of a run folder says; None without it."""
+    return (read_json(run / "result.json") or {}).get("status")
 
 
 def job_status(folder: Path) -> str:
@@ -168,7 +174,7 @@ class Elsewhere(Exception):
 class Attempt:
     """The job of a folder, running in a child process: started, or resumed from its checkpoint.
 
-    `process` is None if it has finished before. Raises Elsewhere if another process is running it.
+    `process` is None if it has come to its end before. Raises Elsewhere if another process is running it.
     """
 
     def __init__(self, folder: Path, cores: list[int] | None = None, gpu: str | None = None):
@@ -179,8 +185,9 @@ class Attempt:
         except BlockingIOError:
             self.lock.close()
             raise Elsewhere from None
-        if finished_run(folder) is not None:
-            self.finish(0)
+        ended = finished_run(folder)
+        if ended is not None:
+            self.finish(int(run_status(ended) == "diverged"))
             return
         self.job = read_json(folder / "job.json")
         resume = None
@@ -194,7 +201,7 @@ class Attempt:
         environment = os.environ | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        made_by = ppo_continuous.provenance()
+        made_by = provenance()
         self.job["attempts"].append({
             "argv": ["python", *words], "host": os.uname().nodename, "cores": cores, "gpu_index": gpu, "start": now(),
             "load_at_start": load(), "resumed": resume is not None,
@@ -225,7 +232,7 @@ class Attempt:
 
     def finish(self, code: int) -> None:
         """Write the exit status and give the lock back."""
-        ppo_continuous.write_atomically(self.folder / "exit_code", lambda new: new.write_text(f"{code}\n"))
+        write_atomically(self.folder / "exit_code", lambda new: new.write_text(f"{code}\n"))
         self.lock.close()
 
     def terminate(self) -> None:
@@ -337,7 +344,7 @@ class Launch:
 def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None = None) -> int:
     """Run every job of the suite that has not finished, `workers` at a time; the launcher's exit status.
 
-    0: all have finished; 1: some failed, named in a table; 130 or 143: stopped by a signal, everything checkpointed.
+    0: all have come to their end; 1: some failed, named in a table; 130 or 143: stopped by a signal, everything checkpointed.
     """
     console = console or Console()
     folders = prepare(suite, run_dir)
@@ -387,8 +394,9 @@ def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None
     def end(worker: int, code: int) -> None:
         """Tell what became of a job, and queue it again if it failed for the first time."""
         folder = state.running.pop(worker).folder
-        if finished_run(folder) is not None:
-            view.say(f"done   {folder.name}")
+        ended = finished_run(folder)
+        if ended is not None:
+            view.say(f"done   {folder.name}{', diverged' if run_status(ended) == 'diverged' else ''}")
         elif state.stop_signal:
             view.say(f"paused {folder.name}")
         else:

@@ -142,7 +142,7 @@ def time_table(suite: Suite, results: Results) -> list[str]:
     for name, method in suite.methods.items():
         cells = [method.label]
         for each in suite.environments:
-            seconds = [run["wall_time_s"] for run in results.runs.get((name, each), []) if not method.untimed]
+            seconds = [run["wall_time_s"] for run in results.runs.get((name, each), []) if run["wall_time_s"] is not None]
             cell = number(float(np.median(seconds))) if seconds else "-"
             if suite.baselines and name != suite.baselines[0]:
                 cell += time_cell(results, name, suite.baselines[0], each)
@@ -288,6 +288,10 @@ def provenance(suite: Suite, results: Results) -> list[str]:
     ]
     if len(by_commit) > 1:
         lines += [f"Commit {commit}: {'; '.join(by_commit[commit])}." for commit in sorted(by_commit)]
+    lines += mixed_term_lines(suite, runs)
+    if suite.restated:
+        names = listed(f"`{name}`" for name in suite.restated)
+        lines += [f"The suite has these arguments as the runs had them, by default or under another name of then: {names}."]
     taken = [method for name, method in suite.methods.items() if method.runs_of and any(key[0] == name for key in results.runs)]
     if taken:
         words = "; ".join(f"{method.label}, of {method.runs_of[0]}" for method in taken)
@@ -310,6 +314,38 @@ def provenance(suite: Suite, results: Results) -> list[str]:
         ("Left out, since the suite does not have them any more", results.ignored),
     ):
         lines += [f"{words}: {', '.join(names)}."] if names else []
+    return lines
+
+
+def mixed_term(arguments: dict) -> tuple[str, bool]:
+    """How a BLPO run read the mixed term (docs/blpo.md), and whether that was before the method had the exact one.
+
+    Then the advantages were refreshed and each state was its own start; `mixed_discount` was an argument of the laboratory
+    alone, for its trajectory term.
+    """
+    earlier = "mixed_discount" not in arguments or "mixed_term" in arguments
+    own_start = earlier and arguments.get("mixed_term") != "trajectory"
+    reach = {0: "each state its own start", None: "κ = γλ"}
+    discount = 0 if own_start else arguments["mixed_discount"]
+    refreshed = earlier or arguments.get("mixed_advantages") == "refreshed"
+    whose = "refreshed advantages" if refreshed else "the advantages of the targets"
+    words = f"{reach.get(discount, f'κ = {discount}')}, with {whose}"
+    return "as in the released code" if arguments.get("leader") == "released" else words, earlier
+
+
+def mixed_term_lines(suite: Suite, runs: list[dict]) -> list[str]:
+    """A sentence for each reading of the mixed term among the suite's BLPO runs; it names their methods if there are several."""
+    found: dict[tuple[str, bool], list[dict]] = {}
+    for run in sorted(runs, key=lambda run: list(suite.methods).index(run["method"])):
+        if run["script"].startswith("blpo") and run.get("arguments", {}).get("ihvp", "none") != "none":
+            found.setdefault(mixed_term(run["arguments"]), []).append(run)
+    lines = []
+    for (reading, earlier), group in found.items():
+        commits = sorted({short(run) for run in group})
+        made = f"commit{'s' * (len(commits) > 1)} {listed(commits)}{', before the exact one' * earlier}"
+        labels = dict.fromkeys(suite.methods[run["method"]].label for run in group)
+        who = f": {'; '.join(labels)}" if len(found) > 1 else ""
+        lines.append(f"Mixed term of the hypergradient: {reading} ({made}){who}.")
     return lines
 
 

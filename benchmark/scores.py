@@ -54,7 +54,7 @@ def load_results(suite: Suite, results: Path) -> Results:
     for job in suite.shown():  # by seed
         run, path = made.pop(job.name, None), results / suite.name / f"{job.name}.csv"
         if suite.methods[job.method].runs_of is not None:
-            run, path = from_another_suite(job, *suite.methods[job.method].runs_of, results)
+            run, path = from_another_suite(suite, job, results)
         if run is not None:
             if run.get("diverged"):
                 diverged.append(job.name)
@@ -76,13 +76,14 @@ def read_runs(folder: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
-def from_another_suite(job: Job, suite: str, method: str, results: Path) -> tuple[dict | None, Path]:
+def from_another_suite(suite: Suite, job: Job, results: Path) -> tuple[dict | None, Path]:
     """The entry, under the job's own name, and the csv file of the run of another suite's method that is this job's; None if
     it has not been collected, or was made by another command."""
-    name = replace(job, suite=suite, method=method).name
-    path = results / suite / f"{name}.csv"
+    source, method = suite.methods[job.method].runs_of
+    name = replace(job, suite=source, method=method).name
+    path = results / source / f"{name}.csv"
     for run in read_runs(path.parent)["runs"]:
-        if run["job"] == name and same_run(job, run["command"].split()[1:]):
+        if run["job"] == name and same_run(job.command, run["command"].split()[1:], suite.restated):
             return run | {"job": job.name, "method": job.method}, path
     return None, path
 

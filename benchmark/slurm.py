@@ -24,8 +24,8 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError
 
-import ppo_continuous
 from benchmark.launch import ATTEMPTS, ELSEWHERE, Attempt, Elsewhere, finished_run, job_status, prepare
+from benchmark.machine import write_atomically
 from benchmark.suites import ROOT, BadSuite, Suite, nearest, read_json
 
 # What Slurm sends before it ends a job: SIGTERM (requeue, scancel, pre-emption), and SIGUSR2, submitit's choice, ahead of
@@ -149,7 +149,9 @@ class SlurmJob:
                     return ELSEWHERE
                 time.sleep(1)
         code = self.follow()
-        if self.terminated and finished_run(self.folder) is None:
+        if finished_run(self.folder) is not None:  # a run that diverged has the exit status 1
+            return 0
+        if self.terminated:
             # Were it to end of itself now, a pre-emption that gives it a time of grace would not requeue it.
             wait_to_be_killed()
         if code:
@@ -253,7 +255,7 @@ def submit_array(folders: list[Path], options: SlurmOptions) -> dict[Path, submi
         raise BadSuite(f"--engine slurm: sbatch refuses the jobs: {' '.join(str(error).split())}") from error
     for folder, job in jobs.items():
         content = json.dumps({"job": job.job_id, "logs": str(logs)}) + "\n"
-        ppo_continuous.write_atomically(folder / "slurm.json", lambda new: new.write_text(content))
+        write_atomically(folder / "slurm.json", lambda new: new.write_text(content))
     return jobs
 
 

@@ -14,7 +14,7 @@
              full) and bfloat16, with more games, with every follower; each of the 16 processes takes seconds to begin
     compiled PPO there with and without torch.compile, after two minutes of compiling or so
 
-How the numbers are taken: as in benchmark/speed.py, on the CPU but for the last two parts. Competitors take turns, A B C A B C ..., each in a process of
+How the numbers are taken: as in benchmark/turns.py, on the CPU but for the last two parts. Competitors take turns, A B C A B C ..., each in a process of
 its own that sleeps meanwhile; a turn is one rollout of 8 games x 128 steps with its update, after one that does not count
 (on CUDA four of them, after two; compiled, after six). A number is the median over the turns with (lowest..highest), and a
 ratio is taken within a turn before its median. The
@@ -49,8 +49,8 @@ from torch import Tensor
 
 import blpo_atari as blpo
 import ppo_atari as ppo
-from benchmark.speed import (
-    Loop, Row, loops_in_turns, milliseconds, provenance, ratios, script_loop, show, with_processor_time, write_csv
+from benchmark.turns import (
+    Loop, Row, loops_in_turns, milliseconds, provenance_of, ratios, script_loop, show, with_processor_time, write_csv
 )  # fmt: skip
 
 CPU_PARTS = ("loops", "followers", "layers", "solvers")
@@ -350,7 +350,7 @@ def main(args: Args) -> None:
     if args.rounds < 1 or args.torch_threads < 0:
         sys.exit("error: --rounds must be at least 1 and --torch-threads at least 0")
     args.rounds = 1 if args.quick else args.rounds
-    made_by = provenance("speed_atari")
+    made_by = provenance_of("speed_atari")
     if {"cuda", "compiled"} & set(args.parts) and made_by["gpu"] is None:
         sys.exit("error: --parts cuda and compiled need a CUDA device, and PyTorch finds none here; leave them out")
     commit = f"commit {str(made_by['commit'])[:7]}{' with changes' if made_by['dirty'] else ''}"

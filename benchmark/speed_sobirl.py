@@ -38,7 +38,7 @@ import tyro
 from torch import Tensor
 
 import sobirl_rlhf
-from benchmark.speed import Row, loops_in_turns, provenance, ratios, script_loop, show, with_processor_time, write_csv
+from benchmark.turns import Row, loops_in_turns, provenance_of, ratios, script_loop, show, with_processor_time, write_csv
 
 STEPS = sobirl_rlhf.Args.num_steps  # of a turn: an iteration of the script with default arguments
 RANDOM_TURNS = 50  # before the first
@@ -204,7 +204,7 @@ def main(args: Args) -> None:
     if args.rounds < 1:
         sys.exit(f"error: --rounds is {args.rounds}, it must be at least 1")
     warnings.simplefilter("ignore")
-    made_by = provenance("speed_sobirl")
+    made_by = provenance_of("speed_sobirl")
     before, start = os.getloadavg(), time.perf_counter()
     rows = measure(args)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}

@@ -38,7 +38,7 @@ import tyro
 
 import stddpg
 import stsac
-from benchmark.speed import loops_in_turns, provenance, ratios, script_loop, show, write_csv
+from benchmark.turns import loops_in_turns, provenance_of, ratios, script_loop, show, write_csv
 
 REFERENCE = "none-sequential"
 COMPETITORS = {  # name -> (words, whether conjugate gradient makes all its iterations)
@@ -107,7 +107,7 @@ def measure(script, args: Args) -> dict[str, list[dict[str, float]]]:
 
 def main(args: Args) -> None:
     """Measure, print, and write if asked."""
-    made_by, load, rows = provenance("speed_stackelberg"), [os.getloadavg()[0]], []
+    made_by, load, rows = provenance_of("speed_stackelberg"), [os.getloadavg()[0]], []
     if args.device == "cuda" and made_by["gpu"] is None:
         sys.exit("error: --device cuda: PyTorch finds no CUDA device here; use --device cpu")
     for name in args.scripts:

@@ -14,6 +14,8 @@ A suite `benchmark/suites/NAME.toml`:
     headline = true                    # whether its section is the first of the report (default: false)
     untimed = "the machine was busy"   # why tables and figures leave out the wall-clock times (default: they do not)
     unready = "step sizes are open"    # why nothing of it may be launched yet (default: it may; --dry-run always works)
+    restated = ["learning-rate"]       # arguments, by their names then or now, that the collected runs had by default or under another
+                                       # name: methods have them here as those runs did, and commands are compared without them (optional)
 
     [dead]                             # runs to be named, and claims to be judged without them as well (optional):
     column = "losses/actor_gradient_norm"  # those in which this diagnostic, mean of the last 10 % of the rows of the csv file,
@@ -56,13 +58,15 @@ Every (method, environment, seed) is a job, and a job has one name for good: ENV
 import contextlib
 import difflib
 import importlib
+import inspect
 import io
 import json
 import math
 import re
 import sys
 import tomllib
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +174,7 @@ class Suite:
     unready: str = ""
     dead: Dead | None = None
     gates: tuple[Gate, ...] = ()
+    restated: tuple[str, ...] = ()
 
     def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
         """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
@@ -222,7 +227,7 @@ def command_words(method: Method, environment: str) -> tuple[str, ...]:
 SUITE_KEYS = {
     "description": str, "environments": list, "seeds": list, "grid": int, "diagnostics": list, "workers": int,
     "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "untimed": str, "unready": str, "dead": dict,
-    "gates": list, "arguments": dict, "methods": dict, "claims": list,
+    "gates": list, "restated": list, "arguments": dict, "methods": dict, "claims": list,
 }  # fmt: skip
 METHOD_KEYS = {
     "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
@@ -390,6 +395,7 @@ def load_suite(name: str, check: bool = True) -> Suite:
         table.get("unready", ""),
         dead,
         tuple(gates),
+        tuple(table.get("restated", [])),
     )
     check_levels(suite, where)
     if check:
@@ -426,15 +432,26 @@ def check_runs_of(suite: Suite, where: str) -> None:
         launched = {(job.environment, job.seed): job for job in other.jobs() if job.method == there}
         for job in suite.shown():
             source = launched.get((job.environment, job.seed))
-            if job.method == method.name and (source is None or not same_run(job, source.command)):
+            if job.method == method.name and (source is None or not same_run(job.command, source.command)):
                 what = "does not launch it" if source is None else f"launches it as: {' '.join(source.command)}"
                 raise BadSuite(f"{inside}: runs-of takes {job.environment}, seed {job.seed}, from {name}, which {what}")
 
 
-def same_run(job: Job, command: list[str]) -> bool:
-    """Whether a command is the job's own but for the name of the experiment."""
-    index = job.command.index("--exp-name") + 1
-    return len(command) > index and [*command[:index], job.method, *command[index + 1 :]] == job.command
+def same_run(one: list[str], other: list[str], restated: Iterable[str] = ()) -> bool:
+    """Whether two commands are equal but for the name of the experiment and the restated arguments."""
+    free = ("exp-name", *restated)
+    return without(free, one) == without(free, other)
+
+
+def without(arguments: Iterable[str], command: list[str]) -> str:
+    """A command in one line, without these arguments and their values."""
+    kept, words = [], iter(command)
+    for word in words:
+        if word.removeprefix("--") in arguments:
+            next(words, None)
+        else:
+            kept.append(word)
+    return " ".join(kept)
 
 
 def check_levels(suite: Suite, where: str) -> None:
@@ -464,12 +481,17 @@ def load_script(where: str, script: str):
     return importlib.import_module(Path(script).stem)
 
 
+def parse(script, words: list[str]):
+    """The arguments that a script makes of these words; some scripts take the class of their arguments as well."""
+    return script.parse_args(script.Args, words) if is_dataclass(script.Args) else script.parse_args(words)
+
+
 def check_jobs(suite: Suite, where: str) -> None:
     """Let each script judge its arguments and environments, as it would at launch. Raises BadSuite."""
     for method in suite.methods.values():
         inside = f"{where}, methods.{method.name}"
         module = load_script(inside, method.script)
-        known = {field.name for field in fields(module.Args)} - RESERVED
+        known = set(inspect.get_annotations(module.Args)) - RESERVED
         for arguments in (method.arguments, *method.by_environment.values()):
             for key in arguments:
                 if key.replace("-", "_") in RESERVED:
@@ -477,23 +499,23 @@ def check_jobs(suite: Suite, where: str) -> None:
                 if key.replace("-", "_") not in known:
                     options = nearest(key, [name.replace("_", "-") for name in known])
                     raise BadSuite(f"{inside}: {method.script} has no argument {key!r}{options}")
-        tried = set()
+        judged = {}
         for environment in method.environments:
             words = command_words(method, environment)
-            if words not in tried:
-                tried.add(words)
-                check_command(inside, module, method.script, ["--env-id", environment, *words])
-            check_environment(inside, module, environment)
+            if words not in judged:
+                judged[words] = check_command(inside, module, method.script, ["--env-id", environment, *words])
+            check_environment(inside, module, judged[words], environment)
 
 
-def check_command(where: str, module, script: str, words: list[str]) -> None:
-    """Raise BadSuite if the script would refuse these words."""
+def check_command(where: str, module, script: str, words: list[str]):
+    """The arguments that the script makes of these words. Raises BadSuite if it refuses them."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            args = module.parse_args(module.Args, words)
+            args = parse(module, words)
             if hasattr(module, "check_batch_shape"):
                 module.check_batch_shape(args)
+            return args
     except module.BadInput as error:
         raise BadSuite(f"{where}: {script} refuses its arguments: {error}") from error
     except SystemExit as error:
@@ -506,18 +528,20 @@ def last_words(text: str) -> str:
     return re.sub(r"For full helptext.*", "", words).strip() or "it says nothing"
 
 
-ENVIRONMENTS_TRIED: dict[tuple[str, str], str | None] = {}  # (script, environment) -> what is wrong with it
+ENVIRONMENTS_TRIED: dict[tuple[str, str, str], str | None] = {}  # (script, environment, its keywords) -> what is wrong with it
 
 
-def check_environment(where: str, module, environment: str) -> None:
-    """Raise BadSuite if the script cannot make the environment."""
+def check_environment(where: str, module, args, environment: str) -> None:
+    """Raise BadSuite if the script cannot make the environment, with the keywords that `args` have for it."""
     if not hasattr(module, "make_envs"):
         return
-    key = module.__name__, environment
+    key = module.__name__, environment, getattr(args, "env_kwargs", "")
     if key not in ENVIRONMENTS_TRIED:
+        new_form = not is_dataclass(args)
+        words = (args.model_copy(update={"env_id": environment, "num_envs": 1}), 0) if new_form else (environment, 1, 0)
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                module.make_envs(environment, 1, 0)[0].close()
+                module.make_envs(*words)[0].close()
             ENVIRONMENTS_TRIED[key] = None
         except module.BadInput as error:
             ENVIRONMENTS_TRIED[key] = str(error)

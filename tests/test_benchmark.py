@@ -14,7 +14,8 @@ from conftest import REPO, environment, read_csv, wait_for
 
 from benchmark import __main__ as command_line
 from benchmark import launch, suites
-from benchmark.collect import Mixed, blob, collect, diverged
+from benchmark.collect import Mixed, blob, collect, diverged, origin
+from benchmark.scores import load_results
 from benchmark.suites import BadSuite, known_suites, load_suite
 
 SUITE = """
@@ -154,9 +155,9 @@ BAD = [
     ([('["toy_envs:Walk-v0"]', '["CartPole-v1"]')], "has discrete actions"),
     ([("ppo_continuous.py", "ppo_continous.py")], "methods.ppo: there is no script 'ppo_continous.py'; the nearest are ppo_"),
     ([("nystrom-rank", "nystrom-rnk")], "methods.blpo: blpo_continuous.py has no argument 'nystrom-rnk'; the nearest are nystrom"),
-    ([("nystrom-rank = 3", "nystrom-rank = 0")], "--nystrom-rank is 0, it must be in [1, inf)"),
+    ([("nystrom-rank = 3", "nystrom-rank = 0")], "--nystrom-rank is 0: input should be greater than 0"),
     ([("nystrom-rank = 3", 'nystrom-rank = "many"')], "cannot read the arguments"),
-    ([("num-minibatches = 2", "num-minibatches = 3")], "--num-minibatches 3 does not divide"),
+    ([("num-minibatches = 2", "num-minibatches = 3")], "--num-minibatches 3 must divide"),
     ([("device", "seed = 3\ndevice")], "the argument seed is the launcher's own"),
     ([("grid = 256", "grid = 0")], "grid is 0, it must be at least 1"),
     ([("grid = 256", "gird = 256")], "the key 'gird' is unknown; the nearest are grid"),
@@ -339,6 +340,50 @@ def test_a_job_that_fails_is_tried_twice_and_listed(tmp_path, capsys):
     assert (folder / "log.txt").read_text().count("RuntimeError: the hundredth step breaks") == 2
 
 
+EXPLODING = """
+import gymnasium as gym
+import toy_envs
+
+
+class Exploding(toy_envs.Clock):
+    steps = 0
+
+    def step(self, action):
+        Exploding.steps += 1
+        observation, reward, *rest = super().step(action)
+        return observation, float("nan") if Exploding.steps > 300 else reward, *rest
+
+
+gym.register("Exploding-v0", entry_point=Exploding)
+"""
+
+
+def test_a_run_that_diverged_is_not_run_again_and_counts_as_a_random_policy(tmp_path, monkeypatch, capsys):
+    """The script ends with the status 1 and rewards that are not finite after 320 of 1,024 steps."""
+    (tmp_path / "exploding.py").write_text(EXPLODING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO / "tests"), str(tmp_path)]))
+    path = write(tmp_path, ("toy_envs:Walk-v0", "exploding:Exploding-v0"), ("[1, 2]", "[1]"))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["run", path, "--run-dir", str(tmp_path / "runs"), "--methods", "ppo"]
+    assert command_line.main(words) == 0
+    assert "done exploding_Exploding-v0__ppo__1, diverged" in " ".join(capsys.readouterr().out.split())
+    folder = tmp_path / "runs" / "tiny" / "exploding_Exploding-v0__ppo__1"
+    (attempt,) = json.loads((folder / "job.json").read_text())["attempts"]
+    assert attempt["exit_code"] == 1 and launch.job_status(folder) == "finished"
+    before = snapshot(tmp_path / "runs")
+    assert command_line.main(words) == 0 and launch.attempt(folder) == 0
+    assert snapshot(tmp_path / "runs").keys() == before.keys() and (folder / "exit_code").read_text() == "1\n"
+
+    suite = load_suite(path, check=False)
+    content = collect(suite, tmp_path / "runs", tmp_path / "results", allow_mixed=True)
+    (run,) = content["runs"]
+    assert run["diverged"] and run["wall_time_s"] is None and run["steps"] < 1024 and content["failed"] == []
+    rows = read_csv(tmp_path / "results" / "tiny" / f"{folder.name}.csv")
+    assert [row["global_step"] for row in rows] == ["256", "512", "768", "1024"] and rows[-1]["episodic_return"] == ""
+    results = load_results(suite, tmp_path / "results")
+    assert results.diverged == [folder.name]
+
+
 def test_a_job_is_never_run_twice_at_once(tmp_path):
     suite = load_suite(write(tmp_path, *LONG))
     folder = launch.prepare(suite, tmp_path / "runs")[0]
@@ -487,6 +532,44 @@ def test_collect_refuses_mixed_commits_arguments_and_uncommitted_code(copied, tm
     refused("runs of ppo on toy_envs:Walk-v0 with different gamma")
 
 
+def test_commands_are_compared_without_restated_arguments(copied, tmp_path):
+    """The suite now says what was the default when the runs were made; another suite that takes the runs may say so as well."""
+    suite, run_dir = copied
+    said = ('script = "ppo_continuous.py"', 'script = "ppo_continuous.py"\narguments = { critic-learning-rate = 2.8e-3 }')
+    with pytest.raises(Mixed, match="with other arguments than the suite's now .toy_envs_Walk-v0__ppo__1"):
+        collect(load_suite(write(tmp_path, said), check=False), run_dir, tmp_path / "results")
+    restated = write(tmp_path, said, ("grid = 256", 'grid = 256\nrestated = ["critic-learning-rate"]'))
+    assert collect(load_suite(restated), run_dir, tmp_path / "results")["mixed"] == []
+    job = suite.jobs()[0]
+    assert suites.same_run(job.command, [*job.command, "--gamma", "0.9"], ("gamma",))
+    assert not suites.same_run(job.command, [*job.command, "--gamma", "0.9"])
+
+
+@pytest.mark.parametrize(
+    ("made", "commit", "dirty", "cpu"),
+    [
+        ({"commit": "ab12", "dirty": True, "cpu": "a processor", "gpu": None}, "ab12", True, "a processor"),
+        ({"commit": "ab12-dirty"}, "ab12", True, None),
+        ({"commit": "ab12"}, "ab12", False, None),
+        ({"commit": None}, None, False, None),
+    ],
+)
+def test_a_run_that_was_started_by_hand_tells_where_it_came_from(made, commit, dirty, cpu):
+    """In either form of args.json."""
+    assert origin(made) == {"commit": commit, "dirty": dirty, "cpu": cpu, "gpu": None}
+
+
+def test_collect_takes_a_run_that_was_started_by_hand(copied, tmp_path):
+    suite, run_dir = copied
+    folder = run_dir / "tiny" / "toy_envs_Walk-v0__ppo__1"
+    edit_json(folder / "job.json", lambda made: made.update(attempts=[]))
+    first = collect(suite, run_dir, tmp_path / "results", allow_mixed=True)["runs"][0]
+    (run,) = launch.run_folders(folder)
+    commit = json.loads((run / "args.json").read_text())["commit"]
+    assert first["commit"] == commit.removesuffix("-dirty") and first["dirty"] == commit.endswith("-dirty")
+    assert (first["attempts"], first["cpu"], first["cores"]) == (0, None, None)
+
+
 def test_collect_on_the_command_line(copied, tmp_path, capsys):
     suite, run_dir = copied
     words = ["collect", str(suite.path), "--run-dir", str(run_dir), "--results", str(tmp_path / "results")]
@@ -524,3 +607,50 @@ def test_collect_works_without_git_and_removes_figures_of_earlier_csv_files(copi
     content = collect(suite, run_dir, tmp_path / "results")
     assert content["mixed"] == [] and {run["commit"] for run in content["runs"]} == {None}
     assert {path.name for path in folder.iterdir() if path.suffix != ".csv"} == {"runs.json", "notes.txt"}
+
+
+# ---- Measurements ----------------------------------------------------------------------------------------------
+def measure(module: str, code: str) -> str:
+    """What a module of benchmark/ prints when this is done with it as `m`: in a process of its own, since it forks."""
+    words = [sys.executable, "-c", f"import benchmark.{module} as m\nfrom pathlib import Path\n{code}"]
+    done = subprocess.run(words, cwd=REPO, env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not (REPO / ".git").exists(), reason="needs a git checkout")
+def test_this_tree_is_timed_against_a_commit(tmp_path):
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, text=True, capture_output=True).stdout.strip()
+    trees = ["git", "worktree", "list"]
+    before = subprocess.run(trees, cwd=REPO, capture_output=True).stdout
+    args = f'm.Args(against="{commit}", env_id="InvertedPendulum-v4", rounds=2, output=Path("{tmp_path}"))'
+    said = measure("speed", f'm.SHAPES = {{"8 x 256": ("", 4, 1)}}; m.main({args})')
+    assert "BLPO, 8 x 256: " in said and "of the commit's steps/s" in said
+    rows = read_csv(tmp_path / "against.csv")
+    assert [(row["script"], row["tree"]) for row in rows] == [(script, tree) for script in ("PPO", "BLPO") for tree in (commit, "this tree")]
+    assert all(0.1 < float(row["speed_vs_commit"]) < 10 for row in rows if row["tree"] == "this tree")
+    assert float(rows[3]["update_s"]) > float(rows[3]["nested_critic_s"]) > 0 and rows[1]["nested_critic_s"] == ""
+    assert json.loads((tmp_path / "against.json").read_text())["provenance"]["commit"] == commit
+    assert subprocess.run(trees, cwd=REPO, capture_output=True).stdout == before
+
+
+@pytest.mark.full
+def test_loops_and_solvers_are_timed(tmp_path):
+    args = f'm.Args(env_id="InvertedPendulum-v4", rounds=1, output=Path("{tmp_path}"))'
+    measure("speed", f'm.SHAPES = {{"8 x 256": ("", 4, 1)}}; m.ROWS = {{"128": ""}}; m.main({args})')
+    loops, solvers = (read_csv(tmp_path / f"{part}.csv") for part in ("loops", "solvers"))
+    assert [row["loop"] for row in loops[:2]] == ["PPO", "reference PPO"] and len(loops) == 7
+    assert all(float(row["ms"]) > 0 for row in solvers)
+    left = {(row["solver"], float(row["damping"])): float(row["relative_residual"]) for row in solvers}
+    assert left["exact", 1.0] < 1e-4 and left["cg 50", 1.0] < 1e-4 < left["cg 2", 1.0]
+
+
+@pytest.mark.full
+def test_the_study_of_directions_and_damping(tmp_path):
+    args = f'm.Args(("InvertedPendulum-v4",), 4096, (1, 2), results_dir=Path("{tmp_path}"))'
+    measure("ihvp_study", f"m.main({args})")
+    rows = read_csv(tmp_path / "residuals.csv")
+    assert {row["iteration"] for row in rows} == {"1", "2"} and {row["solver"] for row in rows} >= {"exact", "features", "krylov"}
+    assert max(float(row["residual"]) for row in rows if row["solver"] == "exact") < 1e-3
+    assert json.loads((tmp_path / "study.json").read_text())["commit"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 
@@ -12,17 +13,18 @@ from test_figures import ENVIRONMENTS, make_results, make_suite
 
 from benchmark import claims, figures, markdown, report, scores, statistics
 from benchmark.reference import load_reference, normalise
-from benchmark.suites import Claim, Dead, Gate
+from benchmark.suites import RESULTS, ROOT, Claim, Dead, Gate, known_suites, load_suite
 
 RETURN = Claim("BLPO at least as good as PPO", "blpo", "ppo")
 ABOVE = Claim("BLPO above PPO", "blpo", "ppo", "above")
 TIME = Claim("BLPO takes less time than PPO", "blpo", "ppo", "time")
 
 
-def page(suites, folder) -> str:
-    """What the report says of the results in that folder."""
-    report.report(suites, folder, folder / "results.md")
-    return (folder / "results.md").read_text()
+def page(suites, folder, out=None) -> str:
+    """What the report says of the results in that folder; it is written beside them, or to `out`."""
+    out = out or folder / "results.md"
+    report.report(suites, folder, out)
+    return out.read_text()
 
 
 def edit(suite, folder, change) -> None:
@@ -236,6 +238,71 @@ def test_the_page_has_every_table_and_names_what_is_missing(tmp_path):
     assert "commits 0123456789;" in text and "a processor" in text and "torch 2.13.0" in text
     returns = scores.final_returns(scores.load_results(suite, tmp_path / "results"), "ppo", "Hopper-v4")
     assert f"| PPO | {returns.mean():.0f} ± {np.std(returns, ddof=1):.0f} (4)<br>[" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({}, "each state its own start, with refreshed advantages (commit 0123456789, before the exact one)."),
+        ({"mixed_term": "timestep", "mixed_discount": None}, "each state its own start, with refreshed advantages (commit 0123456789, before"),
+        ({"mixed_term": "trajectory", "mixed_discount": None}, "κ = γλ, with refreshed advantages (commit 0123456789, before the exact one)."),
+        ({"mixed_term": "trajectory", "mixed_discount": 0.99}, "κ = 0.99, with refreshed advantages (commit 0123456789, before the"),
+        ({"mixed_discount": None}, "κ = γλ, with the advantages of the targets (commit 0123456789)."),
+        ({"mixed_discount": 0.0, "mixed_advantages": "refreshed"}, "each state its own start, with refreshed advantages (commit 0123456789)."),
+        ({"leader": "released", "mixed_discount": None}, "as in the released code (commit 0123456789)."),
+    ],
+)
+def test_the_page_says_which_mixed_term_the_runs_had(tmp_path, arguments, words):
+    suite = make_suite(seeds=1)
+    make_results(suite, tmp_path)
+
+    def blpo(made):
+        for run in made["runs"]:
+            if run["method"] != "ppo":
+                run |= {"script": "blpo_continuous.py", "arguments": {"ihvp": "none" if run["method"] == "nested" else "nystrom"} | arguments}
+
+    edit(suite, tmp_path, blpo)
+    text = page([suite], tmp_path)
+    assert text.count("Mixed term of the hypergradient") == 1 and f"Mixed term of the hypergradient: {words}" in text
+
+
+def test_several_readings_of_the_mixed_term_name_their_methods(tmp_path):
+    suite = dataclasses.replace(make_suite(methods=4, seeds=1), restated=("mixed-discount",))
+    make_results(suite, tmp_path)
+    readings = {"blpo": {}, "blpo-cg": {"mixed_discount": None}}
+
+    def blpo(made):
+        for run in made["runs"]:
+            if run["method"] in readings:
+                run |= {"script": "blpo_continuous.py", "arguments": {"ihvp": "cg"} | readings[run["method"]]}
+
+    edit(suite, tmp_path, blpo)
+    text = page([suite], tmp_path)
+    assert "each state its own start, with refreshed advantages (commit 0123456789, before the exact one): BLPO.\n" in text
+    assert "κ = γλ, with the advantages of the targets (commit 0123456789): BLPO, conjugate gradient.\n" in text
+    assert "by default or under another name of then: `mixed-discount`." in text
+
+
+def test_runs_that_ended_early_have_no_time(tmp_path):
+    """Of a run that diverged: neither in the median nor in a pair."""
+    suite = make_suite(seeds=2, environments=1, claims=(TIME,))
+    make_results(suite, tmp_path)
+
+    def early(made):
+        for run in made["runs"]:
+            if run["job"] == "Hopper-v4__ppo__1":
+                run |= {"diverged": True, "wall_time_s": None}
+
+    edit(suite, tmp_path, early)
+    assert judge(suite, tmp_path, TIME).n == "1 pairs, Hopper-v4"
+    assert "### Wall-clock time" in page([suite], tmp_path)
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
+    suites = [load_suite(name, check=False) for name in known_suites()]
+    text = page([suite for suite in suites if (RESULTS / suite.name / "runs.json").exists()], RESULTS, tmp_path / "results.md")
+    here = os.path.relpath(RESULTS, tmp_path)
+    assert text.replace(here, "../benchmark/results") == (ROOT / "docs" / "results.md").read_text()
 
 
 def test_two_reports_have_the_same_bytes(tmp_path):
