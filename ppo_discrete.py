@@ -27,6 +27,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -67,6 +68,13 @@ Positive = number(float, "FLOAT>0", gt=0)
 NonNegative = number(float, "FLOAT>=0", ge=0)
 Width = number(int, "1..8192", ge=1, le=8192)
 Fraction = number(float, "0..1", ge=0, le=1)
+
+
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
 
 
 class BadInput(Exception):
@@ -119,7 +127,7 @@ class Args(CheckedArgs):
 
     env_id: str = "CartPole-v1"
     """any task with a Discrete action space; also namespace/Name-v0 and module:Name-v0"""
-    env_kwargs: str = "{}"
+    env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
     """keyword arguments of the task, as JSON: '{"sutton_barto_reward": true}'"""
     env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
     """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool where it has the task, else sync"""
@@ -195,12 +203,19 @@ def task_errors(env_id: str):
         yield
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
-        own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+        own = [frame for frame in frames if not re.search("site-packages|frozen importlib", frame.filename) and frame.filename != __file__]
         where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
         if isinstance(error, ModuleNotFoundError):
             where += "; modules are found beside the script, in the working directory and on PYTHONPATH"
         text = " ".join(str(error).split()).rstrip(".")
         raise BadInput(f"--env-id {env_id!r} cannot be made: {type(error).__name__}: {text}{where}") from error
+
+
+def leave_interrupts(env: gym.Env) -> gym.Env:
+    """The environment; in a process of its own it ignores Ctrl-C, which is the training loop's to answer."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
 
 
 def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.Space]:
@@ -236,7 +251,7 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
                 except AssertionError as error:
                     say(f"note: Gymnasium's check of {args.env_id!r} says: {' '.join(str(error).split())}")
             mode = "async" if args.env_backend == "async" else "sync"
-            envs = gym.make_vec(args.env_id, num_envs=args.num_envs, vectorization_mode=mode, **kwargs)
+            envs = gym.make_vec(args.env_id, args.num_envs, mode, wrappers=[leave_interrupts], **kwargs)
             if len(envs.single_observation_space.shape or ()) != 1:
                 envs = gym.wrappers.vector.FlattenObservation(envs)
             envs.reset(seed=seed)
@@ -487,7 +502,8 @@ class Run:
         except FileNotFoundError as error:
             raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run") from error
         except Exception as error:  # a damaged archive raises errors of many kinds
-            raise BadInput(f"--resume {self.folder}: checkpoint.pt cannot be read, {error}; start a new run") from error
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: checkpoint.pt cannot be used: {reason}; start a new run") from error
         return self
 
     def open(self) -> None:
@@ -507,17 +523,18 @@ class Run:
         except OSError as error:
             raise BadInput(f"the run folder cannot be written: {error}; name another --run-dir or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if self.checkpoint else None)
-        interval = 0.1 if sys.stderr.isatty() else 10  # seconds
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True, mininterval=interval)
+        interval = 0.1 if sys.stderr and sys.stderr.isatty() else 10  # seconds; the delay leaves the first word to `log`
+        settings = dict(unit="step", unit_scale=True, mininterval=interval, delay=0.1, disable=sys.stderr is None)
+        self.bar = tqdm(total=self.args.total_timesteps, initial=self.global_step, **settings)
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.opened, self.started = True, time.perf_counter() - self.wall_time
 
     def on_signal(self, number: int, frame) -> None:
         """Ask the loop to stop; at once if it was asked before or has ended."""
-        if self.stop_signal or self.trained:
+        at_once, self.stop_signal = self.stop_signal or self.trained, number
+        if at_once:
             sys.exit(128 + number)
-        self.stop_signal = number
 
     def start_wandb(self) -> None:
         """Send what TensorBoard gets to W&B as well. Parts that are logged offline are runs of one group, since an id that
@@ -540,12 +557,12 @@ class Run:
         """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after it are dropped,
         and so is, with a message, what cannot be read."""
         path, kept, damaged = self.folder / name, [], 0
-        for line in path.read_text(errors="replace").splitlines()[1:] if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                kept += [(line, row)] if row["global_step"] <= self.global_step else []
+                kept += [(line, row)] if int(row["global_step"]) <= self.global_step else []
             except ValueError:
-                damaged += 1
+                damaged += line != ",".join(columns)
         if damaged:
             say(f"{path}: {damaged} lines could not be read and are dropped")
         self.returns += [(row["global_step"], row["episodic_return"]) for _, row in kept if columns is EPISODES]
@@ -555,8 +572,8 @@ class Run:
         return csv.DictWriter(self.files[-1], columns)
 
     def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder."""
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        """Write or replace a json file of the folder; nan and inf, which strict JSON does not have, become null."""
+        text = json.dumps(json.loads(json.dumps(content), parse_constant=lambda word: None), indent=1) + "\n"
         write_atomically(self.folder / name, lambda file: file.write(text.encode()))
 
     def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
@@ -580,11 +597,10 @@ class Run:
             self.bar.update(global_step - self.bar.n)
 
     def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and torch's random states; the csv files reach the disk before."""
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the disk before."""
         for file in self.files:
             os.fsync(file.fileno())
-        rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": rng}
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def __exit__(self, kind, error, trace) -> None:
@@ -592,11 +608,12 @@ class Run:
         if self.opened:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            ends = {type(None): "finished", SystemExit: "interrupted", KeyboardInterrupt: "interrupted", Diverged: "diverged"}
-            status = ends.get(type(error), "failed")
+            interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error, SystemExit) and self.stop_signal
+            ends = {type(None): "finished", Diverged: "diverged"}
+            status = "interrupted" if interrupted else ends.get(type(error), "failed")
             end = self.args.total_timesteps // (self.args.num_envs * self.args.num_steps) * self.args.num_envs * self.args.num_steps
             last = [value for step, value in self.returns if step > 0.9 * end]
-            final = float(np.mean(last)) if last and np.isfinite(last).all() else None
+            final = float(np.mean(last or math.nan))
             result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time, "final_return": final}
             result |= {"error": f"{kind.__name__}: {error}"} if status in ("failed", "diverged") else self.result
             for each in (self.bar, self.tensorboard, *self.files):
@@ -604,13 +621,15 @@ class Run:
                     each.close()
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 self.write_json("result.json", result)
-            say(f"{status} after {self.global_step:,} steps, final return {final or math.nan:.1f}: {self.folder}")
+            say(f"{status} after {self.global_step:,} steps, final return {final:.1f}: {self.folder}")
             if status == "interrupted":
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
         if self.lock is not None:
             self.lock.release()
+        if self.opened and status == "failed" and isinstance(error, SystemExit):
+            raise RuntimeError("the task tried to end the process") from error
 
 
 def load_agent(path: str | Path) -> Agent:
@@ -648,7 +667,7 @@ def play(policy: Callable, args, episodes: int, film_folder: Path | None = None)
     for episode in range(episodes):
         obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
         for _ in range(5_000 if film_folder else 100_000):
-            obs, reward, terminated, truncated, _ = env.step(policy(obs))
+            obs, reward, terminated, truncated, _ = env.step(policy(obs)[()])
             returns[episode] += float(reward)
             if terminated or truncated:
                 break
@@ -661,6 +680,8 @@ def train(args: Args) -> Path:
     """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
     with Run(args) as run:
         checkpoint, start = run.checkpoint, run.global_step
+        if start % (args.num_envs * args.num_steps) or start > args.total_timesteps:
+            raise BadInput(f"--total-timesteps, and --num-envs x --num-steps, do not go with the {start} steps of {args.resume}")
         torch.manual_seed(args.seed)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -695,9 +716,7 @@ def train(args: Args) -> Path:
                 raise BadInput(f"--resume {args.resume}: its networks have another shape; leave out the widths and the task") from error
             for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
                 stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
-            torch.set_rng_state(checkpoint["rng"][0])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state_all(checkpoint["rng"][1:])
+            torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
 
         def normalise(raw: np.ndarray) -> np.ndarray:
             """Observations in units of their running standard deviation, clipped to +-10."""
