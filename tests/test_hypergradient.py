@@ -1,375 +1,705 @@
-"""The hypergradient: what `train` computes against autograd, and its parts against re-solved inner problems."""
+"""The hypergradient: against a follower that is solved again for every theta, on a task whose chunks can be enumerated;
+what `train` computes on real minibatches, against plain autograd."""
 
+import copy
+import csv
+import importlib
 import inspect
-import itertools
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
 import blpo_continuous as blpo
-import blpo_continuous_ablations as laboratory
-import blpo_discrete as discrete
-from benchmark import ihvp_study
+import blpo_discrete
 
 DOUBLE = torch.float64
+REFRESHED, TARGETS = "refreshed", "targets"  # whose advantages the mixed term has; the script's are those of the targets
 
 
-# ---- What train computes on real minibatches -------------------------------------------------------------------
-def minibatches_of(script, tmp_path, monkeypatch, *arguments):
-    """The local variables of `train` at the last minibatch of each rollout, when its diagnostics are taken."""
-    seen, original = [], script.leader_diagnostics
+def composed(critic, batch, solve, clip_coef=0.2, norm_adv=False, mixed_advantages=TARGETS):
+    """direct, correction and what leads to them: the script's functions as `train` calls them on a minibatch.
 
-    def spy(theta, direct, correction, weights, z):
-        names = inspect.currentframe().f_back.f_locals
-        gradients = [torch.autograd.grad(x, theta, retain_graph=True) for x in (direct, correction)]
-        kept = {k: x.detach().clone() if isinstance(x, torch.Tensor) else x for k, x in names.items() if k != "run"}
-        critic = blpo.mlp(kept["obs_dim"], 64, 1, 1.0)
-        critic.load_state_dict(names["agent"].critic.state_dict())
-        kept["actor_weights"] = {k: x.clone() for k, x in names["agent"].state_dict().items()}
-        seen.append(kept | {"critic": critic.double(), "gradients": [torch.cat([g.flatten() for g in x]) for x in gradients]})
-        return original(theta, direct, correction, weights, z)
-
-    monkeypatch.setattr(script, "leader_diagnostics", spy)
-    words = ["--num-envs", "4", "--total-timesteps", "2048", "--run-dir", str(tmp_path)]
-    words += [] if script is discrete else ["--env-id", "Hopper-v4"]
-    script.train(script.parse_args(script.Args, [*words, *arguments]))
-    assert seen, "train no longer calls leader_diagnostics"
-    return seen
-
-
-def recompute(seen, leader="lambda-return"):
-    """J as a function of the critic's flat parameters, and the mixed term's surrogate as one of both players', from the
-    recorded minibatch in float64 with plain autograd."""
-    names = ("mb_obs", "mb_rewards", "mb_discounts", "weights", "mb_operator", "mb_logprobs", "mb_actions")
-    chunks, rewards, discounts, weights, operator, old_logprobs, actions = (seen[name].double() for name in names)
-    clip = seen["args"].clip_coef
-    omega = torch.cat([parameter.detach().flatten() for parameter in seen["critic"].parameters()])
-
-    def values(w):
-        return laboratory.flat_call(seen["critic"], w, chunks.flatten(0, 1)).view(len(chunks), -1)
-
-    def advantages(w):
-        v = values(w)
-        returns = v[:, :-1] + (operator @ (rewards + discounts * v[:, 1:] - v[:, :-1])[:, :, None])[:, :, 0]
-        return returns - (v[:, :-1] if leader == "released" else values(omega)[:, :-1].detach())
-
-    def ratio(theta):
-        x, layers = chunks[:, :-1], [x for name, x in theta.items() if name != "actor_logstd"]
-        for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
-            x = torch.tanh(x @ weight.T + bias)
-        outputs = x @ layers[-2].T + layers[-1]
-        if "actor_logstd" not in theta:
-            return torch.exp(torch.distributions.Categorical(logits=outputs).log_prob(actions) - old_logprobs)
-        normal = torch.distributions.Normal(outputs, theta["actor_logstd"].exp())
-        return torch.exp(normal.log_prob(actions).sum(-1) - old_logprobs)
-
-    # in the order of `actor_parameters`: the layers, then the log standard deviation if there is one
-    theta = {k: x.double() for k, x in seen["actor_weights"].items() if "actor" in k}
-    theta |= {"actor_logstd": theta.pop("actor_logstd")} if "actor_logstd" in theta else {}
-
-    def leader_objective(theta, w):
-        a, r = advantages(w), ratio(theta)
-        return (weights * torch.min(r * a, r.clamp(1 - clip, 1 + clip) * a)).sum()
-
-    def inner_surrogate(theta, w):
-        """sum_t 2 w_t s_t(theta) (G_t - V_omega): its theta-gradient stands for that of L (Prop. 1, each state its
-        own start); advantages detached, normalised."""
-        fixed = advantages(omega).detach()
-        if seen["args"].norm_adv:
-            mean = (weights * fixed).sum()
-            fixed = (fixed - mean) / (weights * (fixed - mean) ** 2).sum().sqrt()
-        r = ratio(theta)
-        surrogate = torch.min(r * fixed, r.clamp(1 - clip, 1 + clip) * fixed)
-        return (2 * weights * surrogate * (advantages(omega).detach() + values(omega)[:, :-1].detach() - values(w)[:, :-1])).sum()
-
-    return theta, omega, values, leader_objective, inner_surrogate
+    `batch` has obs (C, L + 1, D), ratio, advantages (of the targets), rewards, discounts, weights (C, L) and the operators.
+    """
+    jacobian = blpo.CriticJacobian(critic, batch.obs.flatten(0, 1))
+    values = jacobian.values.view(len(batch.obs), -1)
+    refreshed = blpo.lambda_returns(values, batch.rewards, batch.discounts, batch.operator) - values[:, :-1]
+    advantages = refreshed if mixed_advantages == REFRESHED else batch.advantages
+    if norm_adv:
+        refreshed, advantages = (x - (batch.weights * x).sum() for x in (refreshed, advantages))
+        std = (batch.weights * refreshed**2).sum().sqrt() + 1e-8
+        refreshed, advantages = refreshed / std, advantages / std
+    slopes = batch.weights * blpo.surrogate_slope(batch.ratio.detach(), refreshed, clip_coef)
+    u = blpo.lambda_returns_vjp(slopes, batch.discounts, batch.operator).flatten()
+    b, v = solve(blpo.GaussNewton(jacobian, nn.functional.pad(batch.weights, (0, 1)).flatten()), u)
+    e = blpo.transposed(batch.mixed_operator, jacobian.jvp(v).view(values.shape)[:, :-1])
+    surrogates = blpo.clipped_surrogate(batch.ratio, torch.stack([refreshed, advantages]), clip_coef)
+    direct, correction = (torch.stack([batch.weights, batch.weights * 2 * e]) * surrogates).sum((1, 2))
+    return SimpleNamespace(direct=direct, correction=correction, b=b, v=v, e=e, std=std if norm_adv else 1.0)
 
 
-def flat_gradient(gradients, theta):
-    return torch.cat([gradients[name].flatten() for name in theta])
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("script", [blpo, laboratory, discrete])
-def test_train_takes_the_gradient_of_j_in_omega_and_the_mixed_term_of_algorithm_1(script, tmp_path, monkeypatch):
-    arguments = ["--ihvp", "exact", "--damping", "1.0", "--no-norm-adv", "--ent-coef", "0"]
-    for seen in minibatches_of(script, tmp_path, monkeypatch, *arguments):
-        theta, omega, values, leader_objective, inner_surrogate = recompute(seen)
-        b = torch.func.grad(lambda w: leader_objective(theta, w))(omega)
-        assert torch.allclose(seen["b"].double(), b, rtol=0, atol=1e-4 * b.norm())
-
-        weights = seen["weights"].double()
-        jacobian = torch.func.jacrev(lambda w: values(w)[:, :-1].flatten())(omega)
-        curvature = 2 * jacobian.T @ (weights.flatten()[:, None] * jacobian)
-        v = torch.linalg.solve(curvature + torch.eye(len(b), dtype=DOUBLE), b)
-        assert (seen["v"].double() - v).norm() < 1e-3 * v.norm()
-
-        mixed = torch.func.jvp(lambda w: torch.func.grad(lambda t: inner_surrogate(t, w))(theta), (omega,), (v,))[1]
-        correction = -flat_gradient(mixed, theta)  # Algorithm 1: minus the mixed term
-        assert (seen["gradients"][1].double() - correction).norm() < 2e-3 * correction.norm()
-        direct = flat_gradient(torch.func.grad(lambda t: leader_objective(t, omega))(theta), theta)
-        assert (seen["gradients"][0].double() - direct).norm() < 1e-3 * direct.norm()
+# ---- A task that can be enumerated -----------------------------------------------------------------------------
+# Three states, two actions. Episodes start in state 0, end by termination (None) or are cut after three steps, and a reset
+# row follows. A rollout is one environment's chunk of six rows: an episode, its reset row, the start of the next one.
+GAMMA, LIMIT, LENGTH = 0.9, 3, 6
+NEXT = {
+    (0, 0): [(1, 1.0)], (0, 1): [(1, 0.4), (2, 0.6)], (1, 0): [(2, 1.0)], (1, 1): [(None, 1.0)],
+    (2, 0): [(0, 1.0)], (2, 1): [(None, 1.0)],
+}  # fmt: skip
+REWARD = {(0, 0): 1.0, (0, 1): -0.5, (1, 0): 0.3, (1, 1): 2.0, (2, 0): -1.0, (2, 1): 0.7}
+OLD_VALUES = np.array([0.6, -1.2, 2.1])  # of the critic that the targets bootstrap from: no policy has these values
+FEATURES = {
+    "tabular": torch.eye(3, dtype=DOUBLE),
+    "linear": torch.tensor([[1.0, 0.3], [-2.0, 0.9], [0.5, -0.4]], dtype=DOUBLE),
+    "tanh": torch.tensor([[0.4], [1.1], [-0.1]], dtype=DOUBLE),
+}
+THETA = 0.7 * np.random.default_rng(0).normal(size=6)
 
 
-def test_normalised_advantages_scale_both_parts_alike(tmp_path, monkeypatch):
-    """J / sigma has one factor 1 / sigma in its direct part and one in the product of the correction."""
-    for seen in minibatches_of(blpo, tmp_path, monkeypatch, "--ihvp", "exact", "--damping", "1.0"):
-        theta, omega, values, _, inner_surrogate = recompute(seen)
-        v = seen["v"].double()
-        mixed = torch.func.jvp(lambda w: torch.func.grad(lambda t: inner_surrogate(t, w))(theta), (omega,), (v,))[1]
-        correction = -flat_gradient(mixed, theta)
-        assert (seen["gradients"][1].double() - correction).norm() < 2e-3 * correction.norm()
+def softmax_policy(theta):
+    """pi(a|s) (3, 2) of the logits theta (6,)."""
+    weights = np.exp(np.reshape(theta, (3, 2)))
+    return weights / weights.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize("solver", ["nystrom", "cg", "exact"])
-def test_infinite_damping_is_the_nested_control(solver, tmp_path, monkeypatch):
-    for seen in minibatches_of(blpo, tmp_path, monkeypatch, "--ihvp", solver, "--damping", "1e12"):
-        direct, correction = seen["gradients"]
-        assert 0 < correction.norm() < 1e-6 * direct.norm()
+def expected_return(first, then, values, lambda_, state, age, row, chunk=LENGTH):
+    """The mean lambda-return of a row: its action by the policy `first`, all later ones by `then`. It bootstraps from
+    `values` (3,), which stand still; `age` steps of the episode lie before."""
+    total = 0.0
+    for action in (0, 1):
+        for following, probability in NEXT[state, action]:
+            if following is None:
+                later = 0.0
+            elif age + 1 == LIMIT or (row + 1) % chunk == 0:  # cut, or the end of the chunk
+                later = values[following]
+            else:
+                rest = expected_return(then, then, values, lambda_, following, age + 1, row + 1, chunk)
+                later = (1 - lambda_) * values[following] + lambda_ * rest
+            total += first[state, action] * probability * (REWARD[state, action] + GAMMA * later)
+    return total
 
 
-@pytest.mark.parametrize("script", [blpo, discrete])
-def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(script, tmp_path, monkeypatch):
-    """Bitwise: the sketch draws from a generator of its own."""
-    words = ["--num-envs", "4", "--total-timesteps", "4096", "--save-model", "--run-dir", str(tmp_path)]
-    nested = script.train(script.parse_args(script.Args, [*words, "--ihvp", "none"]))
-    bilevel = script.train(script.parse_args(script.Args, words))
-    monkeypatch.setattr(script, "nystrom_ihvp", lambda *system: tuple(0 * x for x in _nystrom(*system)))
-    zero = script.train(script.parse_args(script.Args, words))
-    weights = [torch.load(run / "model.pt", weights_only=True)["agent"] for run in (nested, zero, bilevel)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+def visits(pi):
+    """{(state, age, row): share of all transitions} under the policy."""
+    mass = defaultdict(float) | {(0, 0, 0): 1.0}
+    for row in range(LENGTH):
+        for state, age, _ in [key for key in mass if key[2] == row]:
+            for action in (0, 1):
+                for following, probability in NEXT[state, action]:
+                    ended = following is None or age + 1 == LIMIT
+                    reached = (0, 0, row + 2) if ended else (following, age + 1, row + 1)
+                    mass[reached] += mass[state, age, row] * pi[state, action] * probability
+    mass = {key: value for key, value in mass.items() if key[2] < LENGTH}
+    return {key: value / sum(mass.values()) for key, value in mass.items()}
 
 
-_nystrom = blpo.nystrom_ihvp
+def central_differences(function, theta, step=1e-5):
+    """The derivatives of a function of theta (6,)."""
+    steps = step * np.eye(len(theta))
+    return torch.tensor(np.array([(function(theta + s) - function(theta - s)) / (2 * step) for s in steps]))
 
 
-def test_a_non_finite_response_falls_back_to_the_direct_gradient_and_is_counted(tmp_path, monkeypatch):
-    words = ["--num-envs", "4", "--total-timesteps", "2048", "--save-model", "--run-dir", str(tmp_path)]
-    nested = blpo.train(blpo.parse_args(blpo.Args, [*words, "--ihvp", "none"]))
-    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda *system: tuple(math.nan * x for x in _nystrom(*system)))
-    broken = blpo.train(blpo.parse_args(blpo.Args, words))
-    weights = [torch.load(run / "model.pt", weights_only=True)["agent"] for run in (nested, broken)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    header, *rows = [line.split(",") for line in (broken / "metrics.csv").read_text().splitlines()]
-    per_rollout = blpo.Args.update_epochs * blpo.Args.num_minibatches
-    assert [float(row[header.index("bilevel/fallbacks")]) for row in rows] == [per_rollout] * len(rows)
+def enumerated(theta, lambda_, kappa, target_lambda):
+    """Every chunk that can happen, weighed by its probability under the policy at theta, as a minibatch of the script, made
+    by its own functions. `theta` is the leaf that the ratio depends on. Rows without meaning hold large numbers."""
+    pi, paths = softmax_policy(theta.detach().numpy()), []
 
-
-def test_the_laboratory_at_its_defaults_follows_the_method(tmp_path):
-    words = ["--num-envs", "4", "--total-timesteps", "2048", "--ihvp", "exact", "--save-model", "--run-dir", str(tmp_path)]
-    runs = [script.train(script.parse_args(script.Args, words)) for script in (blpo, laboratory)]
-    first, second = (torch.load(run / "model.pt", weights_only=True)["agent"] for run in runs)
-    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
-
-
-# ---- A tabular MDP whose trajectories can be enumerated ----------------------------------------------------------
-# State 0 starts; every episode ends within 4 steps, by termination. In each chunk the rows after the end are no
-# transitions. Summing over all trajectories with their probabilities makes every expectation exact.
-GAMMA = 0.9
-NEXT = {0: {0: [(1, 0.6), (2, 0.4)], 1: [(2, 0.9), (3, 0.1)]}, 1: {0: [(3, 1.0)], 1: [(2, 0.5), (3, 0.5)]},
-        2: {0: [(3, 0.7), (None, 0.3)], 1: [(None, 1.0)]}, 3: {0: [(None, 1.0)], 1: [(None, 1.0)]}}  # fmt: skip
-REWARD = {(0, 0): 1.0, (0, 1): -0.5, (1, 0): 0.3, (1, 1): 2.0, (2, 0): -1.0, (2, 1): 0.7, (3, 0): 1.5, (3, 1): -0.2}
-
-
-def trajectories():
-    """All ((state, action) ..., end) of the MDP from state 0."""
-
-    def extend(prefix, state):
-        if state is None:
-            yield prefix
+    def extend(path, state, age, probability):
+        if len(path) >= LENGTH:
+            final = path[LENGTH] if len(path) > LENGTH else (state, age, 0, "")  # one more than LENGTH: a reset row
+            paths.append(([*path[:LENGTH], final], probability))
             return
         for action in (0, 1):
-            for following, _ in NEXT[state][action]:
-                yield from extend([*prefix, (state, action, following)], following)
+            for following, chance in NEXT[state, action]:
+                how = "terminated" if following is None else "cut" if age + 1 == LIMIT else ""
+                after = [*path, (state, age, action, how)]
+                if how:
+                    extend([*after, (following, -1, 0, "reset")], 0, 0, probability * pi[state, action] * chance)
+                else:
+                    extend(after, following, age + 1, probability * pi[state, action] * chance)
 
-    return list(extend([], 0))
-
-
-def policy(theta):
-    """Softmax policy (4, 2) with logits theta (8,)."""
-    return torch.softmax(theta.view(4, 2), -1)
-
-
-def state_values(pi):
-    """V^pi by backward substitution: the states are numbered in the order they are visited."""
-    values = {}
-    for s in reversed(range(4)):
-        value = 0.0
-        for a in (0, 1):
-            future = sum(p * values[f] for f, p in NEXT[s][a] if f is not None)
-            value = value + pi[s, a] * (REWARD[s, a] + GAMMA * future)
-        values[s] = value
-    return torch.stack([values[s] for s in range(4)])
-
-
-def target_values(pi, after, lambda_):
-    """Mean lambda-return of pi that bootstraps from the values `after`, held fixed: V^pi at lambda 1."""
-    values = {}
-    for s in reversed(range(4)):
-        value = 0.0
-        for a in (0, 1):
-            future = sum(p * ((1 - lambda_) * after[f] + lambda_ * values[f]) for f, p in NEXT[s][a] if f is not None)
-            value = value + pi[s, a] * (REWARD[s, a] + GAMMA * future)
-        values[s] = value
-    return torch.stack([values[s] for s in range(4)])
+    extend([], 0, 0, 1.0)
+    chunks, probabilities = [path for path, _ in paths], torch.tensor([p for _, p in paths], dtype=DOUBLE)
+    assert abs(probabilities.sum() - 1) < 1e-12
+    # state -1, after a termination, stands for any observation
+    states = torch.tensor([[-1 if state is None else state for state, *_ in path] for path in chunks])
+    ages, actions = (torch.tensor([[row[i] for row in path] for path in chunks]) for i in (1, 2))
+    terminated, cut, reset = (
+        torch.tensor([[row[3] == how for row in path[:-1]] for path in chunks]).double() for how in ("terminated", "cut", "reset")
+    )
+    assert terminated.any() and cut.any() and reset.any()
+    rewards = [[1e3 if how == "reset" else REWARD[s, a] for s, _, a, how in path[:-1]] for path in chunks]
+    rewards, old = torch.tensor(rewards, dtype=DOUBLE), torch.tensor([*OLD_VALUES, 1e3])[states]
+    ended, valid, actions = terminated + cut, 1 - reset, actions[:, :-1]
+    logprobs = theta.view(3, 2).log_softmax(-1)[states[:, :-1], actions]
+    weights = probabilities[:, None] * valid
+    return SimpleNamespace(
+        states=states, ages=ages, valid=valid, ended=ended, logprobs=logprobs, ratio=(logprobs - logprobs.detach()).exp(),
+        rewards=rewards, discounts=GAMMA * (1 - terminated), weights=weights / weights.sum(),
+        operator=blpo.gae_operator(ended, valid, GAMMA * lambda_), mixed_operator=blpo.gae_operator(ended, valid, kappa),
+        advantages=blpo.gae(rewards.T, old.T, terminated.T, ended.T, GAMMA, target_lambda).T,
+    )  # fmt: skip
 
 
-def first_step_values(pi, after):
-    """V of: act once by pi, then by another policy with the values `after`."""
-    return target_values(pi, after, 0.0)
+def test_the_enumeration_and_the_recursion_visit_the_same_rows():
+    """They share nothing but the task: the first is what is judged, the second judges."""
+    batch, expected = enumerated(torch.tensor(THETA), 1.0, 0.0, 1.0), visits(softmax_policy(THETA))
+    found = defaultdict(float)
+    for chunk in range(len(batch.states)):
+        for row in batch.valid[chunk].nonzero().flatten().tolist():
+            found[int(batch.states[chunk, row]), int(batch.ages[chunk, row]), row] += float(batch.weights[chunk, row])
+    assert found.keys() == expected.keys() and all(abs(found[key] - expected[key]) < 1e-12 for key in found)
+    assert {row for _, _, row in found} == set(range(LENGTH))
 
 
-class Enumerated:
-    """Every trajectory as one chunk, its weights the probability under the policy at theta_0 (held fixed)."""
+# ---- The gradients that the docstring states -------------------------------------------------------------------
+@pytest.mark.parametrize("lambda_", [0.8, pytest.param(0.0, marks=pytest.mark.full), pytest.param(1.0, marks=pytest.mark.full)])
+def test_an_action_earns_the_targets_of_all_rows_before_it(lambda_):
+    """grad E[G'_t] = E[sum_{k >= t} kappa^(k-t) A'_k grad log pi_k], kappa = gamma lambda, for every state, age and row."""
+    theta = torch.tensor(THETA, requires_grad=True)
+    batch = enumerated(theta, lambda_, GAMMA * lambda_, lambda_)
+    earned = (batch.mixed_operator @ (batch.advantages * batch.logprobs)[:, :, None])[:, :, 0]
+    for state, age, row in visits(softmax_policy(THETA)):
+        here = (batch.states[:, row] == state) & (batch.ages[:, row] == age)
+        shares = batch.weights[here, row] / batch.weights[here, row].sum()
+        ours = torch.autograd.grad(shares @ earned[here, row], theta, retain_graph=True)[0]
 
-    def __init__(self, theta_0):
-        self.theta_0, paths, length = theta_0, trajectories(), 4
-        shape = (len(paths), length)
-        self.states, self.actions = (torch.zeros(len(paths), length + 1, dtype=torch.long) for _ in range(2))
-        self.rewards, self.terminated, self.valid = (torch.zeros(shape, dtype=DOUBLE) for _ in range(3))
-        probability, pi = torch.ones(len(paths), dtype=DOUBLE), policy(theta_0)
-        for c, path in enumerate(paths):
-            for t, (state, action, following) in enumerate(path):
-                self.states[c, t], self.actions[c, t], self.valid[c, t] = state, action, 1
-                self.rewards[c, t], self.terminated[c, t] = REWARD[state, action], following is None
-                probability[c] *= pi[state, action] * dict(NEXT[state][action])[following]
-        assert abs(probability.sum() - 1) < 1e-12
-        self.weights = probability[:, None] * self.valid
-        self.weights /= self.weights.sum()
-        self.distribution = torch.zeros(4, dtype=DOUBLE).index_add_(0, self.states[:, :-1].flatten(), self.weights.flatten())
-        self.discounts = GAMMA * (1 - self.terminated)
+        def target(theta):
+            pi = softmax_policy(theta)
+            return expected_return(pi, pi, OLD_VALUES, lambda_, state, age, row)
 
-    def ratio(self, theta):
-        pi, old = policy(theta), policy(self.theta_0).detach()
-        pairs = self.states[:, :-1], self.actions[:, :-1]
-        return pi[pairs] / old[pairs]
+        assert (ours - central_differences(target, THETA)).norm() < 1e-9
 
 
-def critic_features(kind, values):
-    """One-hot features, or two features of which one is V^pi itself, so that the linear critic can be exact."""
-    return torch.eye(4, dtype=DOUBLE) if kind == "tabular" else torch.stack([values, torch.tensor([1.0, -2.0, 0.5, 3.0]).double()], 1)
+@pytest.mark.parametrize("lambda_", [0.8, pytest.param(1.0, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", ["linear", "tanh"])
+def test_gradient_of_l_in_theta_and_the_mixed_term_at_any_critic(kind, lambda_):
+    """grad_theta of sum d (E G' - V)^2 = 2 sum_k (W^T (E G' - V))_k A'_k grad log pi_k, and its derivative in omega along v
+    = -2 sum_k (W^T z)_k A'_k grad log pi_k, at a critic that is at no minimum. The variance of G' does not depend on omega."""
+    torch.manual_seed(1)
+    features = FEATURES[kind]
+    layers = [nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)] if kind == "tanh" else [nn.Linear(2, 1)]
+    critic = nn.Sequential(*layers).double()
+    theta, shares = torch.tensor(THETA, requires_grad=True), visits(softmax_policy(THETA))
+    batch = enumerated(theta, lambda_, GAMMA * lambda_, lambda_)
+    jacobian = blpo.CriticJacobian(critic, features)
+    v = torch.randn(sum(jacobian.sizes), dtype=DOUBLE)
+    slopes, values = jacobian.jvp(v), critic(features).squeeze(-1).detach()
+
+    def targets(theta):
+        pi = softmax_policy(theta)
+        return {key: expected_return(pi, pi, OLD_VALUES, lambda_, *key) for key in shares}
+
+    def loss(theta):
+        return sum(shares[key] * (target - values[key[0]].item()) ** 2 for key, target in targets(theta).items())
+
+    def slope_along_v(theta):
+        return sum(-2 * shares[key] * (x - values[key[0]].item()) * slopes[key[0]].item() for key, x in targets(theta).items())
+
+    errors = torch.zeros_like(batch.weights)
+    for (state, age, row), target in targets(THETA).items():
+        errors[(batch.states[:, row] == state) & (batch.ages[:, row] == age), row] = target - values[state]
+    for x, sign, oracle in ((errors, 2, loss), (slopes[batch.states[:, :-1]], -2, slope_along_v)):
+        e = blpo.transposed(batch.mixed_operator, x)
+        ours = torch.autograd.grad(sign * (batch.weights * e * batch.advantages * batch.logprobs).sum(), theta, retain_graph=True)[0]
+        assert relative_error(ours, central_differences(oracle, THETA)) < 1e-8
 
 
-def linear_critic(features, targets, distribution):
-    """A bias-free-like linear critic at the minimum of sum_s d(s) (target - V)^2."""
-    root = distribution.sqrt()[:, None]
-    weight = torch.linalg.lstsq(root * features, root * targets[:, None]).solution
-    critic = nn.Sequential(nn.Linear(features.shape[1], 1)).double()
-    with torch.no_grad():
-        critic[0].weight.copy_(weight.T)
-        critic[0].bias.zero_()
-    return critic
+# ---- The total derivative, with the follower solved again ------------------------------------------------------
+class Follower:
+    """omega*(theta) of the inner problem that holds L's own targets: the minimiser of sum_rows d (target_theta - V_omega)^2
+    + damping / 2 |omega - omega_0|^2. target_theta is the mean lambda'-return of the row under theta, bootstrapped from
+    OLD_VALUES; omega_0 is the minimiser at THETA without damping, where the script is asked for its gradient."""
+
+    def __init__(self, kind, target_lambda, damping=0.05, chunk=LENGTH):
+        self.shares, self.target_lambda, self.damping = visits(softmax_policy(THETA)), target_lambda, damping
+        self.chunk, self.features = chunk, FEATURES[kind]
+        width = self.features.shape[1]
+        layers = [nn.Linear(width, 1)]
+        if kind == "tanh":
+            layers = [nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)]
+        self.critic = nn.Sequential(*layers).double()
+        start = [1.0, 1.5] if kind == "tanh" else [0.0] * (width + 1)
+        self.omega = self.minimum(THETA, torch.tensor(start, dtype=DOUBLE), damping=0.0)
+        nn.utils.vector_to_parameters(self.omega, self.critic.parameters())
+
+    def loss(self, omega, targets, damping, anchor):
+        """L and the proximal term of the flat parameters; the critics are written out."""
+        if self.critic[0] is self.critic[-1]:
+            values = self.features @ omega[:-1] + omega[-1]
+        else:
+            values = omega[1] * torch.tanh(omega[0] * self.features[:, 0])
+        shares, states = torch.tensor([*self.shares.values()]), [state for state, *_ in self.shares]
+        return (shares * (targets - values[states]) ** 2).sum() + damping / 2 * (omega - anchor).square().sum()
+
+    def minimum(self, theta, start, damping):
+        """By Newton's method from `start`, the anchor of the damping, with Levenberg's where the Hessian is nearly singular."""
+        pi = softmax_policy(theta)
+        targets = [expected_return(pi, pi, OLD_VALUES, self.target_lambda, *key) for key in self.shares]
+        omega, problem = start, (torch.tensor(targets, dtype=DOUBLE), damping, start)
+        for _ in range(500):
+            gradient = torch.func.grad(self.loss)(omega, *problem)
+            if gradient.norm() < 1e-14:
+                break
+            hessian = torch.func.hessian(self.loss)(omega, *problem)
+            if not damping:
+                hessian += max(0.0, 0.1 - torch.linalg.eigvalsh(hessian)[0]) * torch.eye(len(omega))
+            omega = omega - torch.linalg.solve(hessian, gradient)
+        assert gradient.norm() < 1e-12, f"the follower is not at a minimum: {gradient.norm()}"
+        return omega
+
+    def leader_objective(self, theta, omega, lambda_):
+        """J: a row's action by theta, what follows by the policy that sampled; its baseline has no derivative."""
+        critic = copy.deepcopy(self.critic)
+        nn.utils.vector_to_parameters(omega, critic.parameters())
+        pi, old, values = softmax_policy(theta), softmax_policy(THETA), critic(self.features)[:, 0].detach().numpy()
+        return sum(share * expected_return(pi, old, values, lambda_, *key, self.chunk) for key, share in self.shares.items())
+
+    def total_derivative(self, lambda_):
+        """d J(theta, omega*(theta)) / d theta by central differences."""
+        return central_differences(
+            lambda theta: self.leader_objective(theta, self.minimum(theta, self.omega, self.damping), lambda_), THETA
+        )
+
+    def exact(self, curvature, u):
+        return blpo.exact_ihvp(curvature, u, self.damping)
+
+    def judged(self, kappa, lambda_, solve=None, **how):
+        """The script's hypergradient and its direct part."""
+        theta = torch.tensor(THETA, requires_grad=True)
+        batch = enumerated(theta, lambda_, kappa, self.target_lambda)
+        batch.obs = torch.cat([self.features, torch.full_like(self.features[:1], 7.0)])[batch.states]
+        parts = composed(self.critic, batch, solve or self.exact, **how)
+        direct, correction = (torch.autograd.grad(x, theta, retain_graph=True)[0] * parts.std for x in (parts.direct, parts.correction))
+        return direct + correction, direct
 
 
 @pytest.mark.parametrize("kind", ["tabular", "linear"])
-@pytest.mark.parametrize("mixed_term", ["timestep", "trajectory, kappa = gamma lambda", "trajectory, kappa = gamma"])
-@pytest.mark.parametrize("leader", ["lambda-return", "gae"])
-@pytest.mark.parametrize("leader_lambda", [0.0, 0.5, 0.95])
-def test_hypergradient_is_the_total_derivative_with_the_inner_problem_solved_again(leader_lambda, leader, mixed_term, kind):
-    """F(theta) = J(theta, omega*(theta)) by central differences, where omega*(theta) minimises
-    sum_s d(s) (target_theta(s) - V)^2 + damping / 2 |omega - omega_0|^2: damping is a proximal term of the follower.
-    What the target is decides how far the mixed term looks. V of the policy: kappa = gamma. The mean lambda-return, which
-    bootstraps from values that stand still, as the script's targets do: kappa = gamma lambda. 'Act once by the new policy,
-    then by the old one': each state is its own start."""
-    damping, torch_generator = 0.05, torch.Generator().manual_seed(0)
-    theta_0 = 0.7 * torch.randn(8, generator=torch_generator, dtype=DOUBLE)
-    data, old_values = Enumerated(theta_0), state_values(policy(theta_0))
-    features = critic_features(kind, old_values)
-    critic = linear_critic(features, old_values, data.distribution)
-    obs = features[data.states.flatten()]
-    obs = torch.where((nn.functional.pad(data.valid, (0, 1)).flatten() == 1)[:, None], obs, 7.0)  # rows without meaning
-
-    # the method's functions, as train composes them
-    theta = theta_0.clone().requires_grad_()
-    operator = blpo.gae_operator(data.terminated, data.valid, GAMMA, leader_lambda)
-    jacobian = blpo.CriticJacobian(critic, obs)
-    new_values = jacobian.values.view(len(data.weights), -1)
-    advantages = blpo.lambda_returns(new_values, data.rewards, data.discounts, operator) - new_values[:, :-1]
-    ratio = data.ratio(theta)
-    surrogate = blpo.clipped_surrogate(ratio, advantages, 0.2)
-    slopes = data.weights * blpo.surrogate_slope(ratio.detach(), advantages, 0.2)
-    u = blpo.lambda_returns_vjp(slopes, data.discounts, operator)
-    if leader == "gae":  # the authors' leader: A = G - V with V(s_t) moving as well
-        u[:, :-1] -= slopes
-    curvature = blpo.GaussNewton(jacobian, nn.functional.pad(data.weights, (0, 1)).flatten())
-    _, v = blpo.exact_ihvp(curvature, u.flatten(), damping)
-    z = jacobian.jvp(v[None]).view(len(data.weights), -1)[:, :-1]
-    target_lambda = {"timestep": 0.0, "trajectory, kappa = gamma lambda": 0.8, "trajectory, kappa = gamma": 1.0}[mixed_term]
-    if mixed_term != "timestep":
-        z = (z[:, None, :] @ blpo.gae_operator(data.terminated, data.valid, GAMMA * target_lambda, 1.0))[:, 0, :]
-    correction = (data.weights * 2 * z * surrogate).sum()
-    hypergradient = torch.autograd.grad((data.weights * surrogate).sum() + correction, theta)[0]
-
-    # the inner problem solved again; the bias is a parameter too
-    design = torch.cat([features, torch.ones(4, 1, dtype=DOUBLE)], 1)
-    omega_0 = torch.cat([critic[0].weight.flatten(), critic[0].bias]).detach()
-    matrix = 2 * design.T @ (data.distribution[:, None] * design) + damping * torch.eye(len(omega_0), dtype=DOUBLE)
-
-    def total(theta):
-        pi = policy(theta)
-        targets = target_values(pi, old_values, target_lambda)
-        right = 2 * design.T @ (data.distribution * targets) + damping * omega_0
-        omega = torch.linalg.solve(matrix, right)
-        values = (design @ omega)[data.states]
-        returns = blpo.lambda_returns(values, data.rewards, data.discounts, operator)
-        baseline = values[:, :-1] if leader == "gae" else new_values[:, :-1]
-        return (data.weights * data.ratio(theta) * (returns - baseline)).sum()
-
-    steps = 1e-5 * torch.eye(8, dtype=DOUBLE)
-    expected = torch.stack([(total(theta_0 + step) - total(theta_0 - step)) / 2e-5 for step in steps])
-    assert expected.norm() > 1e-2
-    assert (hypergradient - expected).norm() < 1e-8 * max(1.0, expected.norm())
-    direct = torch.autograd.grad((data.weights * blpo.clipped_surrogate(data.ratio(theta), advantages, 0.2)).sum(), theta)[0]
-    assert (direct - expected).norm() > 1e-2 * expected.norm()  # the correction is not decoration
-    reversed_sign = 2 * direct - hypergradient
-    assert (reversed_sign - expected).norm() > 1e-2 * expected.norm()
+@pytest.mark.parametrize(
+    "lambda_, target_lambda",
+    [(0.8, 0.8), (0.95, 0.3), *(pytest.param(*x, marks=pytest.mark.full) for x in ((0.0, 0.8), (1.0, 0.95), (0.8, 0.0)))],
+)
+def test_hypergradient_is_the_total_derivative_with_the_follower_solved_again(lambda_, target_lambda, kind):
+    """By default, kappa = gamma lambda' and the targets' own advantages. Other readings miss the correction by far."""
+    follower, kappa = Follower(kind, target_lambda), GAMMA * target_lambda
+    expected = follower.total_derivative(lambda_)
+    hypergradient, direct = follower.judged(kappa, lambda_)
+    assert relative_error(hypergradient, expected) < 1e-8
+    assert relative_error(follower.judged(kappa, lambda_, norm_adv=True)[0], expected) < 1e-7  # 1e-8 is added to the deviation
+    wrong = {
+        "refreshed advantages": follower.judged(kappa, lambda_, mixed_advantages=REFRESHED)[0],
+        "kappa = gamma": follower.judged(GAMMA, lambda_)[0],
+        "kappa = 0": follower.judged(0.0, lambda_)[0],
+        "the other sign": 2 * direct - hypergradient,
+        "the direct part alone": direct,
+    }
+    if target_lambda == 0:  # here each state is its own start
+        assert relative_error(wrong.pop("kappa = 0"), expected) < 1e-8
+    correction = (expected - direct).norm()
+    assert correction > 0.05 * direct.norm()
+    for name, gradient in wrong.items():
+        assert (gradient - expected).norm() > 0.02 * correction, name
 
 
-def test_one_step_leader_with_the_trajectory_term_is_the_policy_gradient_of_the_fixed_distribution():
-    """r + gamma V(s') alone is short-sighted; with the trajectory mixed term at discount gamma the hypergradient is
-    sum_s d(s) grad V^pi(s), d the sampling distribution held fixed."""
-    theta_0 = 0.7 * torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
-    data = Enumerated(theta_0)
-    critic = linear_critic(torch.eye(4, dtype=DOUBLE), state_values(policy(theta_0)), data.distribution)
-    obs = torch.eye(4, dtype=DOUBLE)[data.states.flatten()]
-    theta = theta_0.clone().requires_grad_()
-    operator = blpo.gae_operator(data.terminated, data.valid, GAMMA, 0.0)
-    jacobian = blpo.CriticJacobian(critic, obs)
-    new_values = jacobian.values.view(len(data.weights), -1)
-    advantages = blpo.lambda_returns(new_values, data.rewards, data.discounts, operator) - new_values[:, :-1]
-    surrogate = blpo.clipped_surrogate(data.ratio(theta), advantages, 0.2)
-    u = blpo.lambda_returns_vjp(data.weights, data.discounts, operator).flatten()
-    curvature = blpo.GaussNewton(jacobian, nn.functional.pad(data.weights, (0, 1)).flatten())
-    z = jacobian.jvp(blpo.exact_ihvp(curvature, u, 1e-9)[1][None]).view(len(data.weights), -1)[:, :-1]
-    z = (z[:, None, :] @ blpo.gae_operator(data.terminated, data.valid, GAMMA, 1.0))[:, 0, :]
-    hypergradient = torch.autograd.grad((data.weights * (1 + 2 * z) * surrogate).sum(), theta)[0]
-    expected = torch.autograd.grad((data.distribution * state_values(policy(theta))).sum(), theta)[0]
-    assert (hypergradient - expected).norm() < 1e-6 * expected.norm()
-    direct = torch.autograd.grad((data.weights * blpo.clipped_surrogate(data.ratio(theta), advantages, 0.2)).sum(), theta)[0]
-    assert (direct - expected).norm() > 0.1 * expected.norm()
+@pytest.mark.parametrize("kind", ["tabular", "linear"])
+@pytest.mark.parametrize("lambda_", [0.95, pytest.param(0.0, marks=pytest.mark.full)])
+def test_kappa_gamma_is_exact_for_monte_carlo_targets(lambda_, kind):
+    follower = Follower(kind, target_lambda=1.0)
+    expected = follower.total_derivative(lambda_)
+    assert relative_error(follower.judged(GAMMA, lambda_)[0], expected) < 1e-8
+    assert relative_error(follower.judged(GAMMA * 0.95, lambda_)[0], expected) > 1e-3
 
 
-def test_the_mean_lambda_return_goes_from_one_step_to_the_value():
-    pi, other = policy(torch.randn(8).double()), state_values(policy(torch.randn(8).double()))
-    assert torch.allclose(target_values(pi, other, 1.0), state_values(pi), rtol=0, atol=1e-14)
-    assert not torch.allclose(target_values(pi, other, 0.5), state_values(pi), rtol=0, atol=1e-3)
-    own = state_values(pi)  # bootstrapping from its own values changes nothing
-    assert torch.allclose(target_values(pi, own, 0.3), own, rtol=0, atol=1e-14)
+@pytest.mark.parametrize("solver, tolerance", [("nystrom", 1e-8), ("cg", 1e-6)])
+def test_the_other_solvers_give_the_total_derivative_of_a_linear_critic_too(solver, tolerance):
+    """Nystrom has all its directions, and conjugate gradients stop at 1e-6 of b."""
+    follower, generator = Follower("linear", target_lambda=0.8), torch.Generator().manual_seed(0)
+    how = {"nystrom": (10, generator), "cg": (10,)}[solver]
+    solve = getattr(blpo, f"{solver}_ihvp")
+    hypergradient, _ = follower.judged(GAMMA * 0.8, 0.8, lambda curvature, u: solve(curvature, u, follower.damping, *how))
+    assert relative_error(hypergradient, follower.total_derivative(0.8)) < tolerance
 
 
-def test_enumeration_covers_every_trajectory_once():
-    paths = trajectories()
-    assert len({tuple(path) for path in paths}) == len(paths) == len(list(itertools.chain(paths)))
-    assert max(map(len, paths)) == 4 and min(map(len, paths)) == 2
+def test_a_critic_with_errors_that_stay_needs_the_whole_hessian():
+    """V = c tanh(a x) cannot fit the targets: `--curvature hessian` is exact, Gauss-Newton is not."""
+    follower = Follower("tanh", target_lambda=0.8, damping=0.01)
+    expected = follower.total_derivative(0.8)
+
+    def hessian_solve(curvature, u):
+        jacobian, root = curvature.jacobian, curvature.root
+        batch = enumerated(torch.tensor(THETA), 0.8, 0.0, 0.8)
+        obs = torch.cat([follower.features, torch.full_like(follower.features[:1], 7.0)])[batch.states].flatten(0, 1)
+        targets = batch.advantages + torch.tensor([*OLD_VALUES, 1e3])[batch.states[:, :-1]]
+        hessian = blpo.Hessian(jacobian, root**2 / 2, follower.critic, obs, nn.functional.pad(targets, (0, 1)).flatten())
+        return blpo.cg_ihvp(hessian, u, follower.damping, 50)
+
+    assert relative_error(follower.judged(GAMMA * 0.8, 0.8, hessian_solve)[0], expected) < 1e-6
+    assert relative_error(follower.judged(GAMMA * 0.8, 0.8)[0], expected) > 1e-3
+
+
+def test_what_the_end_of_a_chunk_cuts_off_is_the_trace_of_the_rows_before():
+    """L's targets are those of the rollout, six rows, and the trace e ends with a chunk of two. If it went on the hypergradient
+    would be exact: it lacks the rows of the chunks before, and nothing else."""
+    follower = Follower("linear", target_lambda=0.8, chunk=2)
+    expected, errors = follower.total_derivative(0.8), {}
+    for name in ("trace of the rollout", "trace of the chunk"):
+        theta = torch.tensor(THETA, requires_grad=True)
+        batch = enumerated(theta, 0.8, GAMMA * 0.8, 0.8)
+        obs = torch.cat([follower.features, torch.full_like(follower.features[:1], 7.0)])[batch.states]
+        rows = blpo.chunk_indices(6, 1, 2)  # of one environment: (3, 3)
+        batch.obs = obs[:, rows].flatten(0, 1)
+        whole, ended, valid = batch.mixed_operator, batch.ended, batch.valid
+        for field in ("weights", "ratio", "advantages", "rewards", "discounts"):
+            setattr(batch, field, getattr(batch, field).view(-1, 2))
+        batch.operator, batch.mixed_operator = (blpo.gae_operator(ended.view(-1, 2), valid.view(-1, 2), GAMMA * 0.8) for _ in range(2))
+        parts = composed(follower.critic, batch, follower.exact)
+        correction = parts.correction
+        if name == "trace of the rollout":
+            z = blpo.CriticJacobian(follower.critic, batch.obs[:, :-1].flatten(0, 1)).jvp(parts.v).view(-1, 6)
+            e = blpo.transposed(whole, z).view(-1, 2)
+            correction = (batch.weights * 2 * e * batch.ratio * batch.advantages).sum()
+        errors[name] = relative_error(torch.autograd.grad(parts.direct + correction, theta)[0], expected)
+    print(errors)
+    assert errors["trace of the rollout"] < 1e-8 and errors["trace of the chunk"] > 1e-3
+
+
+def test_with_a_one_step_leader_the_correction_is_the_credit_of_all_later_steps():
+    """r + gamma V(s') alone is short-sighted. With Monte Carlo targets, kappa = gamma and one value for each row the
+    hypergradient is sum d(s) grad V^pi(s), d the rows' distribution held fixed: the policy gradient of the mean value."""
+    theta = torch.tensor(THETA, requires_grad=True)
+    batch, shares = enumerated(theta, 0.0, GAMMA, 1.0), visits(softmax_policy(THETA))
+    keys = {key: number for number, key in enumerate(shares)}
+    pi = softmax_policy(THETA)
+    values = [expected_return(pi, pi, OLD_VALUES, 1.0, *key) for key in keys]
+    values = torch.tensor([*values, *OLD_VALUES, 1e3], dtype=DOUBLE)  # the observations that returns bootstrap from, by state
+    index = torch.tensor([
+        [keys.get((state, age, row), len(keys) + state % 4) for row, (state, age) in enumerate(zip(*chunk))]
+        for chunk in zip(batch.states.tolist(), batch.ages.tolist())
+    ])  # fmt: skip
+    critic = nn.Sequential(nn.Linear(len(values), 1, bias=False)).double()
+    with torch.no_grad():
+        critic[0].weight.copy_(values)
+    batch.obs = torch.eye(len(values), dtype=DOUBLE)[index]
+    parts = composed(critic, batch, lambda curvature, u: blpo.exact_ihvp(curvature, u, 1e-10))
+    direct, hypergradient = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (parts.direct, parts.direct + parts.correction))
+
+    def mean_value(theta):
+        pi = softmax_policy(theta)
+        return sum(share * expected_return(pi, pi, OLD_VALUES, 1.0, *key) for key, share in shares.items())
+
+    expected = central_differences(mean_value, THETA)
+    assert relative_error(hypergradient, expected) < 1e-6
+    assert relative_error(direct, expected) > 0.1
+
+
+# ---- What train computes on real minibatches -------------------------------------------------------------------
+RUN = {
+    "num_envs": 4, "num_steps": 64, "total_timesteps": 3 * 256, "chunk_length": 16, "num_minibatches": 4, "update_epochs": 2,
+    "learning_rate": 1e-2, "actor_width": 8, "critic_width": 8, "device": "cpu",
+}  # fmt: skip
+
+
+def run(script, tmp_path, monkeypatch, **changes):
+    """A short run on a toy task whose episodes of 2 to 11 steps end either way; its folder. Nothing is played at the end."""
+    task = "toy_envs:WalkDiscrete-v0" if "discrete" in script.__name__ else "toy_envs:Walk-v0"
+    values = {"env_id": task, "run_dir": tmp_path / str(len([*tmp_path.iterdir()]))} | RUN | changes
+    monkeypatch.setattr(script, "play", lambda *_: [])
+    return script.train(script.Args(**{name: x for name, x in values.items() if name in script.Args.model_fields}))
+
+
+def metrics_of(folder):
+    """The rows of metrics.csv."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{name: float(cell or "nan") for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def weights_of(folder):
+    return torch.load(folder / "model.pt", weights_only=True)["agent"]
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def minibatches_of(script, tmp_path, monkeypatch, **changes):
+    """The local variables of `train` at the last minibatch of each rollout, its agent as it is then in float64, the gradients
+    in theta of the direct part, the correction and the loss, and the row of metrics."""
+    seen, original = [], script.leader_diagnostics
+
+    def spy(theta, direct, correction, weights, e):
+        local = inspect.currentframe().f_back.f_locals
+        kept = {k: x.detach().clone() if isinstance(x, torch.Tensor) else x for k, x in local.items()}
+        kept["agent"] = copy.deepcopy(local["agent"]).double()
+        for name in ("direct", "correction", "loss"):
+            gradient = torch.autograd.grad(local[name], theta, retain_graph=True)
+            kept[f"{name}_gradient"] = torch.cat([g.flatten() for g in gradient]).double()
+        seen.append(SimpleNamespace(**kept))
+        return original(theta, direct, correction, weights, e)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "leader_diagnostics", spy)
+        rows = metrics_of(run(script, tmp_path, patch, **changes))
+    assert len(seen) == len(rows) == 3
+    for each, row in zip(seen, rows):
+        each.metrics = {name.removeprefix("bilevel/"): x for name, x in row.items()}
+    return seen
+
+
+def double_batch(seen):
+    """The recorded minibatch in float64, as it was before its advantages were normalised."""
+    names, args = ("obs", "actions", "logprobs", "rewards", "returns", "advantages", "valid"), seen.args
+    part = seen.order.chunk(args.num_minibatches)[-1]
+    arrays = {name: array[part] for name, array in zip(names, seen.arrays)}
+    batch = SimpleNamespace(**{name: x.double() if x.is_floating_point() else x for name, x in arrays.items()})
+    batch.ended, batch.terminated = (x[part].double() for x in (seen.c_ended, seen.c_terminated))
+    batch.kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
+    batch.weights, batch.discounts = batch.valid / batch.valid.sum(), args.gamma * (1 - batch.terminated)
+    batch.operator = blpo.gae_operator(batch.ended, batch.valid, args.gamma * args.gae_lambda)
+    batch.mixed_operator = blpo.gae_operator(batch.ended, batch.valid, batch.kappa)
+    assert batch.ended.any() and batch.terminated.sum() < batch.ended.sum() and not batch.valid.all()
+    return batch
+
+
+def policy_of(agent, obs):
+    """The policy at obs as torch.distributions has it, of whole actions."""
+    if hasattr(agent, "actor_logits"):
+        return torch.distributions.Categorical(logits=agent.actor_logits(obs))
+    return torch.distributions.Independent(torch.distributions.Normal(agent.actor_mean(obs), agent.actor_logstd.exp()), 1)
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def by_autograd(seen):
+    """What the minibatch should give, by recursions over its steps, torch.distributions and plain autograd in float64."""
+    batch, args, agent = double_batch(seen), seen.args, seen.agent
+    steps, theta, clip = range(args.chunk_length), agent.actor_parameters(), args.clip_coef
+    names, omega = zip(*((name, parameter.detach()) for name, parameter in agent.critic.named_parameters()))
+    policy = policy_of(agent, batch.obs[:, :-1])
+    ratio = (policy.log_prob(batch.actions) - batch.logprobs).exp()
+
+    def mean(x):
+        return (batch.weights * x).sum()
+
+    def values(omega):
+        return torch.func.functional_call(agent.critic, dict(zip(names, omega)), (batch.obs,)).squeeze(-1)
+
+    def advantages(omega):
+        """G(omega) - V(s) with the V(s) of now, the lambda-return G by its recursion."""
+        v, returns, after = values(omega), [], None
+        for t in reversed(steps):
+            next_value = v[:, t + 1]
+            if after is not None:
+                mixture = (1 - args.gae_lambda) * next_value + args.gae_lambda * after
+                next_value = torch.where(batch.ended[:, t] == 1, next_value, mixture)
+            after = batch.rewards[:, t] + args.gamma * (1 - batch.terminated[:, t]) * next_value
+            returns.insert(0, after)
+        return torch.stack(returns, 1) - values(now)[:, :-1]
+
+    def surrogate(ratio, advantages):
+        return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+    def inner_loss(*omega):
+        return mean((batch.returns - values(omega)[:, :-1]) ** 2)
+
+    now = omega
+    refreshed, fixed = advantages(omega), batch.advantages
+    scale = centre = fixed_centre = 0.0
+    if args.norm_adv:
+        centre, fixed_centre = mean(refreshed), mean(fixed)
+    scale = mean((refreshed - centre) ** 2).sqrt() + 1e-8 if args.norm_adv else 1.0
+
+    # b = grad_omega J: of the leader's objective in its own units, with theta held
+    held = ratio.detach()
+    every = tuple(range(len(omega)))
+    b = flat(torch.func.grad(lambda *omega: scale * mean(surrogate(held, (advantages(omega) - centre) / scale)), every)(*omega))
+    jacobian = torch.func.jacrev(lambda *omega: values(omega)[:, :-1].flatten(), every)(*omega)
+    jacobian = torch.cat([block.flatten(1) for block in jacobian], 1)
+    curvature = 2 * jacobian.T @ (batch.weights.flatten()[:, None] * jacobian)
+    if args.curvature == "hessian":
+        blocks = torch.func.jacrev(torch.func.grad(inner_loss, every), every)(*omega)
+        rows = [torch.cat([x.reshape(p.numel(), -1) for x in row], 1) for row, p in zip(blocks, omega)]
+        curvature = torch.cat(rows)
+    damped = curvature + args.damping * torch.eye(len(b), dtype=DOUBLE)
+    v = torch.linalg.solve(damped, b) if args.ihvp != "nystrom" else seen.v.double()
+
+    # (grad_theta,omega L) v: derivative along v of mean (G'(theta) - V(omega))^2, where G'_t(theta) has the gradient of
+    # sum_{k >= t} kappa^(k-t) S(r_k, A'_k) and theta and omega are differentiated by autograd
+    earned, after = [], 0.0
+    gains = surrogate(ratio, (fixed - fixed_centre) / scale)
+    for t in reversed(steps):
+        after = batch.valid[:, t] * (gains[:, t] + batch.kappa * (1 - batch.ended[:, t]) * after)
+        earned.insert(0, after)
+    earned = torch.stack(earned, 1)
+    targets = batch.returns + earned - earned.detach()
+    tangents = tuple(x.view_as(p) for x, p in zip(v.split([p.numel() for p in omega]), omega))
+    values_along_v = torch.func.jvp(lambda *omega: values(omega), omega, tangents)[1][:, :-1]
+    slope_along_v = mean(-2 * (targets - values(omega)[:, :-1]) * values_along_v)
+
+    def gradient(x):
+        return flat(torch.autograd.grad(x, theta, retain_graph=True, allow_unused=True, materialize_grads=True))
+
+    direct, correction = gradient(mean(surrogate(ratio, (refreshed - centre) / scale))), -gradient(slope_along_v)
+    loss = -direct - correction - args.ent_coef * gradient(mean(policy.entropy()))
+    # e, the trace of z = J_V v: what an action answers for
+    trace, before = [], 0.0
+    for t in steps:
+        before = batch.valid[:, t] * (values_along_v[:, t] + batch.kappa * before)
+        trace.append(before)
+        before = before * (1 - batch.ended[:, t])
+    clipped = mean(((held - 1).abs() > clip).double())
+    return SimpleNamespace(
+        b=b, v=v, e=torch.stack(trace, 1), damped=damped, direct=direct, correction=correction, loss=loss, clipped=clipped
+    )
+
+
+def check_against_autograd(seen):
+    """Gradients and diagnostics of a recorded minibatch, to the accuracy of float32."""
+    expected = by_autograd(seen)
+    assert relative_error(seen.b.double(), expected.b) < 1e-4
+    assert relative_error(seen.v.double(), expected.v) < 1e-3
+    assert relative_error(seen.e.double(), expected.e) < 1e-3
+    for name in ("direct", "correction", "loss"):
+        assert relative_error(getattr(seen, f"{name}_gradient"), getattr(expected, name)) < 1e-3, name
+    direct, correction, metrics = expected.direct, expected.correction, seen.metrics
+    e, weights = seen.e.double(), seen.weights.double()
+    weight_mean = (weights * (1 + 2 * e)).sum()
+    diagnostics = {
+        "direct_norm": direct.norm(), "correction_norm": correction.norm(), "norm_ratio": correction.norm() / direct.norm(),
+        "cosine": torch.cosine_similarity(direct, correction, dim=0), "weight_mean": weight_mean,
+        "weight_std": (weights * (1 + 2 * e - weight_mean) ** 2).sum().sqrt(),
+        "ihvp_cosine": torch.cosine_similarity(expected.b, expected.v, dim=0),
+    }  # fmt: skip
+    for name, value in diagnostics.items():
+        assert metrics[name] == pytest.approx(float(value), rel=2e-3, abs=1e-5), name
+    residual = (expected.damped @ seen.v.double() - expected.b).norm() / expected.b.norm()
+    assert metrics["ihvp_residual"] == pytest.approx(float(residual), rel=1e-2, abs=1e-4)
+    states, targets = seen.b_obs[:-1][seen.b_valid == 1].double(), seen.returns[seen.b_valid == 1].double()
+    loss = ((seen.agent.critic(states).squeeze(-1) - targets) ** 2).mean()
+    norm = flat(torch.autograd.grad(loss, [*seen.agent.critic.parameters()])).norm()
+    assert metrics["inner_gradient_norm_after"] == pytest.approx(float(norm), rel=1e-3)
+    return expected
+
+
+CASES = [
+    ("blpo_continuous", {"ihvp": "exact", "norm_adv": False}),
+    ("blpo_continuous", {"ihvp": "nystrom", "nest": "rollout", "ent_coef": 0.1}),
+    ("blpo_continuous", {"ihvp": "cg", "cg_iterations": 20, "curvature": "hessian", "damping": 5.0, "mixed_discount": 0.99}),
+    ("blpo_discrete", {"ihvp": "exact", "ent_coef": 0.1}),
+    ("blpo_continuous_ablations", {"ihvp": "exact"}),
+]
+for script in ("blpo_continuous", "blpo_discrete", "blpo_continuous_ablations"):
+    for nest in ("minibatch", "rollout"):
+        for norm_adv in (True, False):
+            for ihvp in ("exact", "nystrom"):
+                how = {"ihvp": ihvp, "nest": nest, "norm_adv": norm_adv, "damping": 0.3, "seed": 2}
+                CASES.append(pytest.param(script, how, marks=pytest.mark.full))
+
+
+@pytest.mark.parametrize("script, how", CASES)
+def test_train_takes_the_gradients_of_plain_autograd(script, how, tmp_path, monkeypatch):
+    """b, v, z, the direct part, the correction, the loss and all diagnostics, on the minibatches of a real run."""
+    clipped = 0
+    for seen in minibatches_of(importlib.import_module(script), tmp_path, monkeypatch, **how):
+        expected = check_against_autograd(seen)
+        clipped += expected.clipped
+        # The composition that the proofs above judge, in float64, is the one that train has.
+        if seen.args.curvature == "gauss-newton" and seen.args.ihvp == "exact":
+            batch = double_batch(seen)
+            logprobs, _ = seen.agent.logprob_and_entropy(batch.obs[:, :-1], batch.actions)
+            batch.ratio = (logprobs - batch.logprobs).exp()
+            parts = composed(
+                seen.agent.critic, batch, lambda curvature, u: blpo.exact_ihvp(curvature, u, seen.args.damping), norm_adv=seen.args.norm_adv
+            )
+            for name in ("direct", "correction"):
+                gradient = torch.autograd.grad(getattr(parts, name), seen.agent.actor_parameters(), retain_graph=True)
+                assert relative_error(flat(gradient), getattr(expected, name)) < 1e-9, name
+    assert clipped > 0  # the ratio's clipping was at work
+
+
+@pytest.mark.parametrize("script", ["blpo_continuous", pytest.param("blpo_discrete", marks=pytest.mark.full)])
+def test_mixed_discount_0_makes_each_state_its_own_start(script, tmp_path, monkeypatch):
+    """e = z to the bit, but for rows that are no transition, which have none."""
+    for seen in minibatches_of(importlib.import_module(script), tmp_path, monkeypatch, mixed_discount=0.0):
+        assert torch.equal(seen.e, seen.z * seen.mb_valid) and seen.e.abs().max() > 0
+        check_against_autograd(seen)
+
+
+# ---- Controls --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", ["nystrom", "cg", "exact"])
+def test_infinite_damping_is_the_nested_control(solver, tmp_path, monkeypatch):
+    for seen in minibatches_of(blpo, tmp_path, monkeypatch, ihvp=solver, damping=1e9):
+        assert 0 < seen.correction_gradient.norm() < 1e-6 * seen.direct_gradient.norm()
+
+
+@pytest.mark.parametrize("nest", ["minibatch", pytest.param("rollout", marks=pytest.mark.full)])
+@pytest.mark.parametrize("script", [blpo, blpo_discrete])
+def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(script, nest, tmp_path, monkeypatch):
+    """Bitwise: the sketch draws from a generator of its own. A response that is not finite falls back to the same and is
+    counted."""
+    weights, original = {}, script.nystrom_ihvp
+    how = {"nystrom_rank": 3, "save_model": True, "nest": nest}
+    weights["bilevel"] = weights_of(run(script, tmp_path, monkeypatch, **how))
+    weights["nested"] = weights_of(run(script, tmp_path, monkeypatch, **how, ihvp="none"))
+    for name, factor, fallbacks in (("zero", 0.0, 0), ("broken", math.nan, RUN["update_epochs"] * RUN["num_minibatches"])):
+        monkeypatch.setattr(script, "nystrom_ihvp", lambda *system: tuple(factor * x for x in original(*system)))
+        folder = run(script, tmp_path, monkeypatch, **how)
+        weights[name] = weights_of(folder)
+        assert [row["bilevel/fallbacks"] for row in metrics_of(folder)] == [fallbacks] * 3
+    assert same(weights["zero"], weights["nested"]) and same(weights["broken"], weights["nested"])
+    assert not same(weights["bilevel"], weights["nested"])
+
+
+@pytest.mark.parametrize("nest", ["minibatch", "rollout"])
+def test_the_follower_takes_k_steps_for_each_of_the_leader(nest, tmp_path, monkeypatch):
+    """On the minibatch of the leader's step, or on all transitions of the rollout, each once a pass. Its loss is the mean
+    over the transitions."""
+    calls, original = [], blpo.follower_step
+
+    def spy(critic, optimiser, obs, targets, weights):
+        local = inspect.currentframe().f_back.f_locals
+        states, valid = (local["states"], local["mb_valid"]) if nest == "minibatch" else (local["b_states"], None)
+        calls.append((local["iteration"], local["epoch"], obs.clone(), weights.clone(), states.clone(), valid))
+        return original(critic, optimiser, obs, targets, weights)
+
+    monkeypatch.setattr(blpo, "follower_step", spy)
+    run(blpo, tmp_path, monkeypatch, nest=nest, nested_updates=5)
+    assert len(calls) == 3 * RUN["update_epochs"] * RUN["num_minibatches"] * 5
+    for *_, obs, weights, states, valid in calls:
+        assert weights.sum() == pytest.approx(1, abs=1e-5) and len(weights[weights > 0].unique()) == 1
+        if nest == "minibatch":
+            assert torch.equal(obs, states) and torch.equal(weights > 0, valid.flatten() > 0)
+    if nest == "rollout":
+        for start in range(0, len(calls), RUN["num_minibatches"]):
+            one_pass = calls[start : start + RUN["num_minibatches"]]
+            rows = torch.cat([call[2] for call in one_pass])
+            assert len({call[:2] for call in one_pass}) == 1 and not torch.equal(rows, one_pass[0][4])
+            assert sorted(rows.tolist()) == sorted(one_pass[0][4].tolist())
+
+
+def test_the_laboratory_at_its_defaults_follows_the_method(tmp_path, monkeypatch):
+    laboratory = importlib.import_module("blpo_continuous_ablations")
+    for solver in ("nystrom", "exact"):
+        first, second = (weights_of(run(script, tmp_path, monkeypatch, ihvp=solver, save_model=True)) for script in (blpo, laboratory))
+        assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
 # ---- The study of directions and damping -----------------------------------------------------------------------
 def test_the_study_prints_its_table_and_writes_only_when_asked(tmp_path, monkeypatch, capsys):
     """On one small system; the exact solve leaves nothing."""
+    ihvp_study = importlib.import_module("benchmark.ihvp_study")
     torch.manual_seed(0)
-    jacobian = blpo.CriticJacobian(blpo.mlp(3, 64, 1, 1.0), torch.randn(12, 3))
+    jacobian = blpo.CriticJacobian(blpo.Agent(3, 1).critic, torch.randn(12, 3))
     system = 5, blpo.GaussNewton(jacobian, torch.full((12,), 1 / 12)), torch.randn(12) / 12
     monkeypatch.setattr(ihvp_study, "captured_systems", lambda *_: [system])
     monkeypatch.chdir(tmp_path)

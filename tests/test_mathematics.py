@@ -1,11 +1,14 @@
 """The pure functions against closed forms, dense matrices and loops, in float64."""
 
+import importlib
+
+import gymnasium as gym
 import pytest
 import torch
 import torch.nn as nn
+from test_networks import dense_jacobian, some_critic
 
 import blpo_continuous as blpo
-import blpo_continuous_ablations as laboratory
 import ppo_continuous as ppo
 
 DOUBLE = torch.float64
@@ -36,22 +39,10 @@ def gae_by_loop(rewards, values, terminated, ended, gamma, gae_lambda):
     return advantages
 
 
-def random_critic(obs_dim=5, width=7, seed=0):
-    torch.manual_seed(seed)
-    critic = ppo.mlp(obs_dim, width, 1, gain=1.0).double()
-    for parameter in critic.parameters():  # biases too, so that no term vanishes
-        nn.init.normal_(parameter, std=0.6)
-    return critic
-
-
-def flat(tensors):
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def dense_jacobian(critic, obs):
-    """d V / d omega (n, P) by torch.func, the oracle of CriticJacobian."""
-    omega = flat(parameter.detach() for parameter in critic.parameters())
-    return torch.func.jacrev(lambda w: laboratory.flat_call(critic, w, obs))(omega)
+@pytest.fixture(scope="module")
+def laboratory():
+    """The laboratory, imported by the tests that need it alone."""
+    return importlib.import_module("blpo_continuous_ablations")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 16, 23])
@@ -78,7 +69,7 @@ def test_gae_operator_equals_the_loop_in_each_chunk(gae_lambda):
     ended, length = terminated + truncated, 8
     rows = blpo.chunk_indices(24, 3, length)
     chunk = {name: x.flatten()[rows[:, :-1]] for name, x in dict(r=rewards, d=terminated, e=ended, m=valid).items()}
-    operator = blpo.gae_operator(chunk["e"], chunk["m"], 0.99, gae_lambda)
+    operator = blpo.gae_operator(chunk["e"], chunk["m"], 0.99 * gae_lambda)
     returns = blpo.lambda_returns(values.flatten()[rows], chunk["r"], 0.99 * (1 - chunk["d"]), operator)
     for n in range(3):
         for part in range(3):
@@ -99,10 +90,30 @@ def test_chunks_are_consecutive_steps_of_one_environment():
     assert sorted(chunks[:, :-1].flatten().tolist()) == sorted(grid[:-1].flatten().tolist())
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.94, 1.0])
+def test_the_operator_and_its_transpose_are_sums_within_an_episode(decay):
+    """W x = sum_{k >= t} decay^(k-t) x_k, its transpose the trace sum_{t <= k} decay^(k-t) x_t, both over the transitions
+    of one episode."""
+    _, _, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
+    ended, x = terminated + truncated, torch.randn(3, 23, dtype=DOUBLE)
+    forward, trace = torch.zeros_like(x), torch.zeros_like(x)
+    for n in range(3):
+        for t in range(23):
+            for k in range(t, 23):
+                if valid[n, t : k + 1].all() and not ended[n, t:k].any():
+                    forward[n, t] += decay ** (k - t) * x[n, k]
+                    trace[n, k] += decay ** (k - t) * x[n, t]
+    operator = blpo.gae_operator(ended, valid, decay)
+    assert torch.allclose((operator @ x[:, :, None])[:, :, 0], forward, rtol=0, atol=1e-12)
+    assert torch.allclose(blpo.transposed(operator, x), trace, rtol=0, atol=1e-12)
+    if decay == 0:
+        assert torch.equal(trace, x * valid)
+
+
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95])
 def test_lambda_returns_vjp_is_the_transpose(gae_lambda):
     rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
-    operator = blpo.gae_operator(terminated + truncated, valid, 0.99, gae_lambda)
+    operator = blpo.gae_operator(terminated + truncated, valid, 0.99 * gae_lambda)
     discounts = 0.99 * (1 - terminated)
     slopes = torch.randn_like(rewards)
     values.requires_grad_()
@@ -113,7 +124,7 @@ def test_lambda_returns_vjp_is_the_transpose(gae_lambda):
 def test_a_reset_row_reaches_no_return_and_no_gradient():
     rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
     ended, discounts, reset = terminated + truncated, 0.99 * (1 - terminated), valid == 0
-    operator = blpo.gae_operator(ended, valid, 0.99, 0.95)
+    operator = blpo.gae_operator(ended, valid, 0.99 * 0.95)
     returns = blpo.lambda_returns(values, rewards, discounts, operator)
     changed_rewards = torch.where(reset, 1e6, rewards)
     after_termination = torch.cat([torch.zeros(3, 1, dtype=torch.bool), terminated.bool()], 1)
@@ -163,90 +174,24 @@ def test_surrogate_takes_the_unclipped_branch_at_ratio_one():
     assert torch.equal(ratio.grad, advantages)
 
 
-def test_gaussian_logprob_and_entropy_against_torch_distributions():
-    torch.manual_seed(0)
-    mean, logstd, actions = torch.randn(6, 3).double(), torch.randn(3).double(), torch.randn(6, 3).double()
-    normal = torch.distributions.Normal(mean, logstd.exp())
-    noise = (actions - mean) / logstd.exp()
-    assert torch.allclose(ppo.gaussian_logprob(noise, logstd), normal.log_prob(actions).sum(-1), atol=1e-12)
-    assert torch.allclose(ppo.gaussian_entropy(logstd), normal.entropy()[0].sum(), atol=1e-12)
-
-
 def test_value_loss_clips_as_openai_baselines_do():
     values, old, returns = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.9]), torch.tensor([2.0, 0.0])
     assert ppo.value_loss(values, old, returns, None) == pytest.approx(0.5 * (1 + 1) / 2)
     assert ppo.value_loss(values, old, returns, 0.2) == pytest.approx(0.5 * (1.8**2 + 1) / 2)
 
 
-def test_normalised_has_mean_zero_and_deviation_one_under_its_weights():
-    x, valid = torch.randn(4, 6).double(), (torch.rand(4, 6) > 0.3).double()
-    weights = valid / valid.sum()
-    y = blpo.normalised(x, weights)
-    assert abs((weights * y).sum()) < 1e-12 and abs((weights * y * y).sum() - 1) < 1e-6
-    x[valid == 0] = 1e6
-    assert torch.equal(blpo.normalised(x, weights)[valid == 1], y[valid == 1])
-
-
-@pytest.mark.parametrize("layers", ["linear", "one hidden", "two hidden", "wide"])
-def test_critic_jacobian_products_against_torch_func(layers):
-    torch.manual_seed(1)
-    critic = {
-        "linear": nn.Sequential(nn.Linear(5, 1)),
-        "one hidden": nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)),
-        "two hidden": ppo.mlp(5, 7, 1, 1.0),
-        "wide": nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 1)),
-    }[layers].double()
-    obs = torch.randn(11, 5, dtype=DOUBLE)
-    dense = dense_jacobian(critic, obs)
-    jacobian = blpo.CriticJacobian(critic, obs)
-    v, u = torch.randn(3, dense.shape[1], dtype=DOUBLE), torch.randn(3, 11, dtype=DOUBLE)
-    assert torch.allclose(jacobian.values, critic(obs).squeeze(-1), atol=1e-13)
-    assert torch.allclose(jacobian.jvp(v), v @ dense.T, atol=1e-12)
-    assert torch.allclose(jacobian.vjp(u), u @ dense, atol=1e-12)
-    assert torch.allclose(jacobian.kernel(), dense @ dense.T, atol=1e-12)
-
-
-def system(n=30, seed=0):
-    """A critic, its Gauss-Newton curvature with unequal and zero weights, the dense matrix, b = J^T u and u."""
-    critic = random_critic(seed=seed)
-    torch.manual_seed(seed)
-    obs, weights = torch.randn(n, 5, dtype=DOUBLE), torch.rand(n, dtype=DOUBLE)
+def system(n=30):
+    """Gauss-Newton's curvature with unequal and zero weights, its dense matrix, b = J^T u and u."""
+    critic, obs, weights = some_critic("tanh"), torch.randn(n, 5, dtype=DOUBLE), torch.rand(n, dtype=DOUBLE)
     weights[::7] = 0.0
     weights /= weights.sum()
-    jacobian = blpo.CriticJacobian(critic, obs)
-    dense = dense_jacobian(critic, obs)
-    curvature = blpo.GaussNewton(jacobian, weights)
-    u = torch.randn(n, dtype=DOUBLE)
-    return critic, obs, weights, jacobian, dense, curvature, 2 * dense.T @ (weights[:, None] * dense), u @ dense, u
-
-
-def test_gauss_newton_columns_against_the_dense_matrix():
-    *_, dense, curvature, matrix, b, _ = system()
-    columns = curvature.up(curvature.down(torch.eye(len(b), dtype=DOUBLE)))
-    assert torch.allclose(columns, matrix, atol=1e-12)
-    assert torch.allclose(curvature.product(b, 0.3), matrix @ b + 0.3 * b, atol=1e-12)
-    equal = blpo.GaussNewton(curvature.jacobian, torch.full((30,), 1 / 30, dtype=DOUBLE))
-    assert torch.allclose(equal.up(equal.down(torch.eye(len(b), dtype=DOUBLE))), 2 / 30 * dense.T @ dense, atol=1e-12)
-
-
-def test_gauss_newton_is_the_hessian_where_the_residuals_vanish_and_hessian_products_are_dense():
-    critic, obs, weights, jacobian, _, curvature, matrix, b, _ = system()
-    omega = flat(parameter.detach() for parameter in critic.parameters())
-    for targets in (jacobian.values, torch.randn(30, dtype=DOUBLE)):
-
-        def loss(w):
-            return (weights * (laboratory.flat_call(critic, w, obs) - targets) ** 2).sum()
-
-        dense = torch.func.hessian(loss)(omega)
-        hessian = laboratory.Hessian(jacobian, weights, critic, targets)
-        assert torch.allclose(hessian.products(torch.eye(len(b), dtype=DOUBLE)), dense, atol=1e-11)
-        assert torch.allclose(hessian.product(b, 0.2), dense @ b + 0.2 * b, atol=1e-11)
-        assert torch.allclose(dense, matrix, atol=1e-11) == (targets is jacobian.values)
+    u, dense = torch.randn(n, dtype=DOUBLE), dense_jacobian(critic, obs)
+    return blpo.GaussNewton(blpo.CriticJacobian(critic, obs), weights), 2 * dense.T @ (weights[:, None] * dense), u @ dense, u
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
 def test_exact_and_cg_solve_the_damped_system(damping):
-    *_, curvature, matrix, b, u = system()
+    curvature, matrix, b, u = system()
     expected = torch.linalg.solve(matrix + damping * torch.eye(len(b), dtype=DOUBLE), b)
     for (right, v), tolerance in (
         (blpo.exact_ihvp(curvature, u, damping), 1e-9),
@@ -258,7 +203,7 @@ def test_exact_and_cg_solve_the_damped_system(damping):
 
 def test_an_exact_solve_that_rounding_has_made_indefinite_is_nan():
     """So that the step falls back to the direct gradient and is counted, instead of a finite number without meaning."""
-    *_, curvature, _, b, u = system()
+    curvature, _, b, u = system()
     kernel = curvature.jacobian.kernel()
     curvature.jacobian.kernel = lambda: kernel - 5 * torch.eye(len(u), dtype=DOUBLE)
     assert blpo.exact_ihvp(curvature, u, 1.0)[1].isfinite().all()
@@ -274,13 +219,13 @@ def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae
     rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
     obs = torch.randn(values.numel(), 5, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     weights, discounts = valid / valid.sum(), 0.99 * (1 - terminated)
-    operator = blpo.gae_operator(terminated + truncated, valid, 0.99, gae_lambda)
+    operator = blpo.gae_operator(terminated + truncated, valid, 0.99 * gae_lambda)
     slopes = weights * torch.rand(valid.shape, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)  # ratios away from 1
-    critic = random_critic()
+    critic = some_critic("tanh")
     jacobian = blpo.CriticJacobian(critic, obs)
     curvature = blpo.GaussNewton(jacobian, nn.functional.pad(weights, (0, 1)).flatten())
     b, v = blpo.exact_ihvp(curvature, blpo.lambda_returns_vjp(slopes, discounts, operator).flatten(), damping)
-    z = jacobian.jvp(v[None]).view(values.shape)[:, :-1]
+    z = jacobian.jvp(v).view(values.shape)[:, :-1]
     moved, still = ((slopes * blpo.lambda_returns(level, rewards, discounts, operator)).sum() for level in (values + 1, values))
     assert torch.allclose((weights * 2 * z).sum() + damping * v[-1], moved - still, rtol=0, atol=1e-8)
 
@@ -293,7 +238,7 @@ def test_how_much_the_returns_of_a_whole_chunk_move_with_the_critics_level(gae_l
     x, m = gamma * gae_lambda, torch.arange(length, dtype=DOUBLE)
     closed = (gamma * (1 - gae_lambda) * (1 - x**m) / (1 - x) + gamma * x**m).mean()
     nothing, every = torch.zeros(1, length, dtype=DOUBLE), torch.ones(1, length, dtype=DOUBLE)
-    operator = blpo.gae_operator(nothing, every, gamma, gae_lambda)
+    operator = blpo.gae_operator(nothing, every, gamma * gae_lambda)
     u = blpo.lambda_returns_vjp(every / length, gamma * every, operator)
     assert torch.allclose(u.sum(), closed, rtol=0, atol=1e-12) and abs(closed - expected) < 5e-5
     if gae_lambda == 0:  # every row but the first of a chunk moves gamma of one return: 2z = gamma there, the same for all
@@ -368,21 +313,29 @@ def test_an_identity_on_the_core_is_the_released_formula():
 
 
 def test_nystrom_ihvp_is_the_dense_formula_on_its_directions():
-    *_, curvature, matrix, b, u = system()
-    directions = blpo.feature_directions(curvature, 4, torch.Generator().manual_seed(3))
-    assert torch.allclose(directions.T @ directions, torch.eye(4, dtype=DOUBLE), atol=1e-12)
-    p = nn.functional.pad(directions.T, (len(b) - len(directions), 0)).T  # the last layer is last in omega
-    columns, core = matrix @ p, p.T @ matrix @ p
-    approximation = columns @ torch.linalg.solve(core, columns.T)
+    """Subspace iteration in the last layer; its Phi are the columns of the Jacobian that belong to that layer, times R."""
+    curvature, matrix, b, u = system()
+    jacobian, random = curvature.jacobian.vjp(torch.eye(30, dtype=DOUBLE)), torch.Generator().manual_seed(3)
+    features = jacobian[:, -8:] * curvature.root[:, None]  # seven units and the bias
+    powers = torch.linalg.matrix_power(features.T @ features, 2) @ torch.randn(4, 8, generator=random).double().T
+    p = nn.functional.pad(torch.linalg.qr(powers)[0].T, (len(b) - 8, 0)).T
+    approximation = matrix @ p @ torch.linalg.solve(p.T @ matrix @ p, p.T @ matrix)
     expected = torch.linalg.solve(approximation + 0.1 * torch.eye(len(b), dtype=DOUBLE), b)
     right, actual = blpo.nystrom_ihvp(curvature, u, 0.1, 4, torch.Generator().manual_seed(3))
     assert torch.allclose(right, b, rtol=1e-12, atol=1e-12)
     assert torch.allclose(actual, expected, rtol=1e-7, atol=1e-7 * expected.norm())
 
 
+def test_more_directions_than_the_last_layer_has_add_nothing():
+    curvature, _, _, u = system()
+    found = [blpo.nystrom_ihvp(curvature, u, 0.1, rank, torch.Generator().manual_seed(0))[1] for rank in (8, 12)]
+    assert torch.allclose(*found, rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(found[0], blpo.nystrom_ihvp(curvature, u, 0.1, 4, torch.Generator().manual_seed(0))[1], rtol=1e-3)
+
+
 @pytest.mark.parametrize("columns", ["features", "last-layer", "coordinates", "fixed", "gaussian", "krylov"])
-def test_laboratory_columns_give_the_nystrom_inverse_of_their_span(columns):
-    *_, curvature, matrix, b, _ = system()
+def test_laboratory_columns_give_the_nystrom_inverse_of_their_span(laboratory, columns):
+    curvature, matrix, b, _ = system()
     p = laboratory.nystrom_directions(columns, curvature, b, 4, torch.Generator().manual_seed(3))
     assert p.shape == (4, len(b))
     products = laboratory.curvature_products(curvature, p)
@@ -393,16 +346,16 @@ def test_laboratory_columns_give_the_nystrom_inverse_of_their_span(columns):
     assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6 * expected.norm())
 
 
-def test_laboratory_features_are_the_methods_own():
-    *_, curvature, matrix, b, u = system()
+def test_laboratory_features_are_the_methods_own(laboratory):
+    curvature, matrix, b, u = system()
     p = laboratory.nystrom_directions("features", curvature, b, 4, torch.Generator().manual_seed(3))
     products = laboratory.curvature_products(curvature, p)
     _, mine = blpo.nystrom_ihvp(curvature, u, 0.1, 4, torch.Generator().manual_seed(3))
     assert torch.allclose(blpo.nystrom_solver(products, p @ products.T, 0.1)(b), mine, rtol=1e-8, atol=1e-10)
 
 
-def test_fixed_columns_are_the_same_whatever_the_generator():
-    *_, curvature, _, b, _ = system()
+def test_fixed_columns_are_the_same_whatever_the_generator(laboratory):
+    curvature, _, b, _ = system()
     first, second = (
         laboratory.nystrom_directions("fixed", curvature, b, 4, torch.Generator().manual_seed(seed)) for seed in (1, 2)
     )
@@ -410,8 +363,8 @@ def test_fixed_columns_are_the_same_whatever_the_generator():
 
 
 @pytest.mark.parametrize("damping", [0.01, 1.0])
-def test_preconditioned_cg_against_a_direct_solve_and_faster_than_cg(damping):
-    *_, curvature, matrix, b, u = system()
+def test_preconditioned_cg_against_a_direct_solve_and_faster_than_cg(laboratory, damping):
+    curvature, matrix, b, u = system()
     expected = torch.linalg.solve(matrix + damping * torch.eye(len(b), dtype=DOUBLE), b)
     p = laboratory.nystrom_directions("gaussian", curvature, b, 15, torch.Generator().manual_seed(0))
     columns = laboratory.curvature_products(curvature, p)
@@ -441,29 +394,61 @@ def test_conjugate_gradient_stops_at_non_positive_curvature():
     assert torch.equal(blpo.conjugate_gradient(lambda v: v, 0 * b, 5), torch.zeros(3, dtype=DOUBLE))
 
 
-def test_running_normaliser_equals_the_statistics_of_all_rows():
-    torch.manual_seed(0)
-    stats, rows = ppo.RunningNormaliser((3,)), (torch.randn(200, 3) * 5 + 100).double().numpy()
+def test_running_statistics_are_those_of_gymnasium_and_of_all_rows():
+    rows = (torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100).double().numpy()
+    ours, theirs = ppo.RunningMeanStd((3,)), gym.wrappers.utils.RunningMeanStd(shape=(3,))
     for start in range(0, 200, 7):
-        stats.update(rows[start : start + 7])
-    assert abs(stats.mean - rows.mean(0)).max() < 1e-3  # the 1e-4 rows it starts with
-    assert abs(stats.std / rows.std(0) - 1).max() < 1e-2
-    copy = ppo.RunningNormaliser((3,))
-    copy.load_state_dict(stats.state_dict())
-    for each in (stats, copy):
-        each.update(rows[:5])
-    assert (copy.mean == stats.mean).all() and (copy.std == stats.std).all()
+        ours.update(rows[start : start + 7])
+        theirs.update(rows[start : start + 7])
+    assert abs(ours.mean - theirs.mean).max() < 1e-10 and abs(ours.std / (theirs.var + 1e-8) ** 0.5 - 1).max() < 1e-10
+    assert abs(ours.mean - rows.mean(0)).max() < 1e-3  # the 1e-4 rows it starts with
+    assert abs(ours.std / rows.std(0) - 1).max() < 1e-2
+    assert ppo.RunningMeanStd().mean.shape == ()
 
 
-def test_laboratory_controls():
-    z, weights = torch.arange(12.0).view(2, 6), torch.ones(2, 6) / 11
+def test_a_step_of_the_follower_is_that_of_autograd():
+    critic, obs, targets = some_critic("layer norm"), torch.randn(12, 5, dtype=DOUBLE), torch.randn(12, dtype=DOUBLE)
+    weights = torch.rand(12, dtype=DOUBLE)
+    loss = (weights * (targets - critic(obs).squeeze(-1)) ** 2).sum()
+    gradients = torch.autograd.grad(loss, [*critic.parameters()])
+    before = [parameter.detach().clone() for parameter in critic.parameters()]
+    optimiser = torch.optim.SGD(critic.parameters(), lr=0.1)
+    for parameter in critic.parameters():
+        parameter.grad = torch.ones_like(parameter)  # what was there before is forgotten
+    assert torch.allclose(blpo.follower_step(critic, optimiser, obs, targets, weights), loss, rtol=1e-12)
+    for parameter, start, gradient in zip(critic.parameters(), before, gradients):
+        assert torch.allclose(parameter, start - 0.1 * gradient, rtol=0, atol=1e-12)
+
+
+def test_the_inner_gradient_vanishes_where_the_critic_has_answered():
+    critic, obs, targets = some_critic("linear"), torch.randn(12, 5, dtype=DOUBLE), torch.randn(12, dtype=DOUBLE)
+    dense = dense_jacobian(critic, obs)
+    expected = 2 / 12 * dense.T @ (critic(obs).squeeze(-1) - targets)
+    assert torch.allclose(blpo.inner_gradient_norm(critic, obs, targets), expected.norm(), rtol=1e-12)
+    answer = torch.linalg.lstsq(dense, targets[:, None]).solution.flatten()
+    nn.utils.vector_to_parameters(answer, critic.parameters())
+    assert blpo.inner_gradient_norm(critic, obs, targets) < 1e-12
+
+
+@pytest.mark.parametrize("gamma, lambda_, expected", [(0.99, 0.95, 0.24), (0.99, 0.0, 0.0)])
+def test_how_much_of_the_trace_the_chunks_cut_off(gamma, lambda_, expected):
+    """On average over a chunk of 64 steps in which nothing ends, with z the same in all states: (x / 64) (1 - x^64) / (1 - x),
+    x = gamma lambda (docs/blpo.md)."""
+    x, ones = gamma * lambda_, torch.ones(1, 64, dtype=DOUBLE)
+    trace = blpo.transposed(blpo.gae_operator(0 * ones, ones, x), ones)
+    missing = 1 - trace.mean() * (1 - x)  # of 1 / (1 - x), the trace that never began
+    assert missing == pytest.approx(x / 64 * (1 - x**64) / (1 - x), abs=1e-12) and missing == pytest.approx(expected, abs=0.005)
+
+
+def test_laboratory_controls(laboratory):
+    e, weights = torch.arange(12.0).view(2, 6), torch.ones(2, 6) / 11
     weights[0, 3] = 0.0
     generator = torch.Generator().manual_seed(0)
-    permuted = laboratory.controlled(z, weights, "permuted", generator)
+    permuted = laboratory.controlled(e, weights, "permuted", generator)
     kept = weights > 0
-    assert sorted(permuted[kept].tolist()) == sorted(z[kept].tolist()) and not torch.equal(permuted, z)
-    assert permuted[0, 3] == z[0, 3]
-    assert torch.equal(laboratory.controlled(z, weights, "reversed", generator), -z)
-    constant = laboratory.controlled(z, weights, "constant", generator)
-    assert torch.allclose(constant[kept], (weights * z).sum()) and constant[0, 3] == 0
-    assert torch.equal(laboratory.controlled(z, weights, "none", generator), z)
+    assert sorted(permuted[kept].tolist()) == sorted(e[kept].tolist()) and not torch.equal(permuted, e)
+    assert permuted[0, 3] == e[0, 3]
+    assert torch.equal(laboratory.controlled(e, weights, "reversed", generator), -e)
+    constant = laboratory.controlled(e, weights, "constant", generator)
+    assert torch.allclose(constant[kept], (weights * e).sum()) and constant[0, 3] == 0
+    assert torch.equal(laboratory.controlled(e, weights, "none", generator), e)

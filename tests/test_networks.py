@@ -1,118 +1,334 @@
-"""The fast parts of the networks against PyTorch's own: tanh, the policy in numpy, flat parameters, Adam."""
+"""Networks of another form, each put in by changing one line: the factors of the critic's Jacobian, and that the module
+which acts is the one that learns."""
 
 import copy
+import importlib
+import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import toy_envs
+from test_hypergradient import RUN, check_against_autograd, double_batch, flat, minibatches_of, policy_of, relative_error, run
 
-import ppo_continuous as ppo
+import blpo_continuous as blpo
 
 DOUBLE = torch.float64
 
 
-def with_torch_tanh(network: nn.Sequential) -> nn.Sequential:
-    twin = copy.deepcopy(network)
-    for i, layer in enumerate(twin):
-        if isinstance(layer, ppo.Tanh):
-            twin[i] = nn.Tanh()
-    return twin
+class Residual(nn.Module):
+    """x + f(x), with a layer norm in f."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.layer(self.norm(x)))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (DOUBLE, 1e-14)])
-def test_tanh_and_its_gradient_are_those_of_torch(dtype, tolerance):
-    x = torch.cat([torch.linspace(-30, 30, 1001), torch.logspace(-30, 1, 200), torch.zeros(1)]).to(dtype)
-    expected = torch.tanh(x)
-    ours = x.clone().requires_grad_()
-    y = ppo.Tanh()(ours * 1)  # the output of an operation, as in a network: it may be overwritten
-    y.backward(torch.ones_like(y))
-    assert (y - expected).abs().max() < tolerance
-    assert (ours.grad - (1 - expected**2)).abs().max() < 2 * tolerance
-    assert torch.all(y.abs() <= 1)
+class Scaled(nn.Module):
+    """A layer with a parameter that is no layer's."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(inputs, outputs), nn.Parameter(torch.full((outputs,), 1.5))
+
+    def forward(self, x):
+        return self.layer(torch.sin(x) * 0.5) * self.scale
 
 
-def test_tanh_has_second_derivatives():
-    def through_tanh(x):
-        return ppo.Tanh()(2 * x)
-
-    x = torch.randn(7, dtype=DOUBLE, requires_grad=True)
-    assert torch.autograd.gradcheck(through_tanh, x)
-    assert torch.autograd.gradgradcheck(through_tanh, x)
-
-
-def test_tanh_works_under_the_transforms_of_torch_func():
-    network = ppo.mlp(5, 7, 1, 1.0).double()
-    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    obs = torch.randn(11, 5, dtype=DOUBLE)
-
-    def value(parameters, network, one):
-        return torch.func.functional_call(network, parameters, (one,)).squeeze(-1)
-
-    per_row = torch.func.vmap(torch.func.grad(value), in_dims=(None, None, 0))
-    ours, expected = per_row(parameters, network, obs), per_row(parameters, with_torch_tanh(network), obs)
-    assert all(torch.allclose(ours[name], expected[name], atol=1e-14) for name in parameters)
+def stack(inputs, outputs, *widths, activation=nn.Tanh, bias=True):
+    """Linear layers with an activation between them."""
+    layers = []
+    for width in widths:
+        layers += [nn.Linear(inputs, width, bias=bias), activation()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
-def test_numpy_mlp_is_the_network():
-    network = ppo.mlp(11, 64, 3, 0.5)
-    obs = torch.randn(32, 11)
-    expected = with_torch_tanh(network)(obs).detach().numpy()
-    actual = ppo.numpy_mlp(network)(obs.numpy())
-    assert actual.dtype == np.float32 and np.abs(actual - expected).max() < 1e-6
+def layer_norm(inputs, outputs):
+    return nn.Sequential(
+        nn.Linear(inputs, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, 7), nn.LayerNorm(7), nn.SiLU(), nn.Linear(7, outputs)
+    )
 
 
-@pytest.mark.parametrize("sizes", [(11, 64, 3), (3, 2, 9)])
-def test_flat_view_changes_no_value_and_carries_gradients_and_steps(sizes):
-    """Wide and narrow weights: those that are taller than wide are stored transposed."""
-    network = ppo.mlp(*sizes, 1.0).double()
-    plain = copy.deepcopy(network)
-    flat = ppo.flat_view(network.parameters())
-    obs = torch.randn(20, sizes[0], dtype=DOUBLE)
-    assert flat.numel() == sum(parameter.numel() for parameter in plain.parameters())
-    assert torch.allclose(network(obs), plain(obs), rtol=1e-12, atol=1e-12)
-    assert all(torch.equal(ours, expected) for ours, expected in zip(network.parameters(), plain.parameters()))
-    for _ in range(2):  # gradients accumulate
-        network(obs).square().sum().backward()
-        plain(obs).square().sum().backward()
-    for ours, expected in zip(network.parameters(), plain.parameters()):
-        assert torch.allclose(ours.grad, expected.grad, rtol=1e-12)
-    assert torch.isclose(flat.grad.norm(), torch.cat([p.grad.flatten() for p in plain.parameters()]).norm())
-    with torch.no_grad():
-        flat -= 0.1 * flat.grad
-        for parameter in plain.parameters():
-            parameter -= 0.1 * parameter.grad
-    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(network.parameters(), plain.parameters()))
-    flat.grad.zero_()
-    assert all(parameter.grad.abs().sum() == 0 for parameter in network.parameters())
+NETWORKS = {
+    "linear": lambda inputs, outputs: stack(inputs, outputs),
+    "tanh": lambda inputs, outputs: stack(inputs, outputs, 12, 7),
+    "relu": lambda inputs, outputs: stack(inputs, outputs, 12, 7, activation=nn.ReLU),
+    "silu": lambda inputs, outputs: stack(inputs, outputs, 12, 7, activation=nn.SiLU),
+    "three layers": lambda inputs, outputs: stack(inputs, outputs, 48, 48, 48),
+    "layer norm": layer_norm,
+    "no bias": lambda inputs, outputs: stack(inputs, outputs, 12, 7, bias=False),
+    "residual": lambda inputs, outputs: nn.Sequential(nn.Linear(inputs, 9), Residual(9), Residual(9), nn.Linear(9, outputs)),
+    "nested": lambda inputs, outputs: nn.Sequential(stack(inputs, 5, 9), nn.Sequential(nn.ELU(), stack(5, outputs, 8))),
+    "own parameter": lambda inputs, outputs: nn.Sequential(nn.Linear(inputs, 9), Scaled(9, 6), nn.Linear(6, outputs)),
+}
+CHANGES = ["relu", "silu", "three layers", "layer norm"]  # what a copier is likely to put in
 
 
-def test_a_state_dict_survives_the_flat_view():
-    network, other = ppo.mlp(11, 8, 3, 1.0), ppo.mlp(11, 8, 3, 1.0)
-    state = {name: value.clone() for name, value in network.state_dict().items()}
-    flat = ppo.flat_view(other.parameters())
-    other.load_state_dict(state)
-    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
-    assert torch.isclose(flat.norm(), torch.cat([value.flatten() for value in state.values()]).norm())
-
-
-def test_adam_is_bitwise_that_of_torch_and_resumes():
+def some_critic(form, obs_dim=5):
+    """A critic in float64 none of whose parameters is 0, so that no term vanishes."""
     torch.manual_seed(0)
-    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (50, 30)] for _ in range(2))
-    adam = ppo.FlatAdam({"params": ours[0], "lr": 0.01}, {"params": ours[1], "lr": 0.002})
-    groups = [{"params": theirs[0], "lr": 0.01}, {"params": theirs[1], "lr": 0.002}]
-    reference = torch.optim.Adam(groups, eps=1e-5, fused=True)
-    for step in range(6):
-        if step == 3:  # through a checkpoint
-            state = copy.deepcopy(adam.state_dict())
-            adam = ppo.FlatAdam({"params": ours[0], "lr": 1.0}, {"params": ours[1], "lr": 1.0})
-            adam.load_state_dict(state)
-        for each in (adam, reference):
-            each.param_groups[0]["lr"] = 0.01 / (1 + step)
-        for mine, other in zip(ours, theirs):
-            mine.grad = torch.randn_like(mine)
-            other.grad = mine.grad.clone()
-        adam.update()
-        reference.step()
-        assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs))
-    assert not torch.equal(ours[0], torch.linspace(-1, 1, 50))
+    critic = NETWORKS[form](obs_dim, 1).double()
+    for parameter in critic.parameters():
+        nn.init.normal_(parameter, std=0.6)
+    return critic
+
+
+def swapped(module, form):
+    """The module's Agent with the networks of that form."""
+
+    class Swapped(module.Agent):
+        def __init__(self, obs_dim, actions, *widths):
+            super().__init__(obs_dim, actions, *widths)
+            self.critic = NETWORKS[form](obs_dim, 1)
+            name = "actor_logits" if "discrete" in module.__name__ else "actor_mean"
+            setattr(self, name, NETWORKS[form](obs_dim, actions))
+
+    return Swapped
+
+
+def dense_jacobian(critic, obs):
+    """d V / d omega (n, P) by torch.func, row by row: the oracle of CriticJacobian."""
+    omega = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+    value = torch.func.grad(lambda omega, row: torch.func.functional_call(critic, omega, (row,)).squeeze())
+    parts = torch.func.vmap(value, (None, 0))(omega, obs)
+    return torch.cat([part.flatten(1) for part in parts.values()], 1)
+
+
+# ---- The factors of the Jacobian -------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", NETWORKS)
+def test_products_with_the_jacobian_are_those_of_the_dense_one(form):
+    critic, obs = some_critic(form), torch.randn(11, 5, dtype=DOUBLE)
+    dense, jacobian = dense_jacobian(critic, obs), blpo.CriticJacobian(critic, obs)
+    v, u = torch.randn(dense.shape[1], dtype=DOUBLE), torch.randn(3, 11, dtype=DOUBLE)
+    assert (dense.norm(dim=0) > 0).double().mean() > 0.6  # a unit of ReLU may be dead
+    for ours, expected in (
+        (jacobian.values, critic(obs).squeeze(-1).detach()), (jacobian.jvp(v), dense @ v), (jacobian.vjp(u), u @ dense),
+        (jacobian.kernel(), dense @ dense.T),
+    ):  # fmt: skip
+        assert ours.shape == expected.shape
+        assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-12 * float(expected.norm()))
+    assert not any(module._forward_hooks for module in critic.modules())  # nothing is left behind
+
+
+def curvatures(form):
+    """Both curvatures of a critic, each with its dense matrix. Some rows have weight 0."""
+    critic, obs, targets = some_critic(form), torch.randn(25, 5, dtype=DOUBLE), torch.randn(25, dtype=DOUBLE)
+    weights = torch.rand(25, dtype=DOUBLE)
+    weights[::7] = 0.0
+    weights /= weights.sum()
+    jacobian, dense = blpo.CriticJacobian(critic, obs), dense_jacobian(critic, obs)
+    names, parameters = zip(*((name, parameter.detach()) for name, parameter in critic.named_parameters()))
+
+    def loss(*omega):
+        return (weights * (targets - torch.func.functional_call(critic, dict(zip(names, omega)), (obs,)).squeeze(-1)) ** 2).sum()
+
+    # Reverse over reverse: forward over reverse, torch.func.hessian, is wrong for a layer norm in PyTorch 2.13.
+    every = tuple(range(len(names)))
+    blocks = torch.func.jacrev(torch.func.grad(loss, every), every)(*parameters)
+    size = [p.numel() for p in parameters]
+    full = torch.cat([torch.cat([b.reshape(n, m) for b, m in zip(row, size)], 1) for row, n in zip(blocks, size)])
+    gauss_newton = blpo.GaussNewton(jacobian, weights), 2 * dense.T @ (weights[:, None] * dense)
+    return {"gauss-newton": gauss_newton, "hessian": (blpo.Hessian(jacobian, weights, critic, obs, targets), full)}, dense
+
+
+CURVED = ["tanh", "layer norm"]
+CURVED += [pytest.param(name, marks=pytest.mark.full) for name in NETWORKS if name not in ("tanh", "layer norm", "three layers")]
+
+
+@pytest.mark.parametrize("form", CURVED)  # the matrix of "three layers" would have 5,041 rows
+def test_curvatures_and_solvers_are_those_of_dense_matrices(form):
+    both, dense = curvatures(form)
+    u, damping = torch.randn(25, dtype=DOUBLE), 0.3
+    b, identity = u @ dense, torch.eye(dense.shape[1], dtype=DOUBLE)
+    for kind, (curvature, matrix) in both.items():
+        columns = torch.stack([curvature.product(column) for column in identity])
+        assert (columns - matrix).norm() < 1e-12 * matrix.norm()
+        # The directions of Nystrom lie in the last layer, the last of omega; a sketch is H on them.
+        last = torch.cat([curvature.jacobian.last_inputs, torch.ones(25, 1, dtype=DOUBLE)], 1)
+        directions = torch.linalg.qr(torch.randn(last.shape[1], 3, dtype=DOUBLE))[0]
+        p = nn.functional.pad(directions.T, (len(b) - last.shape[1], 0))
+        expected = b, p @ matrix, p @ matrix @ p.T
+        for ours, theirs in zip(curvature.sketch(u, directions, last * curvature.root[:, None]), expected):
+            assert (ours - theirs).norm() < 1e-12 * theirs.norm()
+        right, v = blpo.nystrom_ihvp(curvature, u, damping, 3, torch.Generator().manual_seed(3))
+        assert torch.allclose(right, b, rtol=0, atol=1e-12) and 0 < v @ b < b @ b / damping
+    curvature, matrix = both["gauss-newton"]
+    expected = torch.linalg.solve(matrix + damping * identity, b)
+    solutions = (blpo.exact_ihvp(curvature, u, damping), 1e-11), (blpo.cg_ihvp(curvature, u, damping, 300), 1e-5)
+    for (right, v), tolerance in solutions:
+        assert torch.allclose(right, b, rtol=0, atol=1e-12)
+        assert (v - expected).norm() < tolerance * expected.norm()
+
+
+class Twice(nn.Module):
+    """One layer used twice, in the middle; the last layer may start at zero."""
+
+    def __init__(self, zero=False):
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 1)
+        if zero:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+
+    def forward(self, obs):
+        h = torch.tanh(self.shared(torch.tanh(self.first(obs))))
+        return self.last(torch.tanh(self.shared(h)))
+
+
+def tied():
+    critic = stack(5, 1, 7, 7, 7)
+    critic[4].weight = critic[2].weight
+    return critic
+
+
+REFUSED = {
+    "a layer used twice": Twice, "a layer used twice, the last layer zeros": lambda: Twice(zero=True),
+    "weights that two layers share": tied,
+    "dropout": lambda: nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 1)),
+    "values that depend on other rows": lambda: nn.Sequential(nn.Linear(5, 7), nn.Softmax(0), nn.Linear(7, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_critic_whose_derivatives_do_not_hold_is_refused(case):
+    torch.manual_seed(0)
+    with pytest.raises(blpo.BadInput, match="^the critic's derivatives do not hold: use each linear layer once, [^\n]+$"):
+        blpo.check_critic(REFUSED[case](), 5, needs_linear_output=False)
+
+
+LAST_LAYERS = {
+    "an activation": [nn.Linear(7, 1), nn.Tanh()], "no bias": [nn.Linear(7, 1, bias=False)], "a scale": [Scaled(7, 1)],
+    "the mean of seven outputs": [nn.Linear(7, 7), nn.AvgPool1d(7)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAST_LAYERS)
+def test_nystrom_needs_a_linear_last_layer_with_one_output_and_the_others_do_not(case):
+    critic = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), *LAST_LAYERS[case])
+    blpo.check_critic(critic, 5, needs_linear_output=False)
+    with pytest.raises(blpo.BadInput, match=r"^--ihvp nystrom needs .* nn.Linear\(..., 1\); use --ihvp cg or exact$"):
+        blpo.check_critic(critic, 5, needs_linear_output=True)
+
+
+@pytest.mark.parametrize("form", NETWORKS)
+def test_these_networks_are_accepted_and_the_check_changes_nothing(form):
+    critic = NETWORKS[form](5, 1)
+    before, random_state = copy.deepcopy(critic.state_dict()), torch.get_rng_state()
+    blpo.check_critic(critic, 5, needs_linear_output=True)
+    assert all(torch.equal(x, before[name]) for name, x in critic.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state) and all(p.grad is None for p in critic.parameters())
+
+
+# ---- A copier's change -----------------------------------------------------------------------------------------
+SWAPS = [("ppo_continuous", "silu"), ("ppo_discrete", "three layers"), ("blpo_continuous", "layer norm"), ("blpo_discrete", "relu")]
+SWAPS += [
+    pytest.param(script, change, marks=pytest.mark.full)
+    for script in ("ppo_continuous", "ppo_discrete", "blpo_continuous", "blpo_discrete", "blpo_continuous_ablations")
+    for change in CHANGES if (script, change) not in SWAPS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, change", SWAPS)
+def test_the_module_that_acts_is_the_one_that_learns(script, change, tmp_path, monkeypatch):
+    """In each rollout: the actions are those of the agent at the first minibatch, and so are the log-probabilities, by
+    torch.distributions; the ratios are 1; the task got these actions, and what is played in the end is this module."""
+    script, seen = importlib.import_module(script), {}
+    monkeypatch.setattr(script, "Agent", swapped(script, change))
+    original = script.clipped_surrogate
+
+    def spy(ratio, *arguments):
+        local = inspect.currentframe().f_back.f_locals
+        if local["iteration"] not in seen:  # the first minibatch of a rollout, before the agent has moved
+            names = "b_obs", "b_actions", "b_valid", "logprobs", "noise", "values"
+            kept = {name: local[name].clone() for name in names}
+            seen[local["iteration"]] = SimpleNamespace(**kept, agent=copy.deepcopy(local["agent"]), ratio=ratio.detach().clone())
+            if "blpo" in script.__name__:  # there the critic has answered first; these are its values before
+                seen[local["iteration"]].values = None
+        return original(ratio, *arguments)
+
+    monkeypatch.setattr(script, "clipped_surrogate", spy)
+    toy_envs.STEPS.clear()
+    folder = run(script, tmp_path, monkeypatch, ihvp="nystrom", save_model=True)
+    sent = {}
+    for environment, _, action in toy_envs.STEPS:
+        sent.setdefault(environment, []).append(action)
+    sent = [np.array(actions) for _, actions in sorted(sent.items()) if len(actions) > 100]  # the others were for a check
+    assert len(seen) == 3 and len(sent) == RUN["num_envs"]
+    with torch.no_grad():
+        for each in seen.values():
+            obs, agent = each.b_obs[:-1], each.agent
+            assert torch.allclose(each.b_actions, agent.sample(obs, each.noise), rtol=0, atol=1e-5)
+            assert torch.allclose(each.logprobs, policy_of(agent, obs).log_prob(each.b_actions), rtol=0, atol=1e-5)
+            assert (each.ratio - 1).abs().max() < 1e-5
+            if each.values is not None:
+                assert torch.allclose(each.values, agent.critic(each.b_obs).squeeze(-1), rtol=0, atol=1e-5)
+        for environment, actions in enumerate(sent):
+            expected = torch.cat([
+                each.agent.task_actions(each.b_actions)[each.b_valid[:, environment] == 1, environment] for each in seen.values()
+            ])  # fmt: skip
+            assert np.array_equal(actions[-len(expected) :], expected.numpy())
+    first, last = (seen[i].agent.state_dict() for i in (1, 3))
+    moved = {name for name, x in first.items() if not torch.equal(x, last[name])}
+    assert moved >= {name for name, _ in seen[1].agent.named_parameters()}  # every parameter learns
+    agent, raw = script.load_agent(folder / "model.pt"), 30 * torch.randn(20, 3, dtype=DOUBLE)
+    obs = ((raw - agent.obs_mean) / agent.obs_std).clip(-10, 10).float()
+    expected = agent.task_actions(policy_of(agent, obs).mode).detach().numpy()
+    assert np.array_equal(script.load_policy(folder / "model.pt")(raw.numpy()), expected)
+    assert type(agent).__name__ == "Swapped" and agent.obs_std.min() > 0 and not torch.equal(agent.obs_mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize("change", ["relu", "layer norm", *(pytest.param(x, marks=pytest.mark.full) for x in ("silu", "three layers"))])
+@pytest.mark.parametrize("script", ["blpo_continuous", pytest.param("blpo_discrete", marks=pytest.mark.full)])
+def test_with_other_networks_the_gradients_are_finite_differences(script, change, tmp_path, monkeypatch):
+    """Of J in omega (b), of the values (z), and of the leader's loss in theta, written with the module's forward pass."""
+    script = importlib.import_module(script)
+    monkeypatch.setattr(script, "Agent", swapped(script, change))
+    for seen in minibatches_of(script, tmp_path, monkeypatch, ihvp="exact", ent_coef=0.1, norm_adv=False):
+        check_against_autograd(seen)
+        batch, agent, clip = double_batch(seen), seen.agent, seen.args.clip_coef
+        states, weights = batch.obs[:, :-1], batch.weights
+        theta, omega = agent.actor_parameters(), [*agent.critic.parameters()]
+
+        def values():
+            return agent.critic(batch.obs).squeeze(-1)
+
+        def ratio():
+            return (policy_of(agent, states).log_prob(batch.actions) - batch.logprobs).exp()
+
+        def surrogate(ratio, advantages):
+            return torch.minimum(ratio * advantages, ratio.clip(1 - clip, 1 + clip) * advantages)
+
+        now, held = values().detach(), ratio().detach()
+
+        def leader_objective():
+            returns = script.lambda_returns(values(), batch.rewards, batch.discounts, batch.operator)
+            return (weights * surrogate(held, returns - now[:, :-1])).sum()
+
+        def leader_loss():
+            refreshed = script.lambda_returns(now, batch.rewards, batch.discounts, batch.operator) - now[:, :-1]
+            rows = surrogate(ratio(), refreshed) + 2 * seen.e * surrogate(ratio(), batch.advantages)
+            return -(weights * (rows + 0.1 * policy_of(agent, states).entropy())).sum()
+
+        @torch.no_grad()
+        def slope(function, parameters, direction, step=1e-6):
+            """The derivative of the function along a direction, by central differences."""
+            start = nn.utils.parameters_to_vector(parameters).clone()
+            sides = []
+            for sign in (1, -1):
+                nn.utils.vector_to_parameters(start + sign * step * direction, parameters)
+                sides.append(function())
+            nn.utils.vector_to_parameters(start, parameters)
+            return (sides[0] - sides[1]) / (2 * step)
+
+        b, v, loss_gradient = seen.b.double(), seen.v.double(), seen.loss_gradient
+        for ours, function, parameters in ((b, leader_objective, omega), (loss_gradient, leader_loss, theta)):
+            for direction in (ours / ours.norm(), torch.randn_like(ours)):
+                assert abs(slope(function, parameters, direction) - ours @ direction) < 1e-4 * ours.norm()
+        z = slope(values, omega, v)[:, :-1]
+        assert relative_error(seen.z * batch.valid, z * batch.valid) < 1e-4
