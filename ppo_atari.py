@@ -74,7 +74,7 @@ class Args:
     seed: int = 1
     """seed of the games, the initial weights, the actions and the minibatches, in [0, 2147483647]"""
     torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run always repeats bitwise)"""
+    """ask cuDNN for deterministic kernels (on a CPU a run repeats bitwise, on CPUs of the same kind)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     run_dir: Path = Path("runs")
@@ -619,9 +619,10 @@ class Run:
         if args.track:
             import wandb
 
-            try:
+            try:  # W&B links the event file into its own folder; inside run_dir TensorBoard and W&B would read it again
                 self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name, dir=self.folder,
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    dir=os.environ.get("WANDB_DIR") or self.folder.resolve().parent.parent,
                     id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
                 )  # fmt: skip
             except Exception as error:

@@ -75,7 +75,7 @@ class Args:
     seed: int = 1
     """seed of the environments, the initial weights and the actions, in [0, 2147483647]"""
     torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run always repeats bitwise)"""
+    """ask cuDNN for deterministic kernels (on a CPU a run repeats bitwise, on CPUs of the same kind)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     run_dir: Path = Path("runs")
@@ -95,7 +95,7 @@ class Args:
     eval_episodes: int = 0
     """episodes played with the mean or likeliest action after training, in [0, 10000]"""
     capture_video: bool = False
-    """film one such episode through Gymnasium (needs EGL for MuJoCo)"""
+    """film one such episode through Gymnasium (MuJoCo needs EGL, or MUJOCO_GL=osmesa)"""
 
     # Algorithm
     env_id: str = "CartPole-v0"
@@ -179,6 +179,8 @@ def make_envs(
             known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
             near = difflib.get_close_matches(env_id, known, n=3)
             hint = f"; the nearest known names are {', '.join(near)}" if near else ""
+            if ":" in env_id and isinstance(error, ImportError):
+                hint = f"; a module must lie beside {SCRIPT} or in a folder of PYTHONPATH"
             raise BadInput(f"--env-id {env_id!r} cannot be made: {first_sentence(error)}{hint}") from error
         if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
             envs = gym.wrappers.vector.FlattenObservation(envs)
@@ -705,9 +707,10 @@ class Run:
         if args.track:
             import wandb
 
-            try:
+            try:  # W&B links the event file into its own folder; inside run_dir TensorBoard and W&B would read it again
                 self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name, dir=self.folder,
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    dir=os.environ.get("WANDB_DIR") or self.folder.resolve().parent.parent,
                     id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
                 )  # fmt: skip
             except Exception as error:
@@ -872,7 +875,8 @@ def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) ->
 def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
     """Film one episode, up to its 5,000th step, into `folder`; without a model, only draw one frame. For a child
     process: where no GL is, rendering may raise or kill."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    if sys.platform == "linux":  # MuJoCo draws without a screen through EGL; elsewhere it refuses that word
+        os.environ.setdefault("MUJOCO_GL", "egl")
     if model is None:  # the caller says in one sentence what failed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array"))
@@ -928,7 +932,10 @@ def train(args: Args) -> Path:
         args.env_id, args.num_envs, derived_seed(args.seed, start), args.env_backend, args.env_threads
     )
     if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
-        raise BadInput(f"--capture-video: Gymnasium cannot draw {args.env_id} here (MuJoCo needs EGL); leave it out")
+        raise BadInput(
+            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo draws through EGL, and without it "
+            "set the environment variable MUJOCO_GL=osmesa, or leave --capture-video out"
+        )
     discrete = isinstance(action_space, gym.spaces.Discrete)
     shape_of_agent = {
         "obs_dim": observation_space.shape[0],

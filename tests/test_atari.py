@@ -311,6 +311,7 @@ def test_the_nested_control_is_a_correction_of_zero(tmp_path, monkeypatch):
     assert {float(row["bilevel/fallbacks"]) for row in read_csv(broken / "metrics.csv")} == {4.0}  # every minibatch
 
 
+@pytest.mark.full
 def test_each_argument_of_the_algorithm_matters(tmp_path):
     changes = [
         {}, {"follower": "last-two"}, {"follower": "full"}, {"damping": 1e-4}, {"nested_updates": 2}, {"norm_adv": False},
@@ -333,6 +334,7 @@ def test_a_run_repeats_bitwise_and_a_seed_matters(script, tmp_path):
     assert logs_of(folders[0]) == logs_of(folders[1]) != logs_of(folders[2])
 
 
+@pytest.mark.full
 def test_evaluation_plays_whole_games_and_leaves_the_training_as_it_is(script, tmp_path, monkeypatch):
     plain = train(script, run_dir=tmp_path / "plain", total_timesteps=32)
     over = np.zeros(6, bool)
@@ -391,6 +393,7 @@ def test_resume_equals_a_run_without_interruption(script, tmp_path, monkeypatch,
     assert torch.equal(first["rng"]["torch"], second["rng"]["torch"])
 
 
+@pytest.mark.full
 def test_two_resumes_agree_and_play_other_games_than_the_start(script, tmp_path, monkeypatch):
     def fail():
         raise RuntimeError("pulled the plug")

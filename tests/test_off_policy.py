@@ -1,5 +1,6 @@
 """stddpg.py and stsac.py as programs: what is stored, an update by hand, leaders and controls, run folder, bad input."""
 
+import ast
 import dataclasses
 import errno
 import functools
@@ -324,6 +325,7 @@ def test_in_a_run_the_implicit_term_is_not_zero(script, tmp_path):
         assert all(float(row["bilevel/cosine"]) < 1 - 1e-9 or float(row["bilevel/multiplier"]) != 1 for row in rows)
 
 
+@pytest.mark.full
 def test_each_argument_of_the_algorithm_matters(script, tmp_path):
     changes = [
         {}, {"leader": "critic"}, {"leader": "none-simultaneous"}, {"leader": "none-sequential"}, {"ihvp": "cg"},
@@ -420,6 +422,7 @@ def test_resume_equals_the_uninterrupted_run(script, toy_envs, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.full
 def test_a_run_killed_at_any_moment_resumes_as_if_uninterrupted(script, toy_envs, tmp_path):
     """SIGKILL, which no handler sees: the rows that the checkpoint counts are there."""
     shape = {"env_id": CLOCK, "num_envs": 1, "num_steps": 32, "total_timesteps": 20 * 32, "checkpoint_every": 1}
@@ -489,6 +492,22 @@ def test_a_full_disk_shows_before_the_training(script, tmp_path, monkeypatch, co
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", sorted(REPO.glob("*.py")), ids=lambda path: path.name)
+def test_no_line_of_args_states_two_intervals(path):
+    """The first one would be checked, whichever is meant."""
+    args = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    lines = [n.value.value for n in args.body if isinstance(n, ast.Expr)]
+    found = [len(re.findall(r"in [\[(][^\s,]+, [^\s,]+[\])]", line)) for line in lines]
+    assert len(found) > 5 and set(found) <= {0, 1}, [line for line, n in zip(lines, found) if n > 1]
+
+
+def test_exploration_noise_is_a_standard_deviation_of_any_size():
+    module = load("stddpg.py")
+    module.check_ranges(dataclasses.replace(module.Args(), exploration_noise=2.0))
+    with pytest.raises(module.BadInput, match="exploration-noise is -1"):
+        module.check_ranges(dataclasses.replace(module.Args(), exploration_noise=-1.0))
+
+
 def test_every_number_states_its_interval_and_is_refused_outside(script, monkeypatch):
     module = load(script)
     monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))

@@ -138,6 +138,7 @@ def test_a_run_repeats_bitwise_and_a_seed_matters(runs, tmp_path):
     assert not same(learned(train(run_dir=tmp_path / "seed", seed=2)), learned(runs["sobirl"]))
 
 
+@pytest.mark.full
 def test_each_argument_of_the_algorithm_matters(tmp_path):
     changes = [
         {}, {"gamma": 0.9}, {"batch_size": 9}, {"learning_starts": 64}, {"learning_rate": 1e-3}, {"target_rate": 0.1},
@@ -310,6 +311,7 @@ EVENTS = {
 
 
 @pytest.mark.parametrize("way", EVENTS)
+@pytest.mark.full
 def test_what_is_added_counts_once_for_each_theta_that_the_policy_answers(tmp_path, monkeypatch, way):
     """In the first of an iteration's steps, at the weights before it; on the queue, as released, in each of them. The policy
     stands still meanwhile, so a second time would be at a theta that it has not answered."""

@@ -393,6 +393,7 @@ def last(iterates, count: int):
 
 
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "goal-navigation"])
+@pytest.mark.full
 def test_m_sobirl_with_x_at_rest_finds_policy_adjoint_and_hypergradient(name):
     """All trackers converge: step size 0 for x, the direction becomes the exact hypergradient."""
     problem = PROBLEMS[name]([3])
@@ -403,6 +404,7 @@ def test_m_sobirl_with_x_at_rest_finds_policy_adjoint_and_hypergradient(name):
     assert relative_error(found.direction, exact.gradient) < 1e-9
 
 
+@pytest.mark.full
 def test_w_converges_at_the_rate_of_the_smallest_singular_value():
     """In the maze sigma_min is 0.03, and w needs tens of thousands of steps: its error shrinks by 1 - xi sigma_min^2."""
     problem = GoalNavigation([3])
@@ -439,6 +441,7 @@ def test_first_iteration_of_m_sobirl_by_hand():
     assert relative_error(second.x[0], x - 0.3 * h) < 1e-12
 
 
+@pytest.mark.full
 def test_m_sobirl_finds_a_stationary_point_and_the_control_does_not():
     problem = Discriminating([101, 102])
     start = sobirl.exact_hypergradient(problem, problem.x)
@@ -515,6 +518,7 @@ def test_an_instance_is_sampled_alike_whoever_its_neighbours_are():
 
 @pytest.mark.parametrize("baseline", [False, True])
 @pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.full
 def test_stochastic_hypergradient_is_unbiased_up_to_truncation(name, baseline):
     """The mean of 300 estimates against (14) with sums of the same length T, whose expectation is exact: |z| < 4."""
     problem = PROBLEMS[name]([3])

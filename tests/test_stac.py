@@ -87,6 +87,7 @@ def test_a_run_repeats_bitwise_and_a_seed_matters(tmp_path):
     assert logs[0] == logs[1] != logs[2]
 
 
+@pytest.mark.full
 def test_each_argument_of_the_algorithm_matters(tmp_path):
     base = {"hessian": "gauss-newton", "regularisation": 0.1}
     changes = [
