@@ -933,8 +933,8 @@ def train(args: Args) -> Path:
     )
     if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
         raise BadInput(
-            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo draws through EGL, and without it "
-            "set the environment variable MUJOCO_GL=osmesa, or leave --capture-video out"
+            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo needs EGL, or the library OSMesa and the "
+            "environment variable MUJOCO_GL=osmesa; or leave --capture-video out"
         )
     discrete = isinstance(action_space, gym.spaces.Discrete)
     shape_of_agent = {

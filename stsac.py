@@ -1205,8 +1205,8 @@ def train(args: Args) -> Path:
     )
     if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
         raise BadInput(
-            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo draws through EGL, and without it "
-            "set the environment variable MUJOCO_GL=osmesa, or leave --capture-video out"
+            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo needs EGL, or the library OSMesa and the "
+            "environment variable MUJOCO_GL=osmesa; or leave --capture-video out"
         )
     obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
     capacity = args.total_timesteps // batch_size * batch_size

@@ -637,7 +637,9 @@ def test_a_csv_file_that_cannot_be_closed_does_not_hide_the_failure(script, toy_
     assert read_json(folder / "result.json")["status"] == "failed"
 
 
-def test_the_film_of_a_task_without_end_ends(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("platform, renderer", [("linux", "egl"), ("darwin", None), ("win32", None)])
+def test_the_film_of_a_task_without_end_ends(script, tmp_path, monkeypatch, platform, renderer):
+    """And MuJoCo is told to draw through EGL on Linux alone; a renderer that the user names stays."""
     module, steps = load(script), []
 
     class Endless(gym.Env):
@@ -650,12 +652,16 @@ def test_the_film_of_a_task_without_end_ends(script, tmp_path, monkeypatch):
             steps.append(action)
             return np.zeros(2, dtype=np.float32), 0.0, False, False, {}
 
-    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(gym, "make", lambda *arguments, **settings: Endless())
     monkeypatch.setattr(gym.wrappers, "RecordVideo", lambda env, *arguments, **settings: env)
     monkeypatch.setattr(module, "load_policy", lambda path: lambda obs: 0)
     module.film("Endless-v0", tmp_path / "model.pt", tmp_path, 1)
-    assert len(steps) == 5_000
+    assert len(steps) == 5_000 and os.environ["MUJOCO_GL"] == "osmesa"
+    monkeypatch.delenv("MUJOCO_GL")
+    module.film("Endless-v0", tmp_path / "model.pt", tmp_path, 1)
+    assert os.environ.get("MUJOCO_GL") == renderer
 
 
 def test_second_signal_ends_a_run_at_once(tmp_path):
