@@ -8,8 +8,8 @@ Not one of the tests, because it takes minutes and its moments are random. It us
 continued run has to equal the run left alone bitwise. For each script:
 
 1. One run is left alone.
-2. Another is stopped again and again, by SIGKILL, SIGINT or SIGTERM, between the moment when its folder appears and the
-   moment when it would end, and continued with --resume.
+2. Another is stopped again and again, by SIGKILL, SIGINT or SIGTERM, one time in five while it starts and otherwise after
+   its first rollout, and continued with --resume.
 3. After each stop: args.json and result.json are whole, checkpoint.pt loads, no complete line of a csv file is damaged,
    and every rollout that the checkpoint counts has its row. After SIGINT and SIGTERM the exit status is 130 and 143 and
    result.json says "interrupted", unless the signal came before the script could catch it.
@@ -132,6 +132,18 @@ def equal(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
+def wait_for_rollout(process: subprocess.Popen, run_dir: Path) -> None:
+    """Wait until the process has added a row to metrics.csv, or has ended."""
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in run_dir.glob("*/metrics.csv"))
+
+    lowest = size()
+    while process.poll() is None and size() <= lowest:
+        lowest = min(lowest, size())  # --resume first drops the rows after the checkpoint
+        time.sleep(0.005)
+
+
 def check_stopped(folder: Path, batch: int) -> bool:
     """Check the folder of a run that was stopped; returns whether it has a checkpoint to continue from."""
     read_json(folder / "args.json")
@@ -156,7 +168,8 @@ def check_signal(process: subprocess.Popen, folder: Path, number: int) -> None:
         require((folder / "checkpoint.pt").exists(), f"after signal {number} there is no checkpoint")
         require("Traceback" not in printed(process), f"signal {number} was answered with a traceback")
     else:  # it came before the script could catch it
-        require(process.returncode in (-number, 1, 128 + number), f"signal {number}: exit status {process.returncode}")
+        early = process.returncode in (-number, 128 + number) or "KeyboardInterrupt" in printed(process)
+        require(early, f"signal {number}: exit status {process.returncode}, {printed(process)[-500:]}")
         require(not (folder / "result.json").exists(), f"signal {number}: exit status {process.returncode} with a result")
 
 
@@ -191,11 +204,13 @@ def attack(script: str, place: Path, stops: list[int], chance: random.Random) ->
         folder = folder_in(run_dir)
         words = command(script, run_dir) if folder is None else ["--resume", str(folder)]
         process = start(script, words)
+        seconds = chance.triangular(0, ended - appeared, 0)  # mostly early, so that a run is stopped several times
+        if chance.random() < 0.2:
+            seconds = chance.uniform(0, appeared)  # while the script starts
+        else:
+            wait_for_rollout(process, run_dir)
         try:
-            if remaining:
-                process.wait(chance.triangular(0.9 * appeared, ended, appeared))  # mostly early
-            else:
-                process.wait(600)
+            process.wait(seconds if remaining else 600)
         except subprocess.TimeoutExpired:
             process.send_signal(remaining[0] if remaining else signal.SIGKILL)
             process.wait(60)
