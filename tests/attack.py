@@ -162,15 +162,15 @@ def check_stopped(folder: Path, batch: int) -> bool:
 
 def check_signal(process: subprocess.Popen, folder: Path, number: int) -> None:
     """Check how a run ended that was sent SIGINT or SIGTERM."""
-    if process.returncode == 128 + number and (folder / "result.json").exists():
-        status = read_json(folder / "result.json")["status"]
-        require(status == "interrupted", f"after signal {number} the status is {status!r}")
+    result = folder / "result.json"
+    status = read_json(result)["status"] if result.exists() else None
+    require(status in (None, "interrupted"), f"after signal {number} the status is {status!r}")
+    if process.returncode == 128 + number and status is not None:
         require((folder / "checkpoint.pt").exists(), f"after signal {number} there is no checkpoint")
         require("Traceback" not in printed(process), f"signal {number} was answered with a traceback")
     else:  # it came before the script could catch it
         early = process.returncode in (-number, 128 + number) or "KeyboardInterrupt" in printed(process)
         require(early, f"signal {number}: exit status {process.returncode}, {printed(process)[-500:]}")
-        require(not (folder / "result.json").exists(), f"signal {number}: exit status {process.returncode} with a result")
 
 
 def check_finished(folder: Path, alone: Path) -> None:
