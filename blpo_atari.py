@@ -1,4 +1,4 @@
-"""BLPO for Atari games from pixels: bilevel policy optimisation (Prakash et al. 2025, arXiv:2505.11714) with an exact
+"""BLPO for Atari games from pixels: bilevel policy optimisation (Prakash et al. 2025, arXiv:2505.11714v1) with an exact
 hypergradient. The follower omega is the last layers of the critic (`--follower`), the leader theta is the actor:
 
     maximise J(theta, omega*(theta))   subject to   omega*(theta) in argmin_omega L_theta(omega)               eq. (4)
@@ -14,7 +14,8 @@ Algorithm 1, on each minibatch of whole chunks of consecutive steps:
 
     J = mean_t min(r_t A_t, clip(r_t) A_t),  A_t = G_t(omega) - stopgrad V(s_t),  G the lambda-return: omega enters J
         through the values that G bootstraps from;
-    L = mean_t (G_t - V_omega(s_t))^2 with the targets G fixed for a rollout, grad_theta L as in `blpo_continuous.py`.
+    L = mean_t (G_t - V_omega(s_t))^2 with the targets G fixed for a rollout. As in `blpo_continuous.py`, the mixed term
+        is what a target owes to its first action: -2 mean_t z_t A_t grad log pi(a_t|s_t).
 
 With `--follower head` V is linear in omega, the setting of the paper's theorem: H is the Hessian itself, and since phi is
 fixed while omega answers, the convolutions are evaluated once for K steps, the solve and the step on phi. `--ihvp none`

@@ -1,5 +1,5 @@
 """BLPO for continuous control: bilevel policy optimisation with Nystrom hypergradients (Prakash et al. 2025,
-arXiv:2505.11714). The critic omega is the follower of the actor theta:
+arXiv:2505.11714v1). The critic omega is the follower of the actor theta:
 
     maximise J(theta, omega*(theta))   subject to   omega*(theta) in argmin_omega L_theta(omega)               eq. (4)
 
@@ -14,12 +14,13 @@ Algorithm 1, on each minibatch of whole chunks of consecutive steps:
     J = mean_t min(r_t A_t, clip(r_t) A_t),  A_t = G_t(omega) - stopgrad V(s_t),  G the lambda-return: omega enters J
         through the values that G bootstraps from;
     L = mean_t (G_t - V_omega(s_t))^2 with the targets G fixed for a rollout. theta enters L through the policy that
-        earns G, and grad_theta L = mean_t 2 (V^pi - V_omega)(s_t) A_t grad log pi(a_t|s_t) (Zheng et al. 2022,
-        Prop. 1, each state as its own start), hence (grad_theta,omega L) v = -2 mean_t z_t A_t grad log pi(a_t|s_t).
+        earns G. **Of the mixed term this file keeps what a target owes to its first action:**
+        (grad_theta,omega L) v ~ -2 mean_t z_t A_t grad log pi(a_t|s_t). That is all of it where gae_lambda = 0; a
+        lambda-return is earned by the actions that follow as well, and those are left out (docs/blpo.md).
 
-So the hypergradient is the policy gradient with the row weights 1 + 2 z_t, and one critic VJP, one solve, one critic
-JVP and one actor backward pass compute it. `--ihvp none` (z = 0) is the nested control. The paper's sign and scale are
-kept; where the authors' released code differs (docs/blpo.md), `blpo_continuous_ablations.py` reproduces it.
+So the step is the policy gradient with the row weights 1 + 2 z_t, and one critic VJP, one solve, one critic JVP and one
+actor backward pass compute it. `--ihvp none` (z = 0) is the nested control. The paper's sign is kept; where the
+authors' released code differs (docs/blpo.md), `blpo_continuous_ablations.py` reproduces it.
 
     python blpo_continuous.py --env-id Hopper-v4 --nystrom-rank 10
 """

@@ -5,7 +5,7 @@
     --leader released          the authors' released update: A = GAE(omega) with V(s_t) not detached, the mixed term
                                f2 = -2 sum_t min(r_t A_t, clip_F(r_t) A_t) (G_t - V_t) with its sign, its sum over time
                                and A differentiated in omega, and the bound |s c| <= ihvp_bound |grad_theta J|
-    --mixed-term timestep      each state is its own start: weights 1 + 2 z, as in the method
+    --mixed-term timestep      what a target owes to its first action alone: weights 1 + 2 z, as in the method
     --mixed-term trajectory    Zheng et al. 2022, Prop. 1: an action answers for the targets of all earlier states, weights
                                1 + 2 sum_{k <= t} kappa^(t-k) z_k, kappa = --mixed-discount: gamma lambda, the default, for
                                lambda-returns whose bootstraps stand still; gamma, as in the paper, for V of the policy

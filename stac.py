@@ -1,5 +1,7 @@
 """AC and STAC: Stackelberg actor-critic (Zheng et al. 2022, arXiv:2109.12286), on-policy, the actor leads.
 
+(Not self-tuning actor-critic, Zahavy et al. 2020, which has the same four letters.)
+
 The actor theta anticipates how the critic omega responds to it. With the follower's loss L = mean_k (V_omega(s_k) - G_k)^2
 and the leader's objective J, Algorithm 2 climbs the total derivative of J:
 
