@@ -78,6 +78,7 @@ def texts(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+@pytest.mark.full
 def test_two_plots_have_the_same_bytes(tmp_path):
     suite = make_suite(methods=2, seeds=2)
     make_results(suite, tmp_path)
@@ -232,6 +233,7 @@ def test_a_suite_names_the_methods_that_its_figures_show(tmp_path):
     assert set(made) == {"returns_steps", "returns_minutes", "aggregate", "profile", "runtime"}
 
 
+@pytest.mark.full
 def test_the_legend_stays_inside_the_figure_and_below_three_tenths_of_it(tmp_path):
     for methods in (4, 8):
         suite = make_suite(methods=methods, seeds=2)
@@ -246,6 +248,7 @@ def test_the_legend_stays_inside_the_figure_and_below_three_tenths_of_it(tmp_pat
             assert 0 <= box.x0 and box.x1 <= width and box.height < 0.3 * height, (name, methods, box.height / height)
 
 
+@pytest.mark.full
 def test_plot_removes_the_figures_that_it_no_longer_draws(tmp_path):
     suite = make_suite(methods=2, seeds=2, environments=1)
     make_results(suite, tmp_path)

@@ -184,6 +184,7 @@ def kill_at_once(folder: Path) -> None:
 
 
 @CLUSTER
+@pytest.mark.full
 def test_bad_input_is_refused_by_the_cluster(suite):
     folders = launch.prepare(suite.suite, suite.run_dir)
     with pytest.raises(BadSuite, match="there is no partition 'tets'; the nearest are test"):
@@ -195,6 +196,7 @@ def test_bad_input_is_refused_by_the_cluster(suite):
 
 
 @CLUSTER
+@pytest.mark.full
 def test_a_suite_is_requeued_resumed_and_retried(suite):
     folders = {folder.name: folder.resolve() for folder in launch.prepare(suite.suite, suite.run_dir)}
     lines, status = [], []
@@ -248,6 +250,7 @@ def check_resumed(folder: Path) -> None:
 
 
 @CLUSTER
+@pytest.mark.full
 def test_the_node_survives_a_crash(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crash")
     first = node("start", folder)
