@@ -4,7 +4,7 @@
     python -m benchmark.speed                        the parts below
     python -m benchmark.speed --parts solvers        one of them
 
-    loops     whole training loops in turns: PPO, a reference PPO loop on Gymnasium, BLPO by solver
+    training  whole training loops in turns: PPO, a reference PPO loop on Gymnasium, BLPO by solver
     solvers   time of each solver against the residual it leaves, on systems of a real run
 
 `--against` runs PPO and BLPO as whole processes at both shapes, turn by turn in this tree and in a worktree of the commit
@@ -42,18 +42,17 @@ from benchmark.ihvp_study import captured_systems, residual
 from benchmark.suites import RESULTS, ROOT
 from benchmark.turns import Loop, Row, loops_in_turns, milliseconds, provenance_of, ratios, script_loop, show, write_csv
 
-SHAPES = {  # words, and rollouts of a process of `against` and of a turn of `loops`
+SHAPES = {  # words, and rollouts of a process of `against` and of a turn of `training`
     "8 x 256": ("", 30, 4),
     "32 x 640": ("--num-envs 32 --num-steps 640 --update-epochs 4 --num-minibatches 32", 10, 1),
 }
-PART = Literal["loops", "solvers"]
 
 
 @dataclass
 class Args:
     against: str | None = None
     """a commit to compare this tree with, in place of the parts"""
-    parts: tuple[PART, ...] = ("loops", "solvers")  # in this order: torch forbids the forks of loops once autograd has run
+    parts: tuple[Literal["training", "solvers"], ...] = ("training", "solvers")
     """what to measure"""
     env_id: str = "Hopper-v4"
     """environment"""
@@ -151,7 +150,7 @@ def steps_of(shape: str) -> int:
     return int(num_envs) * int(num_steps)
 
 
-# ---- loops: whole training loops -------------------------------------------------------------------------------
+# ---- training: whole loops -------------------------------------------------------------------------------------
 def reference_loop(words: list[str], rollout_done: Callable[[dict[str, float]], None]) -> None:
     """PPO in the manner of CleanRL's `ppo_continuous_action`, the loop that most readers know; no logging.
 
@@ -246,7 +245,7 @@ BLPO_SOLVERS = {
 }
 
 
-def measure_loops(args: Args) -> list[Row]:
+def measure_training(args: Args) -> list[Row]:
     """A row for each shape and loop."""
     rows: list[Row] = []
     for shape, (more, _, rollouts) in SHAPES.items():
@@ -294,10 +293,11 @@ def measure_solvers(args: Args) -> list[Row]:
 
 
 # ---- The command -----------------------------------------------------------------------------------------------
-MEASURES = {"against": measure_against, "loops": measure_loops, "solvers": measure_solvers}
+# In this order: torch forbids the forks of `training` once autograd has run here.
+MEASURES = {"against": measure_against, "training": measure_training, "solvers": measure_solvers}
 SHOWN = {
     "against": show_against,
-    "loops": partial(show, "Whole loops; seconds are of one rollout"),
+    "training": partial(show, "Whole loops; seconds are of one rollout"),
     "solvers": partial(show, "b and v of one minibatch; the spread of ms is over turns, that of the residual over systems"),
 }
 
@@ -311,7 +311,7 @@ def main(args: Args) -> None:
     made_by = provenance_of("speed")
     changes = " with changes" if made_by["dirty"] else ""
     print(f"{made_by['cpu']}, {os.cpu_count()} cores, commit {str(made_by['commit'])[:7]}{changes}: {made_by['command']}")
-    for part in ("against",) if args.against else args.parts:
+    for part in ("against",) if args.against else (part for part in MEASURES if part in args.parts):
         before, start = os.getloadavg(), time.perf_counter()
         rows = MEASURES[part](args)
         load, seconds = {"before": before, "after": os.getloadavg()}, round(time.perf_counter() - start)

@@ -639,7 +639,7 @@ def test_this_tree_is_timed_against_a_commit(tmp_path):
 def test_loops_and_solvers_are_timed(tmp_path):
     args = f'm.Args(env_id="InvertedPendulum-v4", rounds=1, output=Path("{tmp_path}"))'
     measure("speed", f'm.SHAPES = {{"8 x 256": ("", 4, 1)}}; m.ROWS = {{"128": ""}}; m.main({args})')
-    loops, solvers = (read_csv(tmp_path / f"{part}.csv") for part in ("loops", "solvers"))
+    loops, solvers = (read_csv(tmp_path / f"{part}.csv") for part in ("training", "solvers"))
     assert [row["loop"] for row in loops[:2]] == ["PPO", "reference PPO"] and len(loops) == 7
     assert all(float(row["ms"]) > 0 for row in solvers)
     left = {(row["solver"], float(row["damping"])): float(row["relative_residual"]) for row in solvers}
