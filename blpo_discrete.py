@@ -233,7 +233,7 @@ def task_errors(env_id: str):
         yield
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
-        own = [frame for frame in frames if not re.search("site-packages|frozen importlib", frame.filename) and frame.filename != __file__]
+        own = [frame for frame in frames if not re.search("site-packages|importlib", frame.filename) and frame.filename != __file__]
         where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
         if isinstance(error, ModuleNotFoundError):
             where += "; modules are found beside the script, in the working directory and on PYTHONPATH"
@@ -843,6 +843,8 @@ class Run:
         try:
             if self.checkpoint is None:
                 self.folder = self.args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+                while self.folder.exists():  # a run of the same second
+                    self.folder = self.folder.with_name(self.folder.name + "_")
                 self.folder.mkdir(parents=True)
                 self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             if self.args.track:
@@ -991,7 +993,8 @@ def play(policy: Callable, args, episodes: int, film_folder: Path | None = None)
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
-        env = gym.make(args.env_id, render_mode="rgb_array" if film_folder else None, **json.loads(args.env_kwargs))
+        drawn = {"render_mode": "rgb_array"} if film_folder else {}
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
         if film_folder:
             env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
         env, returns = gym.wrappers.FlattenObservation(env), [0.0] * episodes

@@ -75,16 +75,20 @@ def load(script: str):
     return importlib.import_module(Path(script).stem)
 
 
+def parse(script: str, words: list[str]):
+    """The words of a command line as Args of the script."""
+    module = load(script)
+    return module.parse_args(words) if hasattr(module, "CheckedArgs") else module.parse_args(module.Args, words)
+
+
 def train(script: str, *words: str, **changes) -> Path:
     """A tiny run in this process; returns its folder."""
-    module = load(script)
-    return module.train(module.parse_args(module.Args, [*command(script, **changes), *map(str, words)]))
+    return load(script).train(parse(script, [*command(script, **changes), *map(str, words)]))
 
 
 def resume(script: str, folder: Path, *words: str) -> Path:
     """Continue the run in `folder` in this process; returns its folder."""
-    module = load(script)
-    return module.train(module.parse_args(module.Args, ["--resume", str(folder), *map(str, words)]))
+    return load(script).train(parse(script, ["--resume", str(folder), *map(str, words)]))
 
 
 def after_iteration(monkeypatch, script: str, iterations: int, act) -> None:
@@ -112,17 +116,6 @@ def start(script: str, argv: list[str], **variables: str) -> subprocess.Popen:
         [sys.executable, str(REPO / script), *argv], env=environment(**variables), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def run_script(script: str, run_dir: Path, **changes) -> tuple[subprocess.CompletedProcess, Path | None]:
-    """A tiny run in a process of its own, to its end: what came of it, and its folder if there is one."""
-    process = start(script, command(script, run_dir=run_dir, **changes))
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    folder = next(iter(run_dir.iterdir())) if run_dir.is_dir() else None
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err), folder
 
 
 def wait_for(process: subprocess.Popen, found, seconds: float = 120):
@@ -163,13 +156,19 @@ def toy_envs():
 
 @pytest.fixture(scope="session")
 def finished(script, toy_envs, tmp_path_factory) -> SimpleNamespace:
-    """A tiny run that ended well, and what really happened in its environments. Read only."""
-    module = load(script)
-    toy_envs.EPISODES.clear()
-    toy_envs.STEPS.clear()
+    """A tiny run that ended well, and what really happened in its environments from its first step on: the first NUM_ENVS
+    instances are those of the training, one more plays. Read only."""
     words = command(script, run_dir=tmp_path_factory.mktemp("finished"), save_model=True, eval_episodes=3, seed=3)
-    args = module.parse_args(module.Args, words)
-    folder = module.train(args)
+    args, opened = parse(script, words), load(script).Run.open
+    with pytest.MonkeyPatch.context() as patch:
+
+        def open_and_forget(run):  # what the task did while it was tried
+            opened(run)
+            toy_envs.EPISODES.clear()
+            toy_envs.STEPS.clear()
+
+        patch.setattr(load(script).Run, "open", open_and_forget)
+        folder = load(script).train(args)
     return SimpleNamespace(folder=folder, args=args, episodes=list(toy_envs.EPISODES), steps=list(toy_envs.STEPS))
 
 
