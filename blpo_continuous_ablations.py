@@ -568,7 +568,8 @@ class CriticJacobian:
         rest = {name: p.detach() for name, p in critic.named_parameters() if p not in blocks}
         if rest:
             value = torch.func.grad(lambda rest, row: torch.func.functional_call(critic, rest, (row[None],)).squeeze())
-            dense = torch.func.vmap(value, (None, 0))(rest, obs)
+            with torch.no_grad():
+                dense = torch.func.vmap(value, (None, 0))(rest, obs)
             blocks |= {p: (dense[name].flatten(1),) for name, p in critic.named_parameters() if name in rest}
         self.blocks = [blocks[p] for p in critic.parameters()]
         self.sizes = [p.numel() for p in critic.parameters()]

@@ -210,7 +210,9 @@ def test_gradient_of_l_in_theta_and_the_mixed_term_at_any_critic(kind, lambda_):
         errors[(batch.states[:, row] == state) & (batch.ages[:, row] == age), row] = target - values[state]
     for x, sign, oracle in ((errors, 2, loss), (slopes[batch.states[:, :-1]], -2, slope_along_v)):
         e = blpo.transposed(batch.mixed_operator, x)
-        ours = torch.autograd.grad(sign * (batch.weights * e * batch.advantages * batch.logprobs).sum(), theta, retain_graph=True)[0]
+        ours = torch.autograd.grad(
+            sign * (batch.weights * e * batch.advantages * batch.logprobs).sum(), theta, retain_graph=True
+        )[0]
         assert relative_error(ours, central_differences(oracle, THETA)) < 1e-8
 
 
@@ -279,7 +281,9 @@ class Follower:
         batch = enumerated(theta, lambda_, kappa, self.target_lambda)
         batch.obs = torch.cat([self.features, torch.full_like(self.features[:1], 7.0)])[batch.states]
         parts = composed(self.critic, batch, solve or self.exact, **how)
-        direct, correction = (torch.autograd.grad(x, theta, retain_graph=True)[0] * parts.std for x in (parts.direct, parts.correction))
+        direct, correction = (
+            torch.autograd.grad(x, theta, retain_graph=True)[0] * parts.std for x in (parts.direct, parts.correction)
+        )
         return direct + correction, direct
 
 
@@ -360,7 +364,9 @@ def test_what_the_end_of_a_chunk_cuts_off_is_the_trace_of_the_rows_before():
         whole, ended, valid = batch.mixed_operator, batch.ended, batch.valid
         for field in ("weights", "ratio", "advantages", "rewards", "discounts"):
             setattr(batch, field, getattr(batch, field).view(-1, 2))
-        batch.operator, batch.mixed_operator = (blpo.gae_operator(ended.view(-1, 2), valid.view(-1, 2), GAMMA * 0.8) for _ in range(2))
+        batch.operator, batch.mixed_operator = (
+            blpo.gae_operator(ended.view(-1, 2), valid.view(-1, 2), GAMMA * 0.8) for _ in range(2)
+        )
         parts = composed(follower.critic, batch, follower.exact)
         correction = parts.correction
         if name == "trace of the rollout":
@@ -390,7 +396,9 @@ def test_with_a_one_step_leader_the_correction_is_the_credit_of_all_later_steps(
         critic[0].weight.copy_(values)
     batch.obs = torch.eye(len(values), dtype=DOUBLE)[index]
     parts = composed(critic, batch, lambda curvature, u: blpo.exact_ihvp(curvature, u, 1e-10))
-    direct, hypergradient = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (parts.direct, parts.direct + parts.correction))
+    direct, hypergradient = (
+        torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (parts.direct, parts.direct + parts.correction)
+    )
 
     def mean_value(theta):
         pi = softmax_policy(theta)
@@ -564,8 +572,18 @@ def by_autograd(seen):
 
 
 def check_against_autograd(seen):
-    """Gradients and diagnostics of a recorded minibatch, to the accuracy of float32."""
-    expected = by_autograd(seen)
+    """Targets, gradients and diagnostics of a recorded minibatch, to the accuracy of float32."""
+    args, v, after, expected = seen.args, seen.values, 0.0, by_autograd(seen)
+    for t in reversed(range(args.num_steps)):  # G' and A' of the whole rollout
+        after = torch.where(
+            (seen.b_ended[t] == 1) | (t == args.num_steps - 1),
+            v[t + 1],
+            (1 - args.gae_lambda) * v[t + 1] + args.gae_lambda * after,
+        )
+        after = seen.b_rewards[t] + args.gamma * (1 - seen.b_terminated[t]) * after
+        valid = seen.b_valid[t] == 1
+        assert torch.allclose(seen.returns[t][valid], after[valid], rtol=0, atol=1e-4)
+        assert torch.allclose(seen.advantages[t][valid], (after - v[t])[valid], rtol=0, atol=1e-4)
     assert relative_error(seen.b.double(), expected.b) < 1e-4
     assert relative_error(seen.v.double(), expected.v) < 1e-3
     assert relative_error(seen.e.double(), expected.e) < 1e-3
@@ -619,7 +637,10 @@ def test_train_takes_the_gradients_of_plain_autograd(script, how, tmp_path, monk
             logprobs, _ = seen.agent.logprob_and_entropy(batch.obs[:, :-1], batch.actions)
             batch.ratio = (logprobs - batch.logprobs).exp()
             parts = composed(
-                seen.agent.critic, batch, lambda curvature, u: blpo.exact_ihvp(curvature, u, seen.args.damping), norm_adv=seen.args.norm_adv
+                seen.agent.critic,
+                batch,
+                lambda curvature, u: blpo.exact_ihvp(curvature, u, seen.args.damping),
+                norm_adv=seen.args.norm_adv,
             )
             for name in ("direct", "correction"):
                 gradient = torch.autograd.grad(getattr(parts, name), seen.agent.actor_parameters(), retain_graph=True)
@@ -690,7 +711,9 @@ def test_the_follower_takes_k_steps_for_each_of_the_leader(nest, tmp_path, monke
 def test_the_laboratory_at_its_defaults_follows_the_method(tmp_path, monkeypatch):
     laboratory = importlib.import_module("blpo_continuous_ablations")
     for solver in ("nystrom", "exact"):
-        first, second = (weights_of(run(script, tmp_path, monkeypatch, ihvp=solver, save_model=True)) for script in (blpo, laboratory))
+        first, second = (
+            weights_of(run(script, tmp_path, monkeypatch, ihvp=solver, save_model=True)) for script in (blpo, laboratory)
+        )
         assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 

@@ -111,7 +111,7 @@ def test_products_with_the_jacobian_are_those_of_the_dense_one(form):
         (jacobian.values, critic(obs).squeeze(-1).detach()), (jacobian.jvp(v), dense @ v), (jacobian.vjp(u), u @ dense),
         (jacobian.kernel(), dense @ dense.T),
     ):  # fmt: skip
-        assert ours.shape == expected.shape
+        assert ours.shape == expected.shape and not ours.requires_grad
         assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-12 * float(expected.norm()))
     assert not any(module._forward_hooks for module in critic.modules())  # nothing is left behind
 
@@ -226,7 +226,12 @@ def test_these_networks_are_accepted_and_the_check_changes_nothing(form):
 
 
 # ---- A copier's change -----------------------------------------------------------------------------------------
-SWAPS = [("ppo_continuous", "silu"), ("ppo_discrete", "three layers"), ("blpo_continuous", "layer norm"), ("blpo_discrete", "relu")]
+SWAPS = [
+    ("ppo_continuous", "silu"),
+    ("ppo_discrete", "three layers"),
+    ("blpo_continuous", "layer norm"),
+    ("blpo_discrete", "relu"),
+]
 SWAPS += [
     pytest.param(script, change, marks=pytest.mark.full)
     for script in ("ppo_continuous", "ppo_discrete", "blpo_continuous", "blpo_discrete", "blpo_continuous_ablations")
@@ -236,23 +241,24 @@ SWAPS += [
 
 @pytest.mark.parametrize("script, change", SWAPS)
 def test_the_module_that_acts_is_the_one_that_learns(script, change, tmp_path, monkeypatch):
-    """In each rollout: the actions are those of the agent at the first minibatch, and so are the log-probabilities, by
-    torch.distributions; the ratios are 1; the task got these actions, and what is played in the end is this module."""
-    script, seen = importlib.import_module(script), {}
+    """In each rollout actions, log-probabilities and values are those of the agent that is about to learn, by its modules and
+    torch.distributions; the first ratios are 1. The task got these actions; in the end this module is what is played."""
+    script, seen = importlib.import_module(script), []
     monkeypatch.setattr(script, "Agent", swapped(script, change))
-    original = script.clipped_surrogate
+    gae, surrogate = script.gae, script.clipped_surrogate
 
-    def spy(ratio, *arguments):
+    def before_the_update(*arguments):
         local = inspect.currentframe().f_back.f_locals
-        if local["iteration"] not in seen:  # the first minibatch of a rollout, before the agent has moved
-            names = "b_obs", "b_actions", "b_valid", "logprobs", "noise", "values"
-            kept = {name: local[name].clone() for name in names}
-            seen[local["iteration"]] = SimpleNamespace(**kept, agent=copy.deepcopy(local["agent"]), ratio=ratio.detach().clone())
-            if "blpo" in script.__name__:  # there the critic has answered first; these are its values before
-                seen[local["iteration"]].values = None
-        return original(ratio, *arguments)
+        kept = {name: local[name].clone() for name in ("b_obs", "b_actions", "b_valid", "logprobs", "noise", "values")}
+        seen.append(SimpleNamespace(**kept, agent=copy.deepcopy(local["agent"]), ratio=None))
+        return gae(*arguments)
 
-    monkeypatch.setattr(script, "clipped_surrogate", spy)
+    def in_each_minibatch(ratio, *arguments):
+        seen[-1].ratio = ratio.detach().clone() if seen[-1].ratio is None else seen[-1].ratio
+        return surrogate(ratio, *arguments)
+
+    monkeypatch.setattr(script, "gae", before_the_update)
+    monkeypatch.setattr(script, "clipped_surrogate", in_each_minibatch)
     toy_envs.STEPS.clear()
     folder = run(script, tmp_path, monkeypatch, ihvp="nystrom", save_model=True)
     sent = {}
@@ -261,21 +267,20 @@ def test_the_module_that_acts_is_the_one_that_learns(script, change, tmp_path, m
     sent = [np.array(actions) for _, actions in sorted(sent.items()) if len(actions) > 100]  # the others were for a check
     assert len(seen) == 3 and len(sent) == RUN["num_envs"]
     with torch.no_grad():
-        for each in seen.values():
+        for each in seen:
             obs, agent = each.b_obs[:-1], each.agent
             assert torch.allclose(each.b_actions, agent.sample(obs, each.noise), rtol=0, atol=1e-5)
             assert torch.allclose(each.logprobs, policy_of(agent, obs).log_prob(each.b_actions), rtol=0, atol=1e-5)
             assert (each.ratio - 1).abs().max() < 1e-5
-            if each.values is not None:
-                assert torch.allclose(each.values, agent.critic(each.b_obs).squeeze(-1), rtol=0, atol=1e-5)
+            assert torch.allclose(each.values, agent.critic(each.b_obs).squeeze(-1), rtol=0, atol=1e-5)
         for environment, actions in enumerate(sent):
             expected = torch.cat([
-                each.agent.task_actions(each.b_actions)[each.b_valid[:, environment] == 1, environment] for each in seen.values()
+                each.agent.task_actions(each.b_actions)[each.b_valid[:, environment] == 1, environment] for each in seen
             ])  # fmt: skip
             assert np.array_equal(actions[-len(expected) :], expected.numpy())
-    first, last = (seen[i].agent.state_dict() for i in (1, 3))
+    first, last = (each.agent.state_dict() for each in (seen[0], seen[-1]))
     moved = {name for name, x in first.items() if not torch.equal(x, last[name])}
-    assert moved >= {name for name, _ in seen[1].agent.named_parameters()}  # every parameter learns
+    assert moved >= {name for name, _ in seen[0].agent.named_parameters()}  # every parameter learns
     agent, raw = script.load_agent(folder / "model.pt"), 30 * torch.randn(20, 3, dtype=DOUBLE)
     obs = ((raw - agent.obs_mean) / agent.obs_std).clip(-10, 10).float()
     expected = agent.task_actions(policy_of(agent, obs).mode).detach().numpy()
@@ -283,7 +288,9 @@ def test_the_module_that_acts_is_the_one_that_learns(script, change, tmp_path, m
     assert type(agent).__name__ == "Swapped" and agent.obs_std.min() > 0 and not torch.equal(agent.obs_mean, torch.zeros(3))
 
 
-@pytest.mark.parametrize("change", ["relu", "layer norm", *(pytest.param(x, marks=pytest.mark.full) for x in ("silu", "three layers"))])
+@pytest.mark.parametrize(
+    "change", ["relu", "layer norm", *(pytest.param(x, marks=pytest.mark.full) for x in ("silu", "three layers"))]
+)
 @pytest.mark.parametrize("script", ["blpo_continuous", pytest.param("blpo_discrete", marks=pytest.mark.full)])
 def test_with_other_networks_the_gradients_are_finite_differences(script, change, tmp_path, monkeypatch):
     """Of J in omega (b), of the values (z), and of the leader's loss in theta, written with the module's forward pass."""
