@@ -311,7 +311,7 @@ def test_hypergradient_is_the_total_derivative_with_the_follower_solved_again(la
     correction = (expected - direct).norm()
     assert correction > 0.05 * direct.norm()
     for name, gradient in wrong.items():
-        assert (gradient - expected).norm() > 0.02 * correction, name
+        assert (gradient - expected).norm() > (0.02 if name == "kappa = gamma" else 0.1) * correction, name
 
 
 @pytest.mark.parametrize("kind", ["tabular", "linear"])
@@ -374,7 +374,6 @@ def test_what_the_end_of_a_chunk_cuts_off_is_the_trace_of_the_rows_before():
             e = blpo.transposed(whole, z).view(-1, 2)
             correction = (batch.weights * 2 * e * batch.ratio * batch.advantages).sum()
         errors[name] = relative_error(torch.autograd.grad(parts.direct + correction, theta)[0], expected)
-    print(errors)
     assert errors["trace of the rollout"] < 1e-8 and errors["trace of the chunk"] > 1e-3
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import toy_envs
-from test_hypergradient import RUN, check_against_autograd, double_batch, flat, minibatches_of, policy_of, relative_error, run
+from test_hypergradient import RUN, check_against_autograd, double_batch, minibatches_of, policy_of, relative_error, run
 
 import blpo_continuous as blpo
 
