@@ -924,7 +924,7 @@ class Run:
         for name in METRICS[2:]:
             if metrics.get(name) is not None:
                 self.tensorboard.add_scalar(name, metrics[name], global_step)
-        self.returns += [(global_step, row["episodic_return"]) for row in episodes]
+        self.returns += [(row["global_step"], row["episodic_return"]) for row in episodes]
         with contextlib.suppress(OSError, ValueError):
             recent = np.mean([value for _, value in self.returns[-20:]] or math.nan)
             self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
@@ -1240,7 +1240,8 @@ def train(args: Args) -> Path:
             agent.obs_mean.copy_(torch.as_tensor(obs_stats.mean))
             agent.obs_std.copy_(torch.as_tensor(obs_stats.std))
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                stats = [[torch.as_tensor(x) for x in (each.mean, each.squares, each.count)] for each in (obs_stats, return_stats)]
+                numbers = [(each.mean, each.squares, each.count) for each in (obs_stats, return_stats)]
+                stats = [[torch.as_tensor(x, dtype=torch.float64) for x in each] for each in numbers]
                 state = {"agent_sizes": agent_sizes, "agent": agent.state_dict(), "stats": stats}
                 run.save_checkpoint(state | {"optimisers": [each.state_dict() for each in optimisers]})
             if run.stop_signal:
