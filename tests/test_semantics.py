@@ -1,19 +1,17 @@
 """What a rollout means: resets, terminations and truncations, end to end through `train`."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
-from conftest import DISCRETE_SCRIPTS, SCRIPTS, load, train
+from conftest import DISCRETE_SCRIPTS, NUM_ENVS, SCRIPTS, load, pooled, read_csv, train
 
 
 class Tampered:
     """Environments whose meaningless numbers are changed, and in which one meaningful number may be."""
 
-    def __init__(self, envs, reset_reward=0.0, terminal_offset=0.0, truncated_offset=0.0):
+    def __init__(self, envs, reset_reward=0.0, terminal_offset=0.0, truncated_offset=0.0, reward_offset=0.0):
         self.envs, self.ended = envs, None
-        self.reset_reward, self.offsets = reset_reward, (terminal_offset, truncated_offset)
+        self.reset_reward, self.offsets, self.reward_offset = reset_reward, (terminal_offset, truncated_offset), reward_offset
 
     def reset(self):
         return self.envs.reset()
@@ -23,6 +21,7 @@ class Tampered:
         obs, rewards = obs.copy(), np.array(rewards, dtype=np.float64)
         if self.ended is not None:
             rewards[self.ended] += self.reset_reward  # the row after an episode's end
+            rewards[~self.ended] += self.reward_offset
         obs[terminated] += self.offsets[0]  # its observation: changes its action and log-probability as well
         obs[truncated] += self.offsets[1]
         self.ended = terminated | truncated
@@ -32,8 +31,8 @@ class Tampered:
         self.envs.close()
 
 
-def run_with(script, tmp_path, monkeypatch, *, flags=(), **tampering):
-    """The model and the csv rows of a tiny run in tampered environments."""
+def run_with(script, tmp_path, *flags, **tampering):
+    """Weights and normaliser, losses and episodes of a tiny run in tampered environments."""
     module = load(script)
     original = module.make_envs
 
@@ -41,77 +40,46 @@ def run_with(script, tmp_path, monkeypatch, *, flags=(), **tampering):
         envs, *spaces = original(*arguments)
         return Tampered(envs, **tampering), *spaces
 
-    monkeypatch.setattr(module, "make_envs", make_envs)
-    folder = train(script, *flags, save_model=True, run_dir=tmp_path / str(len(list(tmp_path.iterdir()))))
-    monkeypatch.undo()
-    model = torch.load(folder / "model.pt", weights_only=True)
-    tensors = model["agent"] | {"obs_mean": model["obs_mean"], "obs_std": model["obs_std"]}
-    with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    with open(folder / "episodes.csv") as file:
-        episodes = [(row["global_step"], row["episodic_return"], row["episodic_length"]) for row in csv.DictReader(file)]
-    losses = [[value for name, value in row.items() if name.startswith(("losses/", "bilevel/"))] for row in rows]
-    return tensors, losses, episodes
-
-
-def same(first, second):
-    return (
-        all(torch.equal(first[0][name], second[0][name]) for name in first[0])
-        and first[1] == second[1]
-        and first[2] == second[2]
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_envs", make_envs)
+        folder = train(script, *flags, save_model=True, run_dir=tmp_path)
+    model = torch.load(folder / "model.pt", weights_only=True)["agent"]
+    losses = [{k: v for k, v in row.items() if k.startswith(("losses/", "bilevel/"))} for row in read_csv(folder / "metrics.csv")]
+    episodes = [{k: v for k, v in row.items() if k != "wall_time_s"} for row in read_csv(folder / "episodes.csv")]
+    return {name: tensor.tolist() for name, tensor in model.items()}, losses, episodes
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_row_after_an_episodes_end_influences_nothing(script, tmp_path, monkeypatch):
+def test_the_row_after_an_episodes_end_influences_nothing(script, tmp_path):
     """Its reward, and after a termination its observation, action and log-probability: weights, statistics of the
-    normalisers, losses and logged returns stay bitwise the same."""
-    clean = run_with(script, tmp_path, monkeypatch)
+    normalisers, losses and logged returns stay bitwise the same. Tampering with a row that counts shows."""
+    clean = run_with(script, tmp_path)
     assert len(clean[2]) > 20
-    assert same(clean, run_with(script, tmp_path, monkeypatch, reset_reward=1e3))
-    assert same(clean, run_with(script, tmp_path, monkeypatch, terminal_offset=50.0))
+    assert clean == run_with(script, tmp_path, reset_reward=1e3)
+    assert clean == run_with(script, tmp_path, terminal_offset=50.0)
+    assert clean[0] != run_with(script, tmp_path, reward_offset=0.1)[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_final_observation_matters_only_as_the_bootstrap_of_a_truncated_row(script, tmp_path, monkeypatch):
-    clean = run_with(script, tmp_path, monkeypatch)
-    moved = run_with(script, tmp_path, monkeypatch, truncated_offset=50.0)
-    assert not same(clean, moved)
-    flags = ("--no-bootstrap-truncation",)
-    unbootstrapped = run_with(script, tmp_path, monkeypatch, flags=flags)
-    assert not same(clean, unbootstrapped)
-    assert same(unbootstrapped, run_with(script, tmp_path, monkeypatch, flags=flags, truncated_offset=50.0))
+def test_the_final_observation_matters_only_as_the_bootstrap_of_a_truncated_row(script, tmp_path):
+    clean, flag = run_with(script, tmp_path), "--no-bootstrap-truncation"
+    assert clean != run_with(script, tmp_path, truncated_offset=50.0)
+    unbootstrapped = run_with(script, tmp_path, flag)
+    assert clean[0] != unbootstrapped[0] and clean[2][0] == unbootstrapped[2][0]
+    assert unbootstrapped == run_with(script, tmp_path, flag, truncated_offset=50.0)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_reward_of_a_transition_matters(script, tmp_path, monkeypatch):
-    """The tampering of the tests above would be seen if it fell on rows that count."""
-    clean, module = run_with(script, tmp_path, monkeypatch), load(script)
-    original = module.make_envs
-
-    def make_envs(*arguments):
-        envs, *spaces = original(*arguments)
-        tampered = Tampered(envs)
-        step = tampered.step
-
-        def scaled(actions):
-            obs, rewards, *rest = step(actions)
-            return obs, 1.5 * rewards + 0.1, *rest
-
-        tampered.step = scaled
-        return tampered, *spaces
-
-    monkeypatch.setattr(module, "make_envs", make_envs)
-    folder = train(script, save_model=True, run_dir=tmp_path / "scaled")
-    scaled = torch.load(folder / "model.pt", weights_only=True)["agent"]
-    assert not all(torch.equal(clean[0][name], scaled[name]) for name in scaled)
+# ---- Backends --------------------------------------------------------------------------------------------------
+def make(script, **changes):
+    """The environments of `changes`, and the spaces of one."""
+    return load(script).make_envs(load(script).Args(**changes), 5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_envpool_resets_on_the_next_step_as_the_loop_expects(threads):
     """At the end of an episode the true final observation; then a row that ignores its action, pays 0 and shows the
     first observation of the next episode."""
-    envs, _, space = load(SCRIPTS[0]).make_envs("Hopper-v4", 4, 3, "envpool", threads)
+    envs, *_ = make("ppo_continuous.py", env_id="Hopper-v4", num_envs=4, env_backend="envpool", env_threads=threads)
     generator, resets = np.random.default_rng(0), 0
     envs.reset()
     ended = np.zeros(4, dtype=bool)
@@ -128,34 +96,33 @@ def test_envpool_resets_on_the_next_step_as_the_loop_expects(threads):
 @pytest.mark.parametrize("env_id, size", [("CartPole-v1", 4), ("Acrobot-v1", 6)])
 def test_envpool_takes_the_actions_of_classic_control_as_gymnasium_does(env_id, size):
     """A state steps to the same next one in both, with the numbers of the actions as `train` sends them."""
-    module, (generator, seen) = load("ppo_discrete.py"), (np.random.default_rng(0), set())
-    pool, observations, space = module.make_envs(env_id, 1, 5, "envpool", 1)
-    gymnasium, *_ = module.make_envs(env_id, 1, 5, "gymnasium", 1)
-    assert observations.shape == (size,)
+    pool, observations, space = make("ppo_discrete.py", env_id=env_id, num_envs=1, env_backend="envpool")
+    gymnasium, *_ = make("ppo_discrete.py", env_id=env_id, num_envs=1, env_backend="sync")
+    agent = load("ppo_discrete.py").Agent(size, int(space.n))
+    agent.set_action_space(space)
     obs, _ = pool.reset()
     gymnasium.reset(seed=5)
-    inner = gymnasium.envs[0].unwrapped
-    for _ in range(15):
+    inner, seen = gymnasium.envs[0].unwrapped, set()
+    for step in range(15):
         x = obs[0].astype(np.float64)
         inner.state = x if size == 4 else np.array([np.arctan2(x[1], x[0]), np.arctan2(x[3], x[2]), x[4], x[5]])
-        actions = module.task_actions(generator.integers(0, space.n, 1), space)
+        actions = agent.task_actions(torch.tensor([step % int(space.n)])).numpy()
         seen.add(int(actions[0]))
         (obs, reward, terminated, *_), other = pool.step(actions), gymnasium.step(actions)
         if terminated.any():
             break
         assert np.allclose(obs, other[0], atol=1e-4) and reward == other[1]
-    assert seen == set(range(space.n))
+    assert seen == set(range(space.n)) and observations.shape == (size,)
 
 
 def test_both_backends_are_the_same_task():
     """The same state and action give the same reward and next state, so one loop serves both."""
-    module = load(SCRIPTS[0])
-    pool, *pool_spaces = module.make_envs("HalfCheetah-v4", 1, 5, "envpool", 1)
-    gymnasium, *gymnasium_spaces = module.make_envs("HalfCheetah-v4", 1, 5, "gymnasium", 1)
+    pool, *pool_spaces = make("ppo_continuous.py", env_id="HalfCheetah-v4", num_envs=1, env_backend="envpool")
+    gymnasium, *gymnasium_spaces = make("ppo_continuous.py", env_id="HalfCheetah-v4", num_envs=1, env_backend="sync")
     assert pool_spaces[0].shape == gymnasium_spaces[0].shape
     assert (pool_spaces[1].low == gymnasium_spaces[1].low).all() and (pool_spaces[1].high == gymnasium_spaces[1].high).all()
     pool.reset()
-    start, _ = gymnasium.reset(seed=5)
+    gymnasium.reset(seed=5)
     inner = gymnasium.envs[0].unwrapped
     first, *_ = pool.step(np.zeros((1, 6), dtype=np.float32))
     inner.set_state(np.concatenate([[0.0], first[0, :8]]), first[0, 8:])
@@ -164,9 +131,41 @@ def test_both_backends_are_the_same_task():
     assert np.allclose(a[0], b[0], atol=0.02) and abs(a[1] - b[1]) < 0.05
 
 
+@pytest.mark.parametrize("script", ["ppo_continuous.py", "ppo_discrete.py"])
+def test_episodes_of_envpool_agree_with_a_count_by_hand(script, tmp_path, monkeypatch):
+    records, original = [], load(script).make_envs
+
+    def recorded(*arguments):
+        envs, *spaces = original(*arguments)
+        step = envs.step
+
+        def recorded_step(actions):
+            result = step(actions)
+            records.append((result[1].copy(), result[2] | result[3], actions.copy()))
+            return result
+
+        envs.step = recorded_step
+        return envs, *spaces
+
+    monkeypatch.setattr(load(script), "make_envs", recorded)
+    folder = train(script, run_dir=tmp_path, **pooled(script))
+    expected, rewards, fresh = [], [[] for _ in range(NUM_ENVS)], [False] * NUM_ENVS
+    for t, (reward, ended, _) in enumerate(records):
+        for index in range(NUM_ENVS):
+            if not fresh[index]:  # else this step was the reset of an episode that ended
+                rewards[index].append(float(reward[index]))
+            fresh[index] = bool(ended[index])
+            if ended[index]:
+                expected.append(((t + 1) * NUM_ENVS, index, sum(rewards[index]), len(rewards[index])))
+                rewards[index].clear()
+    names = ("global_step", "env_index", "episodic_return", "episodic_length")
+    assert [tuple(float(row[name]) for name in names) for row in read_csv(folder / "episodes.csv")] == expected
+    assert len(expected) > 10
+
+
 def test_actions_are_clipped_to_the_tasks_own_box(tmp_path, monkeypatch):
     """Humanoid's box is +-0.4; a cost on unclipped actions would show in the reward."""
-    module, seen = load(SCRIPTS[0]), []
+    module, seen = load("ppo_continuous.py"), []
     original = module.make_envs
 
     def make_envs(*arguments):
@@ -176,33 +175,35 @@ def test_actions_are_clipped_to_the_tasks_own_box(tmp_path, monkeypatch):
         return envs, *spaces
 
     monkeypatch.setattr(module, "make_envs", make_envs)
-    train(SCRIPTS[0], env_id="Humanoid-v4", num_steps=16, total_timesteps=64, run_dir=tmp_path)
+    train("ppo_continuous.py", env_id="Humanoid-v4", num_steps=16, total_timesteps=64, run_dir=tmp_path)
     actions = np.concatenate(seen)
     assert np.isclose([actions.min(), actions.max()], [-0.4, 0.4], rtol=0, atol=1e-7).all()
 
 
-@pytest.mark.parametrize("script", DISCRETE_SCRIPTS)
-@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
-def test_classic_control_runs_on_both_backends(script, backend, tmp_path):
-    """Also a task whose episodes, of 500 steps, no rollout ends: what is missing is an empty cell, not an error."""
-    for env_id, episodes in (("CartPole-v1", True), ("Acrobot-v1", False)):
-        folder = train(script, env_id=env_id, env_backend=backend, run_dir=tmp_path)
-        with open(folder / "episodes.csv") as file:
-            assert bool(list(csv.DictReader(file))) == episodes
-
-
-@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5"])
-def test_v4_and_v5_run_on_both_backends(env_id, backend, tmp_path):
-    folder = train(SCRIPTS[0], env_id=env_id, env_backend=backend, num_steps=64, run_dir=tmp_path)
-    with open(folder / "episodes.csv") as file:
-        assert len(list(csv.DictReader(file))) > 2  # returns are logged with either
+@pytest.mark.parametrize("backend", ["envpool", "sync"])
+@pytest.mark.parametrize("env_id, episodes", [("Hopper-v4", True), ("Hopper-v5", True), ("CartPole-v1", True), ("Acrobot-v1", False)])
+def test_tasks_run_on_both_backends(env_id, episodes, backend, tmp_path):
+    """Also one whose episodes, of 500 steps, no rollout ends: what is missing is an empty cell, not an error."""
+    script = "ppo_continuous.py" if "Hopper" in env_id else DISCRETE_SCRIPTS[0]
+    folder = train(script, env_id=env_id, env_backend=backend, num_steps=64, run_dir=tmp_path)
+    assert bool(read_csv(folder / "episodes.csv")) == episodes
 
 
 @pytest.mark.parametrize(
-    ("cores", "threads", "expected"), [({0, 1}, 2, 0), ({0, 1}, 1, -1), ({2, 3}, 2, 2), ({5}, 1, 5), ({0, 2}, 2, -1), ({0, 1}, 3, 0)]
+    ("cores", "threads", "expected"), [({0, 1}, 2, 0), ({0, 1}, 1, -1), ({2, 3}, 0, 2), ({5}, 1, 5), ({0, 2}, 2, -1), ({0, 1}, 3, 0)]
 )
-def test_threads_are_pinned_only_where_they_fill_neighbouring_cores(script, monkeypatch, cores, threads, expected):
-    module = load(script)
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda process: cores)
-    assert module.first_core(threads) == expected
+def test_threads_are_pinned_only_where_they_fill_neighbouring_cores(monkeypatch, cores, threads, expected):
+    """0 threads: one for each core."""
+    import envpool
+
+    class Made(Exception):
+        pass
+
+    def make_pool(env_id, **settings):
+        raise Made(settings["thread_affinity_offset"], settings["num_threads"])
+
+    monkeypatch.setattr(envpool, "make", make_pool)
+    monkeypatch.setattr(load("ppo_continuous.py").os, "sched_getaffinity", lambda process: cores)
+    with pytest.raises(load("ppo_continuous.py").BadInput) as stop:
+        make("ppo_continuous.py", env_threads=threads)
+    assert stop.value.__cause__.args == (expected, threads or len(cores))

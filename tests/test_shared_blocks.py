@@ -5,15 +5,12 @@ import re
 from collections import defaultdict
 
 import pytest
-from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, SCRIPTS, load
+from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, SCRIPTS, load, parse
 
 BANNER = re.compile(r"\s*# ---- (.+?) -{3,}$")
-PPO_AND_BLPO_DIFFER_IN = {
-    "Docstring", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Batch shape", "Optimisers", "Update"
-}  # fmt: skip
-CONTINUOUS_AND_DISCRETE_DIFFER_IN = {
-    "Docstring", "Arguments", "Gaussian policy (shared)", "Categorical policy (shared)"
-}  # fmt: skip
+PPO_AND_BLPO_DIFFER_IN = {"Docstring", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Optimisers", "Update"}
+CONTINUOUS_AND_DISCRETE_DIFFER_IN = {"Docstring", "Arguments", "Gaussian policy (shared)", "Categorical policy (shared)"}
+LABORATORY_DIFFERS_IN = {"Docstring", "Arguments", "Laboratory mathematics", "Optimisers", "Update"}
 SHARED_BY_SOME = {  # every other shared block is in all scripts
     "Bilevel mathematics (shared)": BLPO_SCRIPTS,
     "Gaussian policy (shared)": CONTINUOUS_SCRIPTS,
@@ -76,11 +73,31 @@ def test_continuous_and_discrete_differ_in_these_blocks_and_no_other(method):
     assert differing(f"{method}_continuous.py", f"{method}_discrete.py") == CONTINUOUS_AND_DISCRETE_DIFFER_IN
 
 
+def test_the_laboratory_differs_from_the_method_in_these_blocks_and_no_other():
+    assert differing("blpo_continuous.py", "blpo_continuous_ablations.py") == LABORATORY_DIFFERS_IN
+    assert "Laboratory mathematics" not in blocks("blpo_continuous.py")
+
+
+def arguments(script: str) -> list[tuple]:
+    """Names and types of the arguments, with their ranges, in order."""
+    return [(name, field.annotation, field.metadata) for name, field in load(script).Args.model_fields.items()]
+
+
+def comparable(found: list[tuple]) -> list[str]:
+    """The same as text: each script has its own, equal types."""
+    return [re.sub(r" at 0x\w+", "", repr(each)).replace("_discrete", "").replace("_continuous", "") for each in found]
+
+
 @pytest.mark.parametrize("method", ["ppo", "blpo"])
 def test_continuous_and_discrete_have_the_same_arguments(method):
     """Their defaults differ, and the lines that speak of actions and tasks."""
-    continuous, discrete = (load(f"{method}_{kind}.py").Args.__annotations__ for kind in ("continuous", "discrete"))
-    assert list(continuous.items()) == list(discrete.items())
+    continuous, discrete = (comparable(arguments(f"{method}_{kind}.py")) for kind in ("continuous", "discrete"))
+    assert continuous == discrete and len(continuous) > 30
+
+
+def test_the_laboratory_has_the_arguments_of_the_method_first():
+    method, laboratory = ([name for name, *_ in arguments(f"blpo_continuous{suffix}.py")] for suffix in ("", "_ablations"))
+    assert laboratory[: len(method)] == method and len(laboratory) > len(method)
 
 
 @pytest.mark.parametrize("other", SCRIPTS[1:])
@@ -123,21 +140,13 @@ def test_every_public_function_and_class_has_a_docstring(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_docstring_names_a_command_that_runs_this_script(script):
     """The command in the docstring parses, so that a reader can start from it."""
-    module = load(script)
-    commands = re.findall(rf"^    python {re.escape(script)}(.*)$", module.__doc__, re.MULTILINE)
+    commands = re.findall(rf"^    python {re.escape(script)}(.*)$", load(script).__doc__, re.MULTILINE)
     assert commands
     for words in commands:
-        module.parse_args(module.Args, words.split())
+        parse(script, words.split())
 
 
-# ---- stac.py: the same blocks where they fit, the same definitions elsewhere -----------------------------------
-STAC_DIFFERS_IN = {
-    "Args", "make_envs",  # Discrete actions as well
-    "mlp", "Agent",  # categorical actors, two widths, other initial weights
-    "value_loss", "load_policy", "train",
-}  # fmt: skip
-
-
+# ---- The other scripts: the same definitions where they fit -----------------------------------------------------
 def definitions(script: str) -> dict[str, str]:
     """The source of the functions and classes at the top level of a script, by name."""
     text = (REPO / script).read_text()
@@ -145,15 +154,26 @@ def definitions(script: str) -> dict[str, str]:
     return {node.name: ast.get_source_segment(text, node) for node in nodes}
 
 
-def test_stac_has_the_shared_blocks_and_definitions_of_ppo():
-    ppo_blocks, stac_blocks = blocks("ppo_continuous.py"), blocks("stac.py")
-    shared = {name for name in stac_blocks if "(shared)" in name}
+OWN = {"Args", "Agent", "make_envs", "evaluate", "film", "load_policy", "train"}  # what each script has in a form of its own
+OTHER_SCRIPTS = {
+    "stac.py": OWN | {"value_loss"},
+    "stac_ablations.py": OWN | {"value_loss"},
+    "stddpg.py": OWN | {"check_batch_shape"},
+    "stsac.py": OWN | {"check_batch_shape"},
+    "sobirl_rlhf.py": OWN | {"check_batch_shape"},
+}
+
+
+@pytest.mark.parametrize("other", OTHER_SCRIPTS)
+def test_the_other_scripts_have_the_shared_blocks_and_definitions_of_ppo_atari(other):
+    one, two = blocks("ppo_atari.py"), blocks(other)
+    shared = {name for name in two if "(shared)" in name}
     assert shared == {"Imports (shared)", "Entry point (shared)"}
-    assert {name for name in shared if ppo_blocks.get(name) != stac_blocks[name]} == set()
-    ppo, stac = definitions("ppo_continuous.py"), definitions("stac.py")
-    common = ppo.keys() & stac.keys()
-    assert {"Run", "parse_args", "check_ranges", "load_checkpoint", "evaluate", "film", "gae", "numpy_mlp"} <= common
-    assert {name for name in common if ppo[name] != stac[name]} == STAC_DIFFERS_IN
+    assert {name for name in shared if one.get(name) != two[name]} == set()
+    one, two = definitions("ppo_atari.py"), definitions(other)
+    common = one.keys() & two.keys()
+    assert {"Run", "parse_args", "check_ranges", "load_checkpoint", "film_in_child", "rng_state", "provenance"} <= common
+    assert {name for name in common if one[name] != two[name]} == OTHER_SCRIPTS[other]
 
 
 def test_the_laboratory_of_stac_differs_in_these_definitions_and_blocks_alone():
