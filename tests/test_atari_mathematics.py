@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from test_hypergradient import GAMMA, Enumerated, first_step_values, policy, state_values
 
 import blpo_atari as blpo
 import ppo_atari as ppo
@@ -165,6 +164,89 @@ def test_nystrom_columns_of_the_full_critic_are_those_of_the_dense_curvature(mon
     approximation = columns @ torch.linalg.solve(core, columns.T) + 0.5 * torch.eye(dense.shape[1], dtype=DOUBLE)
     expected = torch.linalg.solve(approximation, dense.T @ u)
     assert (v - expected).norm() < 1e-8 * expected.norm()
+
+
+# ---- A tabular MDP whose trajectories can be enumerated ----------------------------------------------------------
+# State 0 starts; every episode ends within 4 steps, by termination. In each chunk the rows after the end are no
+# transitions. Summing over all trajectories with their probabilities makes every expectation exact.
+GAMMA = 0.9
+NEXT = {0: {0: [(1, 0.6), (2, 0.4)], 1: [(2, 0.9), (3, 0.1)]}, 1: {0: [(3, 1.0)], 1: [(2, 0.5), (3, 0.5)]},
+        2: {0: [(3, 0.7), (None, 0.3)], 1: [(None, 1.0)]}, 3: {0: [(None, 1.0)], 1: [(None, 1.0)]}}  # fmt: skip
+REWARD = {(0, 0): 1.0, (0, 1): -0.5, (1, 0): 0.3, (1, 1): 2.0, (2, 0): -1.0, (2, 1): 0.7, (3, 0): 1.5, (3, 1): -0.2}
+
+
+def trajectories():
+    """All ((state, action) ..., end) of the MDP from state 0."""
+
+    def extend(prefix, state):
+        if state is None:
+            yield prefix
+            return
+        for action in (0, 1):
+            for following, _ in NEXT[state][action]:
+                yield from extend([*prefix, (state, action, following)], following)
+
+    return list(extend([], 0))
+
+
+def policy(theta):
+    """Softmax policy (4, 2) with logits theta (8,)."""
+    return torch.softmax(theta.view(4, 2), -1)
+
+
+def state_values(pi):
+    """V^pi by backward substitution: the states are numbered in the order they are visited."""
+    values = {}
+    for s in reversed(range(4)):
+        value = 0.0
+        for a in (0, 1):
+            future = sum(p * values[f] for f, p in NEXT[s][a] if f is not None)
+            value = value + pi[s, a] * (REWARD[s, a] + GAMMA * future)
+        values[s] = value
+    return torch.stack([values[s] for s in range(4)])
+
+
+def target_values(pi, after, lambda_):
+    """Mean lambda-return of pi that bootstraps from the values `after`, held fixed: V^pi at lambda 1."""
+    values = {}
+    for s in reversed(range(4)):
+        value = 0.0
+        for a in (0, 1):
+            future = sum(p * ((1 - lambda_) * after[f] + lambda_ * values[f]) for f, p in NEXT[s][a] if f is not None)
+            value = value + pi[s, a] * (REWARD[s, a] + GAMMA * future)
+        values[s] = value
+    return torch.stack([values[s] for s in range(4)])
+
+
+def first_step_values(pi, after):
+    """V of: act once by pi, then by another policy with the values `after`."""
+    return target_values(pi, after, 0.0)
+
+
+class Enumerated:
+    """Every trajectory as one chunk, its weights the probability under the policy at theta_0 (held fixed)."""
+
+    def __init__(self, theta_0):
+        self.theta_0, paths, length = theta_0, trajectories(), 4
+        shape = (len(paths), length)
+        self.states, self.actions = (torch.zeros(len(paths), length + 1, dtype=torch.long) for _ in range(2))
+        self.rewards, self.terminated, self.valid = (torch.zeros(shape, dtype=DOUBLE) for _ in range(3))
+        probability, pi = torch.ones(len(paths), dtype=DOUBLE), policy(theta_0)
+        for c, path in enumerate(paths):
+            for t, (state, action, following) in enumerate(path):
+                self.states[c, t], self.actions[c, t], self.valid[c, t] = state, action, 1
+                self.rewards[c, t], self.terminated[c, t] = REWARD[state, action], following is None
+                probability[c] *= pi[state, action] * dict(NEXT[state][action])[following]
+        assert abs(probability.sum() - 1) < 1e-12
+        self.weights = probability[:, None] * self.valid
+        self.weights /= self.weights.sum()
+        self.distribution = torch.zeros(4, dtype=DOUBLE).index_add_(0, self.states[:, :-1].flatten(), self.weights.flatten())
+        self.discounts = GAMMA * (1 - self.terminated)
+
+    def ratio(self, theta):
+        pi, old = policy(theta), policy(self.theta_0).detach()
+        pairs = self.states[:, :-1], self.actions[:, :-1]
+        return pi[pairs] / old[pairs]
 
 
 # ---- The total derivative --------------------------------------------------------------------------------------
