@@ -16,7 +16,7 @@ import torch
 from conftest import after_iteration, load, read_csv, without_time
 from test_command_line import assert_one_sentence, ends, flag, numbers
 from test_shared_blocks import (
-    blocks, definitions, differing, test_docstring_names_a_command_that_runs_this_script as check_command,
+    blocks, differing, test_docstring_names_a_command_that_runs_this_script as check_command,
     test_every_public_function_and_class_has_a_docstring as check_docstrings, test_no_script_imports_another as check_imports,
 )  # fmt: skip
 
@@ -548,25 +548,6 @@ def test_ppo_and_blpo_differ_in_these_blocks_and_no_other():
     }  # fmt: skip
     first, second = ([name for name in blocks(each)] for each in SCRIPTS)
     assert [name for name in first if name in second] == [name for name in second if name in first]
-
-
-@pytest.mark.parametrize("kind", ["ppo", "blpo"])
-def test_atari_shares_its_blocks_and_definitions_with_continuous_control(kind):
-    atari, continuous = f"{kind}_atari.py", f"{kind}_continuous.py"
-    one, other = blocks(atari), blocks(continuous)
-    identical = {"Imports (shared)", "PPO mathematics (shared)", "Batch shape", "Entry point (shared)"}
-    identical |= {"PPO's value loss"} if kind == "ppo" else set()
-    assert {name for name in one.keys() & other.keys() if one[name] == other[name]} == identical
-    one, other = definitions(atari), definitions(continuous)
-    different = {"Args", "make_envs", "Agent", "BehaviourPolicy", "load_policy", "evaluate", "film", "train"}
-    different |= {"CriticJacobian"} if kind == "blpo" else set()
-    assert {name for name in one.keys() & other.keys() if one[name] != other[name]} == different
-    added = {"game_name", "pixels", "nature_cnn", "orthogonal", "available_memory", "check_machine"}
-    added |= {"split_critic", "hypergradient_memory"} if kind == "blpo" else set()
-    assert one.keys() - other.keys() == added
-    constants = [re.findall(r"^(?:ANY_TIME|SCRIPT|DIAGNOSTICS) .*?(?=^\S)", load(each).__loader__.get_source(load(each).__name__),
-                            re.MULTILINE | re.DOTALL) for each in (atari, continuous)]  # fmt: skip
-    assert constants[0] == constants[1] and len(constants[0]) >= 3
 
 
 def test_the_script_documents_itself_and_stands_alone(script):

@@ -4,7 +4,9 @@ All noise and all minibatches are drawn on the CPU, so the first update of a run
 """
 
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import test_atari
@@ -12,7 +14,7 @@ import test_off_policy
 import test_sobirl_rlhf
 import test_stac
 import torch
-from conftest import after_iteration, load, read_csv, train, without_time
+from conftest import after_iteration, for_actions, load, read_csv, resume, train, without_time
 from torch import nn
 
 import blpo_atari as blpo
@@ -144,6 +146,19 @@ def test_an_interrupted_run_with_a_graph_goes_on(tmp_path, monkeypatch, kind):
     for one, other in zip(*found):
         for name, value in other.items():
             assert one[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("script", ["ppo_continuous.py", "blpo_discrete.py"])
+def test_an_interrupted_on_policy_run_goes_on_bitwise(tmp_path, monkeypatch, script):
+    """In a task with nothing to remember; the CPU's generator is all that is saved, because it draws every number."""
+    task = for_actions(script, "toy_envs:toy/Clock-v0")
+    whole = train(script, run_dir=tmp_path / "whole", device="cuda", env_id=task)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        after_iteration(patch, script, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(script, run_dir=tmp_path / "cut", device="cuda", env_id=task)
+    (cut,) = (tmp_path / "cut").iterdir()
+    resume(script, cut)
+    assert numbers(cut) == numbers(whole) and len(numbers(cut)) == 6
 
 
 @pytest.mark.parametrize("script", test_atari.SCRIPTS)

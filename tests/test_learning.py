@@ -33,8 +33,7 @@ def test_cartpole_is_learned_in_100k_steps(script, tmp_path):
 
 
 def test_hopper_is_not_learned_with_the_sign_reversed(tmp_path):
-    """The one-step leader leans on its correction most: with the trajectory mixed term the right sign learns, the
-    reversed one must not."""
+    """The one-step leader leans on its correction most: the right sign learns, the reversed one must not."""
     words = ["--leader-lambda", "0"]
     right = last_returns("blpo_continuous_ablations.py", tmp_path / "right", *words)
     reversed_sign = last_returns(

@@ -624,15 +624,10 @@ def test_plain_fraction_counts_the_updates_without_a_correction(script, tmp_path
 
 
 def test_what_they_have_in_common_with_the_other_scripts_is_the_same():
-    ppo, mine = blocks("ppo_continuous.py"), blocks("stddpg.py")
-    shared = {name for name in mine if "(shared)" in name}
-    assert shared == {"Imports (shared)", "Entry point (shared)"}
-    assert {name for name in shared if ppo[name] != mine[name]} == set()
-    ppo, mine, stac = (definitions(name) for name in ("ppo_continuous.py", "stddpg.py", "stac.py"))
-    common = ppo.keys() & mine.keys()
-    assert {"Run", "parse_args", "load_checkpoint", "evaluate", "film", "make_envs", "flat_view", "FlatAdam"} <= common
-    assert {name for name in common if ppo[name] != mine[name]} == {
-        "Args", "Agent", "mlp", "numpy_mlp", "check_action_space", "task_actions", "load_policy", "check_batch_shape", "train",
+    mine, stac = definitions("stddpg.py"), definitions("stac.py")
+    assert {"Run", "parse_args", "load_checkpoint", "evaluate", "film", "derived_seed"} <= mine.keys() & stac.keys()
+    assert {name for name in mine.keys() & stac.keys() if mine[name] != stac[name]} == {
+        "Args", "Agent", "make_envs", "mlp", "numpy_mlp", "load_policy", "train",
     }  # fmt: skip
     assert stac["conjugate_gradient"] == mine["conjugate_gradient"]
     assert blocks("sobirl_rlhf.py")["CUDA graph"] == blocks("stddpg.py")["CUDA graph"]

@@ -629,14 +629,6 @@ def test_help_shows_every_argument_and_its_line(command_line):
 
 
 # ---- Style -----------------------------------------------------------------------------------------------------
-DIFFERS_FROM_PPO = {
-    "Args", "make_envs",  # Gymnasium for one environment; terminations may be switched off
-    "Agent", "check_action_space", "task_actions",  # actions squashed into a bounded box
-    "load_policy", "check_batch_shape", "train",
-    "evaluate", "film",  # with the training's terminations
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(("terminate", "settings"), [(True, {}), (False, {"terminate_when_unhealthy": False})])
 def test_the_film_ends_where_the_training_episodes_did(tmp_path, monkeypatch, terminate, settings):
     def make(env_id, render_mode, **given):
@@ -646,17 +638,6 @@ def test_the_film_ends_where_the_training_episodes_did(tmp_path, monkeypatch, te
     monkeypatch.setattr(rlhf.gym, "make", make)
     with pytest.raises(StopIteration):
         rlhf.film("Hopper-v4", tmp_path / "model.pt", tmp_path, 0, terminate)
-
-
-def test_what_the_scripts_share_is_identical():
-    ppo_blocks, mine = style.blocks("ppo_continuous.py"), style.blocks(SCRIPT)
-    shared = {name for name in mine if "(shared)" in name}
-    assert shared == {"Imports (shared)", "Entry point (shared)"}
-    assert {name for name in shared if ppo_blocks.get(name) != mine[name]} == set()
-    ppo, found = style.definitions("ppo_continuous.py"), style.definitions(SCRIPT)
-    common = ppo.keys() & found.keys()
-    assert {"Run", "parse_args", "check_ranges", "load_checkpoint", "film_in_child", "rng_state"} <= common
-    assert {name for name in common if ppo[name] != found[name]} == DIFFERS_FROM_PPO
 
 
 def test_the_script_documents_itself_and_stands_alone():

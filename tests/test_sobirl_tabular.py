@@ -14,7 +14,7 @@ import torch
 from conftest import REPO, read_csv
 from test_command_line import assert_one_sentence, ends, flag, numbers
 
-import ppo_continuous
+import ppo_atari
 import sobirl_tabular as sobirl
 from sobirl_tabular import PROBLEMS, Args, ContractDesign, Discriminating, GoalNavigation, PreferenceLearning, RewardShaping
 
@@ -712,7 +712,7 @@ def test_the_script_keeps_the_style_of_the_others():
 
 @pytest.mark.parametrize("name", ["check_ranges", "write_atomically", "make_folder", "BadInput"])
 def test_what_the_scripts_share_is_identical(name):
-    assert inspect.getsource(getattr(sobirl, name)) == inspect.getsource(getattr(ppo_continuous, name))
+    assert inspect.getsource(getattr(sobirl, name)) == inspect.getsource(getattr(ppo_atari, name))
 
 
 def test_a_run_writes_every_file(finished):
