@@ -495,14 +495,14 @@ class Run:
         """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if that is not possible."""
         if self.folder is None:
             return self
+        if not (self.folder / "checkpoint.pt").exists():
+            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run")
         try:
             self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
         except filelock.Timeout:
             raise BadInput(f"--resume {self.folder} is still running in another process; stop it first") from None
-        except FileNotFoundError as error:
-            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run") from error
         except Exception as error:  # a damaged archive raises errors of many kinds
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise BadInput(f"--resume {self.folder}: checkpoint.pt cannot be used: {reason}; start a new run") from error
@@ -527,9 +527,9 @@ class Run:
         except OSError as error:
             raise BadInput(f"the run folder cannot be written: {error}; name another --run-dir or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if self.checkpoint else None)
-        interval = 0.1 if sys.stderr and sys.stderr.isatty() else 10  # seconds; the delay leaves the first word to `log`
-        settings = dict(unit="step", unit_scale=True, mininterval=interval, delay=0.1, disable=sys.stderr is None)
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.global_step, **settings)
+        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; with a delay the bar writes nothing here, where a reader may be gone
+        bar = dict(unit="step", unit_scale=True, mininterval=interval, delay=0.1)
+        self.bar = tqdm(total=self.args.total_timesteps, initial=self.global_step, **bar)
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.opened, self.started = True, time.perf_counter() - self.wall_time
@@ -612,9 +612,9 @@ class Run:
         if self.opened:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error, SystemExit) and self.stop_signal
-            ends = {type(None): "finished", Diverged: "diverged"}
-            status = "interrupted" if interrupted else ends.get(type(error), "failed")
+            stopped = SystemExit if self.stop_signal else KeyboardInterrupt  # a task of the user's own may exit as well
+            ends = {type(None): "finished", stopped: "interrupted", KeyboardInterrupt: "interrupted", Diverged: "diverged"}
+            status = ends.get(type(error), "failed")
             end = self.args.total_timesteps // (self.args.num_envs * self.args.num_steps) * self.args.num_envs * self.args.num_steps
             last = [value for step, value in self.returns if step > 0.9 * end]
             final = float(np.mean(last or math.nan))
@@ -869,6 +869,7 @@ def train(args: Args) -> Path:
 # ---- Entry point (shared) --------------------------------------------------------------------------------------
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a task of the user's own may lie
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
         train(parse_args())
     except BadInput as error:

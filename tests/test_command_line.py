@@ -410,6 +410,9 @@ def test_a_folder_that_is_no_run_is_not_touched(command_line, script, tmp_path):
     (tmp_path / "other").mkdir()
     for name in ("none", "other"):
         assert f"--resume {tmp_path / name} is not a run folder" in not_resumed(command_line, script, tmp_path / name)
+        module = load(script)
+        with pytest.raises(module.BadInput, match="has no checkpoint"):
+            module.train(module.Args(resume=tmp_path / name))
     assert not (tmp_path / "none").exists() and [*(tmp_path / "other").iterdir()] == []
 
 
