@@ -86,6 +86,10 @@ def loops_in_turns(
     return samples
 
 
+class Enough(Exception):
+    """Ends a training loop after its last turn."""
+
+
 def serve_turns(loop: Loop, pipe) -> None:
     """Run `loop` by turns: for each number of rollouts received, send their mean seconds; 0 ends it."""
     os.chdir(tempfile.gettempdir())  # MuJoCo writes its log where it is
@@ -109,12 +113,13 @@ def serve_turns(loop: Loop, pipe) -> None:
             done.clear()
             todo = next_turn()
             if todo == 0:
-                sys.exit()
+                raise Enough
         start = time.perf_counter()
 
     warnings.simplefilter("ignore")  # Gymnasium deprecates the v4 tasks
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        loop(rollout_done)
+        with contextlib.suppress(Enough):
+            loop(rollout_done)
 
 
 def script_loop(script, words: list[str], rollout_done: Callable[[dict[str, float]], None]) -> None:
