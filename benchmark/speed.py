@@ -18,6 +18,7 @@ import contextlib
 import csv
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -74,7 +75,8 @@ HERE = "this tree"
 
 @contextlib.contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """A folder with the files of a commit, for the length of the block."""
+    """A folder with the files of a commit, for the length of the block; SIGTERM ends the process with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         done = subprocess.run(["git", "worktree", "add", "--detach", tree, commit], cwd=ROOT, capture_output=True, text=True)
