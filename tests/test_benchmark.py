@@ -71,12 +71,14 @@ def write(folder: Path, *changes: tuple[str, str], text: str = SUITE) -> str:
 
 
 # ---- Suite files -----------------------------------------------------------------------------------------------
+@pytest.mark.full
 @pytest.mark.parametrize("name", known_suites())
 def test_the_suites_of_the_repository_are_sound(name):
     suite = load_suite(name)
     assert suite.jobs() and suite.description
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", known_suites())
 def test_the_list_of_suites_counts_their_runs(name):
     """docs/benchmark.md: how many runs a suite launches, and how many have been collected."""
@@ -289,6 +291,7 @@ def assert_complete(path: str, run_dir: Path, resumed: bool) -> None:
         assert any(attempt["resumed"] for attempt in attempts) == resumed
 
 
+@pytest.mark.full
 def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     first = start_launcher(path, run_dir)
@@ -303,6 +306,7 @@ def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
     assert_complete(path, run_dir, resumed=True)
 
 
+@pytest.mark.full
 def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_path):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     first = start_launcher(path, run_dir)
@@ -316,6 +320,7 @@ def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_p
     assert_complete(path, run_dir, resumed=False)
 
 
+@pytest.mark.full
 def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     launcher = start_launcher(path, run_dir)
@@ -328,6 +333,7 @@ def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
     assert_complete(path, run_dir, resumed=True)
 
 
+@pytest.mark.full
 def test_a_job_that_fails_is_tried_twice_and_listed(tmp_path, capsys):
     path = write(tmp_path, ("toy_envs:Walk-v0", "toy_envs:toy/Broken-v0"), ("[1, 2]", "[1]"))
     path = write(tmp_path, ("[methods.blpo]", "[methods.blpo]\nenvironments = [\"toy_envs:Walk-v0\"]"), text=Path(path).read_text())
@@ -398,6 +404,7 @@ def test_a_job_is_never_run_twice_at_once(tmp_path):
     assert launch.job_status(folder) == "failed"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_of_another_process_takes_a_workers_place_and_cores(tmp_path, monkeypatch, workers):
     """As after a killed launcher: with one worker nothing is started beside its run, though it is of a job that is not chosen
