@@ -1,15 +1,16 @@
 """BLPO for continuous control: bilevel policy optimisation with Nystrom hypergradients (Prakash et al. 2025,
-arXiv:2505.11714). Two players, the actor theta (leader) and the critic omega (follower) of one agent:
+arXiv:2505.11714v1). Two players, the actor theta (leader) and the critic omega (follower) of one agent:
 
     maximise J(theta, omega*(theta))   subject to   omega*(theta) = argmin_omega L_theta(omega)                eq. (4)
 
     J = mean_t min(r_t A_t, clip(r_t) A_t),  A_t = G_t(omega) - stopgrad V_omega(s_t),  G the lambda-return: omega enters
         J through the values that G bootstraps from;
     L = mean_t (G'_t - V_omega(s_t))^2,  G' the lambda-returns of the rollout, which bootstrap from the critic as it was
-        then. theta enters L through the policy that earns all of G'_t, so with its advantages A'_t (GAE)
+        then, at the states it visited. theta enters L through the policy that earns all of G'_t; with its advantages A'_t (GAE)
         grad_theta E[G'_t] = E[sum_{k >= t} kappa^(k-t) A'_k grad log pi(a_k|s_k)],  kappa = gamma lambda.
 
-Algorithm 1, on each minibatch of whole chunks of consecutive steps:
+Means are over the transitions of a minibatch of whole chunks; A and A' are centred and over A's standard deviation unless
+--no-norm-adv. Algorithm 1, on each minibatch (with `--nest rollout` the K steps come before an epoch, on all of the rollout):
 
     K times   omega <- omega - eta_omega grad_omega L                                   the follower     -> follower_step
     b = grad_omega J = J_V^T u,   u = (dG/dV)^T dJ/dG                          -> lambda_returns_vjp, CriticJacobian.vjp
@@ -100,7 +101,8 @@ class CheckedArgs(pydantic.BaseModel, extra="forbid", validate_default=True, all
         except pydantic.ValidationError as error:
             wrong = error.errors()[0]
             name = "--" + "-".join(str(part) for part in wrong["loc"][:1]).replace("_", "-")
-            raise BadInput(f"{name} is {wrong['input']!r}: {wrong['msg'][0].lower()}{wrong['msg'][1:]}") from None
+            message = wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"{name} is {wrong['input']!r}: {message[0].lower()}{message[1:]}") from None
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------
@@ -202,6 +204,8 @@ class Args(CheckedArgs):
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of num-envs x num-steps = {batch_size}")
         if self.num_steps % self.chunk_length:
             raise BadInput(f"--chunk-length {self.chunk_length} must divide num-steps = {self.num_steps}")
+        if batch_size * self.chunk_length > 500_000_000:  # numbers in the matrices of all chunks
+            raise BadInput(f"--chunk-length {self.chunk_length} is too long for a rollout of {batch_size}: their product may be 500,000,000")
         chunks = batch_size // self.chunk_length
         if chunks % self.num_minibatches:
             raise BadInput(f"--num-minibatches {self.num_minibatches} must divide the {chunks} chunks of a rollout")
@@ -360,10 +364,6 @@ class Agent(nn.Module):
         """theta: the weights of the mean and the log standard deviation."""
         return [*self.actor_mean.parameters(), self.actor_logstd]
 
-    def values(self, obs: Tensor) -> Tensor:
-        """V of observations (..., D) -> (...)."""
-        return self.critic(obs).squeeze(-1)
-
     def noise(self, *shape: int) -> Tensor:
         """The noise (*shape, A) of the actions of a whole rollout."""
         return torch.randn(*shape, len(self.actor_logstd)) * self.actor_logstd.exp()
@@ -394,8 +394,8 @@ def check_action_space(env_id: str, space: gym.Space) -> None:
     if isinstance(space, gym.spaces.Discrete):
         other = f"{Path(__file__).stem.split('_')[0]}_discrete.py"
         raise BadInput(f"--env-id {env_id!r} has discrete actions, this script needs a Box; use {other}")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not (space.low < space.high).all() or not space.shape[0]:
-        raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a flat Box with low < high")
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not (space.low < space.high).all() or space.dtype.kind != "f" or not space.shape[0]:
+        raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a flat Box of floats with low < high")
 
 
 # ---- PPO mathematics (shared) ----------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ class CriticJacobian:
             blocks |= {p: (dense[name].flatten(1),) for name, p in critic.named_parameters() if name in rest}
         self.blocks = [blocks[p] for p in critic.parameters()]
         self.sizes = [p.numel() for p in critic.parameters()]
-        self.last_inputs = [*inputs.values()][-1]
+        self.last_inputs = [*inputs.values()][-1] if inputs else obs
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u for q vectors at once: (q, n) -> (q, P)."""
@@ -723,20 +723,24 @@ def leader_diagnostics(
 
 
 def check_critic(critic: nn.Module, obs_dim: int, needs_linear_output: bool) -> None:
-    """Raise BadInput if `CriticJacobian` does not hold for this critic: a layer that is used twice, or, where the solver
-    needs it, a last layer that is not nn.Linear(..., 1)."""
+    """Raise BadInput if `CriticJacobian` does not hold for this critic, as with a layer that is used twice, or, where the
+    solver needs it, if its last layer is not nn.Linear(..., 1) with a bias."""
     critic, generator = copy.deepcopy(critic).cpu().double(), torch.Generator().manual_seed(0)
     for parameter in critic.parameters():  # a last layer of zeros would hide all others
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     obs = torch.randn(8, obs_dim, generator=generator).double()
-    jacobian, values = CriticJacobian(critic, obs), critic(obs).squeeze(-1)
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(values.square().sum(), [*critic.parameters()])])
-    if not torch.allclose(jacobian.vjp(2 * values.detach()[None])[0], expected, rtol=1e-6, atol=1e-9):
-        raise BadInput("the critic's derivatives do not hold: use each linear layer once, without dropout, and let no row depend on others")
+    try:
+        jacobian, values = CriticJacobian(critic, obs), critic(obs).squeeze(-1)
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(values.square().sum(), [*critic.parameters()])])
+        holds = torch.allclose(jacobian.vjp(2 * values.detach()[None])[0], expected, rtol=1e-6, atol=1e-9)
+    except RuntimeError:  # torch.func does not take some layers, such as a batch norm
+        holds = False
+    if not holds:
+        raise BadInput("the critic's derivatives do not hold: use each linear layer once, on rows (n, d) that do not depend on each other, without dropout")
     last = torch.cat([jacobian.last_inputs, torch.ones(8, 1)], 1)
     dense = jacobian.vjp(torch.eye(8).double())[:, -last.shape[1] :]
-    if needs_linear_output and not torch.allclose(dense, last):
-        raise BadInput("--ihvp nystrom needs a critic whose last layer is nn.Linear(..., 1); use --ihvp cg or exact")
+    if needs_linear_output and not (dense.shape == last.shape and torch.allclose(dense, last)):
+        raise BadInput("--ihvp nystrom needs a critic whose last layer is nn.Linear(..., 1) with a bias; use --ihvp cg or exact")
 
 
 # ---- The run: what is not the algorithm (shared) ---------------------------------------------------------------
@@ -768,9 +772,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if folder is not None:
         try:
             made = json.loads((folder / "args.json").read_text())
-            saved = Args(**made["args"] | {"resume": folder})
             if made["script"] != Path(__file__).name:
                 raise ValueError(f"it was made by {made['script']}")
+            saved = Args(**made["args"] | {"resume": folder})
         except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
             raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
     args = tyro.cli(Args, args=argv, default=saved, description=sys.modules[Args.__module__].__doc__.split("\n\n")[0])
@@ -852,8 +856,8 @@ class Run:
                 self.start_wandb()
             path, args = self.folder / "args.json", json.loads(self.args.model_dump_json(exclude={"resume"}))
             self.write_json("args.json", (json.loads(path.read_text()) if self.checkpoint else provenance()) | {"args": args})
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
             self.metrics, self.episodes = self.open_csv("metrics.csv", METRICS), self.open_csv("episodes.csv", EPISODES)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
         except OSError as error:
             raise BadInput(f"the run folder cannot be written: {error}; name another --run-dir or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if self.checkpoint else None)
@@ -895,7 +899,7 @@ class Run:
             try:
                 row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
                 kept += [(line, row)] if int(row["global_step"]) <= self.global_step else []
-            except ValueError:
+            except (ValueError, OverflowError):
                 damaged += line != ",".join(columns)
         if damaged:
             say(f"{path}: {damaged} lines could not be read and are dropped")
@@ -1016,7 +1020,10 @@ def train(args: Args) -> Path:
     with Run(args) as run:
         checkpoint, start = run.checkpoint, run.global_step
         if start % (args.num_envs * args.num_steps) or start > args.total_timesteps:
-            raise BadInput(f"--total-timesteps, and --num-envs x --num-steps, do not go with the {start} steps of {args.resume}")
+            raise BadInput(
+                f"--resume {args.resume} has made {start} steps: --total-timesteps must be at least that, and "
+                "--num-envs x --num-steps must divide it"
+            )
         torch.manual_seed(args.seed)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -1030,7 +1037,7 @@ def train(args: Args) -> Path:
         agent_sizes = obs_dim, action_dim, args.actor_width, args.critic_width
         agent = Agent(*agent_sizes)
         agent.set_action_space(action_space)
-        agent.to(device)
+        agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
 
         # ---- Optimisers ----------------------------------------------------------------------------------------
         check_critic(agent.critic, obs_dim, needs_linear_output=args.ihvp == "nystrom")
@@ -1043,17 +1050,20 @@ def train(args: Args) -> Path:
 
         # ---- Training: buffers and the loop (shared) -----------------------------------------------------------
         step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
+        trained = [id(weight) for each in optimisers for group in each.param_groups for weight in group["params"]]
+        if sorted(trained) != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's, and not of both")
         obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd()
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
                 for each, state in zip(optimisers, checkpoint["optimisers"]):
                     each.load_state_dict(state)
-            except (RuntimeError, ValueError) as error:
+                for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
+                    stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
+                torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
+            except (RuntimeError, ValueError, KeyError) as error:
                 raise BadInput(f"--resume {args.resume}: its networks have another shape; leave out the widths and the task") from error
-            for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
-                stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
-            torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
 
         def normalise(raw: np.ndarray) -> np.ndarray:
             """Observations in units of their running standard deviation, clipped to +-10."""
@@ -1115,8 +1125,9 @@ def train(args: Args) -> Path:
             if not args.bootstrap_truncation:
                 b_terminated = b_ended
             with torch.no_grad():
-                values = agent.values(b_obs)
-                logprobs, _ = agent.logprob_and_entropy(b_obs[:-1], b_actions)
+                values = agent.critic(b_obs.flatten(0, 1)).view(b_obs.shape[:2])
+                logprobs, _ = agent.logprob_and_entropy(b_obs[:-1].flatten(0, 1), b_actions.flatten(0, 1))
+                logprobs = logprobs.view(shape)
             advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
 

@@ -93,7 +93,8 @@ class CheckedArgs(pydantic.BaseModel, extra="forbid", validate_default=True, all
         except pydantic.ValidationError as error:
             wrong = error.errors()[0]
             name = "--" + "-".join(str(part) for part in wrong["loc"][:1]).replace("_", "-")
-            raise BadInput(f"{name} is {wrong['input']!r}: {wrong['msg'][0].lower()}{wrong['msg'][1:]}") from None
+            message = wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"{name} is {wrong['input']!r}: {message[0].lower()}{message[1:]}") from None
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------
@@ -331,10 +332,6 @@ class Agent(nn.Module):
         """theta: the weights of the logits."""
         return [*self.actor_logits.parameters()]
 
-    def values(self, obs: Tensor) -> Tensor:
-        """V of observations (..., D) -> (...)."""
-        return self.critic(obs).squeeze(-1)
-
     def noise(self, *shape: int) -> Tensor:
         """The standard Gumbel noise (*shape, A) of the actions of a whole rollout."""
         return -torch.empty(*shape, self.num_actions).exponential_().log_()
@@ -436,9 +433,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if folder is not None:
         try:
             made = json.loads((folder / "args.json").read_text())
-            saved = Args(**made["args"] | {"resume": folder})
             if made["script"] != Path(__file__).name:
                 raise ValueError(f"it was made by {made['script']}")
+            saved = Args(**made["args"] | {"resume": folder})
         except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
             raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
     args = tyro.cli(Args, args=argv, default=saved, description=sys.modules[Args.__module__].__doc__.split("\n\n")[0])
@@ -520,8 +517,8 @@ class Run:
                 self.start_wandb()
             path, args = self.folder / "args.json", json.loads(self.args.model_dump_json(exclude={"resume"}))
             self.write_json("args.json", (json.loads(path.read_text()) if self.checkpoint else provenance()) | {"args": args})
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
             self.metrics, self.episodes = self.open_csv("metrics.csv", METRICS), self.open_csv("episodes.csv", EPISODES)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
         except OSError as error:
             raise BadInput(f"the run folder cannot be written: {error}; name another --run-dir or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if self.checkpoint else None)
@@ -563,7 +560,7 @@ class Run:
             try:
                 row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
                 kept += [(line, row)] if int(row["global_step"]) <= self.global_step else []
-            except ValueError:
+            except (ValueError, OverflowError):
                 damaged += line != ",".join(columns)
         if damaged:
             say(f"{path}: {damaged} lines could not be read and are dropped")
@@ -684,7 +681,10 @@ def train(args: Args) -> Path:
     with Run(args) as run:
         checkpoint, start = run.checkpoint, run.global_step
         if start % (args.num_envs * args.num_steps) or start > args.total_timesteps:
-            raise BadInput(f"--total-timesteps, and --num-envs x --num-steps, do not go with the {start} steps of {args.resume}")
+            raise BadInput(
+                f"--resume {args.resume} has made {start} steps: --total-timesteps must be at least that, and "
+                "--num-envs x --num-steps must divide it"
+            )
         torch.manual_seed(args.seed)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -698,7 +698,7 @@ def train(args: Args) -> Path:
         agent_sizes = obs_dim, action_dim, args.actor_width, args.critic_width
         agent = Agent(*agent_sizes)
         agent.set_action_space(action_space)
-        agent.to(device)
+        agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
 
         # ---- Optimisers ----------------------------------------------------------------------------------------
         parameters = [
@@ -709,17 +709,20 @@ def train(args: Args) -> Path:
 
         # ---- Training: buffers and the loop (shared) -----------------------------------------------------------
         step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
+        trained = [id(weight) for each in optimisers for group in each.param_groups for weight in group["params"]]
+        if sorted(trained) != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's, and not of both")
         obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd()
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
                 for each, state in zip(optimisers, checkpoint["optimisers"]):
                     each.load_state_dict(state)
-            except (RuntimeError, ValueError) as error:
+                for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
+                    stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
+                torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
+            except (RuntimeError, ValueError, KeyError) as error:
                 raise BadInput(f"--resume {args.resume}: its networks have another shape; leave out the widths and the task") from error
-            for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
-                stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
-            torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
 
         def normalise(raw: np.ndarray) -> np.ndarray:
             """Observations in units of their running standard deviation, clipped to +-10."""
@@ -781,8 +784,9 @@ def train(args: Args) -> Path:
             if not args.bootstrap_truncation:
                 b_terminated = b_ended
             with torch.no_grad():
-                values = agent.values(b_obs)
-                logprobs, _ = agent.logprob_and_entropy(b_obs[:-1], b_actions)
+                values = agent.critic(b_obs.flatten(0, 1)).view(b_obs.shape[:2])
+                logprobs, _ = agent.logprob_and_entropy(b_obs[:-1].flatten(0, 1), b_actions.flatten(0, 1))
+                logprobs = logprobs.view(shape)
             advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
 
@@ -803,7 +807,7 @@ def train(args: Args) -> Path:
                         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                     policy_loss = -clipped_surrogate(ratio, mb_advantages, args.clip_coef).mean()
                     vloss_clip = args.clip_coef if args.clip_vloss else None
-                    critic_loss = value_loss(agent.values(mb_obs), mb_values, mb_returns, vloss_clip)
+                    critic_loss = value_loss(agent.critic(mb_obs).squeeze(-1), mb_values, mb_returns, vloss_clip)
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
                     optimisers[0].zero_grad()
                     loss.backward()

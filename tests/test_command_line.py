@@ -160,7 +160,9 @@ def test_words_that_cannot_be_parsed_are_named(command_line, tmp_path, words):
         (ONE, {"num_steps": 10**12}, ["--num-envs x --num-steps is 2000000000000", "10,000,000"]),
         (ONE, {"num_minibatches": 3}, ["--num-minibatches 3", "64"]),
         (ONE, {"total_timesteps": 63}, ["--total-timesteps 63", "64"]),
-        (ONE, {"env_kwargs": '{"a": 3'}, ["--env-kwargs is", "Expecting"]),
+        ("blpo_continuous.py", dict.fromkeys(("num_steps", "chunk_length", "total_timesteps"), 10**5) | {"num_envs": 1, "num_minibatches": 1},
+         ["--chunk-length 100000 is too long"]),
+        (ONE, {"env_kwargs": '{"a": 3'}, ["--env-kwargs is", "expecting"]),
         (ONE, {"env_kwargs": "[3]"}, ["--env-kwargs is '[3]'", "JSON object"]),
         ("blpo_continuous.py", {"chunk_length": 24}, ["--chunk-length 24", "num-steps = 32"]),
         ("blpo_continuous.py", {"num_minibatches": 3}, ["--num-minibatches 3", "8 chunks"]),
@@ -316,6 +318,7 @@ def test_spaces_that_a_script_cannot_use_are_named(command_line, script, tmp_pat
     [("def __init__", f"action_space = {NAN}\n    def __init__"), ("def __init__", f"observation_space = {NAN}\n    def __init__"),
      ("def __init__", "action_space = gym.spaces.Box(-1, 1, (0,))\n    def __init__"),
      ("def __init__", "action_space = gym.spaces.Box(1, 1, (1,))\n    def __init__"),
+     ("def __init__", "action_space = gym.spaces.Box(0, 5, (1,), 'int32')\n    def __init__"),
      ("return super().step(action)", "import numpy as np; o, r, *rest = super().step(action); return o, np.array([r]), *rest")],
 )  # fmt: skip
 def test_odd_spaces_and_rewards_of_a_task_are_one_line(command_line, own_task, tmp_path, old, new):

@@ -191,6 +191,7 @@ REFUSED = {
     "a layer used twice": Twice, "a layer used twice, the last layer zeros": lambda: Twice(zero=True),
     "weights that two layers share": tied,
     "dropout": lambda: nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 1)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 1)),
     "values that depend on other rows": lambda: nn.Sequential(nn.Linear(5, 7), nn.Softmax(0), nn.Linear(7, 1)),
 }  # fmt: skip
 
@@ -212,7 +213,7 @@ LAST_LAYERS = {
 def test_nystrom_needs_a_linear_last_layer_with_one_output_and_the_others_do_not(case):
     critic = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), *LAST_LAYERS[case])
     blpo.check_critic(critic, 5, needs_linear_output=False)
-    with pytest.raises(blpo.BadInput, match=r"^--ihvp nystrom needs .* nn.Linear\(..., 1\); use --ihvp cg or exact$"):
+    with pytest.raises(blpo.BadInput, match=r"^--ihvp nystrom needs .* nn.Linear\(..., 1\) with a bias; use --ihvp cg or exact$"):
         blpo.check_critic(critic, 5, needs_linear_output=True)
 
 
@@ -339,3 +340,40 @@ def test_with_other_networks_the_gradients_are_finite_differences(script, change
                 assert abs(slope(function, parameters, direction) - ours @ direction) < 1e-4 * ours.norm()
         z = slope(values, omega, v)[:, :-1]
         assert relative_error(seen.z * batch.valid, z * batch.valid) < 1e-4
+
+
+@pytest.mark.parametrize("script", ["ppo_continuous", "blpo_continuous"])
+@pytest.mark.parametrize("form", ["a trunk of both players", "a parameter of neither"])
+def test_the_parameters_are_the_actors_or_the_critics(script, form, tmp_path, monkeypatch):
+    """Otherwise theta and omega are not apart, or something is never trained, without a word."""
+    script = importlib.import_module(script)
+
+    class Odd(script.Agent):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            if form == "a trunk of both players":
+                self.actor_mean[0] = self.critic[0]
+            else:
+                self.encoder = nn.Linear(3, 3)
+
+    monkeypatch.setattr(script, "Agent", Odd)
+    with pytest.raises((script.BadInput, ValueError), match="parameter"):  # ValueError: Adam's own, where it sees both
+        run(script, tmp_path, monkeypatch)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_dropout_in_the_actor_changes_nothing(tmp_path, monkeypatch):
+    """Acting and learning are one function of the weights, so it is off in both."""
+    script, folders = importlib.import_module("ppo_continuous"), []
+    for rate in (0.0, 0.5):
+        with monkeypatch.context() as patch:
+
+            class Dropped(script.Agent):
+                def __init__(self, *sizes):
+                    super().__init__(*sizes)
+                    self.actor_mean.insert(2, nn.Dropout(rate))
+
+            patch.setattr(script, "Agent", Dropped)
+            folders.append(run(script, tmp_path, patch, save_model=True))
+    first, second = (torch.load(folder / "model.pt", weights_only=True)["agent"] for folder in folders)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

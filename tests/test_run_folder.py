@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    BATCH, BLPO_SCRIPTS, DISCRETE_SCRIPTS, ITERATIONS, NUM_ENVS, REPO, TINY, after_iteration, command, environment,
+    BATCH, BLPO_SCRIPTS, DISCRETE_SCRIPTS, ITERATIONS, NUM_ENVS, NUM_STEPS, REPO, TINY, after_iteration, command, environment,
     for_actions, load, pooled, read_csv, resume, start, train, wait_for, without_time,
 )  # fmt: skip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -253,21 +253,25 @@ def test_the_policy_exports_with_its_normaliser(script, finished, tmp_path):
 
 def test_playing_normalises_in_float64_as_training_does(monkeypatch, tmp_path):
     """Of the last observation the training makes the same numbers, to the bit, as the saved agent."""
-    module, step_of, values_of, raw, inputs = load(ONE), gym.vector.SyncVectorEnv.step, load(ONE).Agent.values, [], []
+    module, step_of, raw, inputs = load(ONE), gym.vector.SyncVectorEnv.step, [], []
 
     def step(envs, actions):
         result = step_of(envs, actions)
         raw.append(result[0].copy())
         return result
 
-    def values(agent, obs):
-        if obs.ndim == 3:  # a whole rollout and the observations after it
-            inputs.append(obs[-1].clone())
-        return values_of(agent, obs)
+    def keep(critic, arguments):
+        if len(arguments[0]) == (NUM_STEPS + 1) * NUM_ENVS:  # a whole rollout and the observations after it
+            inputs.append(arguments[0][-NUM_ENVS:].clone())
+
+    class Watched(module.Agent):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.critic.register_forward_pre_hook(keep)
 
     with monkeypatch.context() as patch:
         patch.setattr(gym.vector.SyncVectorEnv, "step", step)
-        patch.setattr(module.Agent, "values", values)
+        patch.setattr(module, "Agent", Watched)
         folder = train(ONE, run_dir=tmp_path, total_timesteps=BATCH)
     agent = module.load_agent(folder / "checkpoint.pt")
     monkeypatch.setattr(agent.actor_mean, "forward", lambda obs: (inputs.append(obs), torch.zeros(len(obs), 2))[1])
@@ -516,7 +520,7 @@ def test_an_episode_without_end_is_cut_when_it_is_played(tmp_path, monkeypatch, 
 
 
 @only_one
-@pytest.mark.parametrize("damage", ["half a new line", "no number", "a step that is none", "lines gone", "no header", "empty", "gone", "other file"])
+@pytest.mark.parametrize("damage", ["half a new line", "no number", "a step that is none", "a step without end", "lines gone", "no header", "empty", "gone", "other file"])
 def test_damaged_csv_files_do_not_stop_a_resume_and_what_is_dropped_is_said(script, broken_off, tmp_path, capsys, damage):
     whole = resume(script, shutil.copytree(broken_off, tmp_path / "whole"))
     copy = shutil.copytree(broken_off, tmp_path / "copy")
@@ -528,8 +532,8 @@ def test_damaged_csv_files_do_not_stop_a_resume_and_what_is_dropped_is_said(scri
         elif damage == "no number":
             lines[2], said = lines[2].replace(",", ",x", 1), 1
             lost[name] = {1}
-        elif damage == "a step that is none":
-            lines[2], said = re.sub(r"^\d+", "nan", lines[2]), 1
+        elif damage in ("a step that is none", "a step without end"):
+            lines[2], said = re.sub(r"^\d+", "nan" if damage == "a step that is none" else "inf", lines[2]), 1
             lost[name] = {1}
         elif damage == "lines gone":
             del lines[2]
