@@ -1,45 +1,47 @@
 """BLPO for continuous control: bilevel policy optimisation with Nystrom hypergradients (Prakash et al. 2025,
 arXiv:2505.11714v1). Two players, the actor theta (leader) and the critic omega (follower) of one agent:
 
-    maximise J(theta, omega*(theta))   subject to   omega*(theta) = argmin_omega L_theta(omega)                eq. (4)
+    maximise J(theta, omega*(theta))  subject to  omega*(theta) = argmin_omega L_theta(omega)      eq. (4)
 
-    J = mean_t min(r_t A_t, clip(r_t) A_t),  A_t = G_t(omega) - stopgrad V_omega(s_t),  G the lambda-return: omega enters
-        J through the values that G bootstraps from;
-    L = mean_t (G'_t - V_omega(s_t))^2,  G' the lambda-returns of the rollout, which bootstrap from the critic as it was
-        then, at the states it visited. theta enters L through the policy that earns all of G'_t; with its advantages A'_t (GAE)
-        grad_theta E[G'_t] = E[sum_{k >= t} kappa^(k-t) A'_k grad log pi(a_k|s_k)],  kappa = gamma lambda.
+    J = mean_t min(r_t A_t, clip(r_t) A_t),  A_t = G_t(omega) - stopgrad V_omega(s_t),  G the lambda-return:
+        omega enters J through the values that G bootstraps from;
+    L = mean_t (G'_t - V_omega(s_t))^2,  G' the lambda-returns of the rollout, which bootstrap from the critic
+        as it was then, at the states it visited. theta enters L through the policy that earns all of G'_t;
+        with its advantages A'_t (GAE), and kappa = gamma lambda,
+        grad_theta E[G'_t] = E[sum_{k >= t} kappa^(k-t) A'_k grad log pi(a_k|s_k)].
 
-Means are over the transitions of a minibatch of whole chunks; A and A' are centred and over A's standard deviation unless
---no-norm-adv. Algorithm 1, on each minibatch (with `--nest rollout` the K steps come before an epoch, on all of the rollout):
+Means are over the transitions of a minibatch of whole chunks; A and A' are centred and over A's standard
+deviation unless --no-norm-adv. Algorithm 1, on each minibatch (with `--nest rollout` the K steps come before
+an epoch, on all of the rollout):
 
-    K times   omega <- omega - eta_omega grad_omega L                                   the follower     -> follower_step
-    b = grad_omega J = J_V^T u,   u = (dG/dV)^T dJ/dG                          -> lambda_returns_vjp, CriticJacobian.vjp
-    v = (H + alpha I)^-1 b,       H ~ grad^2_omega L, damped                     -> nystrom_ihvp | cg_ihvp | exact_ihvp
-    z = J_V v,   e = W^T z,   W_tk = kappa^(k-t)                                 -> CriticJacobian.jvp, gae_operator
+    K times   omega <- omega - eta_omega grad_omega L            the follower       -> follower_step
+    b = grad_omega J = J_V^T u,   u = (dG/dV)^T dJ/dG            -> lambda_returns_vjp, CriticJacobian.vjp
+    v = (H + alpha I)^-1 b,       H ~ grad^2_omega L, damped     -> nystrom_ihvp | cg_ihvp | exact_ihvp
+    z = J_V v,   e = W^T z,   W_tk = kappa^(k-t)                 -> CriticJacobian.jvp, gae_operator
     theta <- theta + eta_theta (grad_theta J - (grad_theta,omega L) v),
-        (grad_theta,omega L) v = -2 mean_t z_t sum_{k >= t} kappa^(k-t) A'_k grad log pi_k = -2 mean_k e_k A'_k grad log pi_k
+        (grad_theta,omega L) v = -2 mean_t z_t sum_{k >= t} kappa^(k-t) A'_k grad log pi_k
+                               = -2 mean_k e_k A'_k grad log pi_k
 
-So the hypergradient is a policy gradient with the row weights 1 + 2 e, its direct part with the advantages A of the critic
-that has just answered, the other with those of the targets, A'. --mixed-discount sets kappa: 0 makes each state its own
-start (the released code's reading), gamma is right for Monte Carlo targets (Zheng et al. 2022, Prop. 1). `--ihvp none`
-(e = 0) is the nested control. docs/blpo.md derives this, and `blpo_continuous_ablations.py` has the released code's variant.
+So the hypergradient is a policy gradient with the row weights 1 + 2 e, its direct part with the advantages A
+of the critic that has just answered, the other with those of the targets, A'. --mixed-discount sets kappa: 0
+makes each state its own start (the released code's reading), gamma is right for Monte Carlo targets (Zheng
+et al. 2022, Prop. 1). `--ihvp none` (e = 0) is the nested control. docs/blpo.md derives this, and
+`blpo_continuous_ablations.py` has the released code's variant.
 
     python blpo_continuous.py --env-id Hopper-v4 --nystrom-rank 10
 """
 
-# ---- Imports (shared) ------------------------------------------------------------------------------------------
+# ---- Imports (shared) --------------------------------------------------------------------------------
+import argparse
 import contextlib
 import copy
 import csv
 import importlib.metadata
-import importlib.util
 import json
 import math
 import multiprocessing
 import os
-import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,9 +49,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import filelock
 import gymnasium as gym
@@ -58,38 +59,19 @@ import pydantic
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.utils.env_checker import check_env
-from pydantic import Field
+from gymnasium.wrappers.utils import RunningMeanStd
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# ---- Ranges of arguments (shared) ------------------------------------------------------------------------------
-def number(kind: type, words: str, **bounds: float) -> type:
-    """The type of a number within bounds; `--help` shows the words."""
-    return Annotated[kind, Field(**bounds), tyro.conf.arg(metavar=words)]
-
-
-Count = number(int, "INT>0", gt=0)
-Positive = number(float, "FLOAT>0", gt=0)
-NonNegative = number(float, "FLOAT>=0", ge=0)
-Width = number(int, "1..8192", ge=1, le=8192)
-Fraction = number(float, "0..1", ge=0, le=1)
-
-
-def json_object(text: str) -> str:
-    """The text; raises ValueError unless it is a JSON object."""
-    if not isinstance(json.loads(text), dict):
-        raise ValueError("it must be a JSON object")
-    return text
-
-
+# ---- Checked arguments (shared) ----------------------------------------------------------------------
 class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+    """One sentence that names the argument, what is wrong and what would be right; exit status 2."""
 
 
-class CheckedArgs(pydantic.BaseModel, extra="forbid", validate_default=True, allow_inf_nan=False, ser_json_inf_nan="strings"):
+class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings"):
     """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
 
     @pydantic.model_validator(mode="wrap")
@@ -100,26 +82,36 @@ class CheckedArgs(pydantic.BaseModel, extra="forbid", validate_default=True, all
             return check(values)
         except pydantic.ValidationError as error:
             wrong = error.errors()[0]
-            name = "--" + "-".join(str(part) for part in wrong["loc"][:1]).replace("_", "-")
-            message = wrong["msg"].removeprefix("Value error, ")
-            raise BadInput(f"{name} is {wrong['input']!r}: {message[0].lower()}{message[1:]}") from None
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
 
 
-# ---- Arguments -------------------------------------------------------------------------------------------------
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
 class Args(CheckedArgs):
     """The run, the task, then BLPO."""
 
     exp_name: str = Path(__file__).stem
     """name of the experiment"""
-    seed: Annotated[int, Field(ge=0, lt=2**31), tyro.conf.arg(metavar="0..2147483647")] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """seed of the environments, the initial weights, the actions and the minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     run_dir: Path = Path("runs")
-    """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    """the run's own folder is made in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
     """continue, extend or replay the run in this folder, with its arguments; those given again win"""
-    checkpoint_every: Count = 50
+    checkpoint_every: PositiveInt = 50
     """iterations between two checkpoints"""
     track: bool = False
     """log to Weights and Biases as well"""
@@ -129,7 +121,7 @@ class Args(CheckedArgs):
     """W&B team"""
     save_model: bool = False
     """write model.pt (the policy with its normaliser) at the end"""
-    eval_episodes: number(int, "INT>=0", ge=0, le=10_000) = 0
+    eval_episodes: NonNegativeInt = 0
     """episodes played with the mean action at the end, through Gymnasium"""
     capture_video: bool = False
     """film one such episode"""
@@ -139,19 +131,20 @@ class Args(CheckedArgs):
     env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
     """keyword arguments of the task, as JSON: '{"terminate_when_unhealthy": false}'"""
     env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
-    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool where it has the task, else sync"""
-    env_threads: number(int, "INT>=0", ge=0, le=1024) = 0
+    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
+    where it has the task, else sync"""
+    env_threads: NonNegativeInt = 0
     """EnvPool threads; 0: one for each usable core, at most num_envs"""
-    total_timesteps: Count = 1_000_000
+    total_timesteps: PositiveInt = 1_000_000
     """environment steps in all, rounded down to whole rollouts"""
-    num_envs: number(int, "1..65536", ge=1, le=65536) = 8
+    num_envs: PositiveInt = 8
     """parallel environments"""
 
-    num_steps: number(int, "INT>1", ge=2) = 256
+    num_steps: Annotated[int, Field(ge=2)] = 256
     """steps of each environment in a rollout"""
-    learning_rate: Positive = 7e-4
+    learning_rate: PositiveFloat = 7e-4
     """Adam step size of the actor (leader)"""
-    critic_learning_rate: Positive = 2.8e-3
+    critic_learning_rate: PositiveFloat = 2.8e-3
     """Adam step size of the critic (follower)"""
     anneal_lr: bool = True
     """lower both step sizes linearly to 0"""
@@ -161,33 +154,33 @@ class Args(CheckedArgs):
     """lambda of the advantages and of the critic's targets"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    chunk_length: number(int, "INT>1", ge=2) = 64
+    chunk_length: Annotated[int, Field(ge=2)] = 64
     """consecutive steps of one environment that stay together; the lambda-return bootstraps at their end"""
-    num_minibatches: Count = 16
+    num_minibatches: PositiveInt = 16
     """minibatches of whole chunks in an epoch"""
-    update_epochs: Count = 4
+    update_epochs: PositiveInt = 4
     """passes over a rollout"""
     nest: Literal["minibatch", "rollout"] = "minibatch"
-    """what the follower answers: each minibatch of the actor, or the rollout, in shuffled minibatches before each epoch"""
-    nested_updates: Count = 3
+    """what the follower answers: each minibatch of the actor, or the rollout, before each epoch"""
+    nested_updates: PositiveInt = 3
     """K, critic steps for each actor step"""
     ihvp: Literal["nystrom", "cg", "exact", "none"] = "nystrom"
     """solver of the damped system; none: the nested control, without the hypergradient"""
     curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
     """H: the Hessian of L without the term in its residuals, or the whole of it"""
-    damping: Positive = 1.0
+    damping: PositiveFloat = 1.0
     """alpha, added to the curvature of the critic's loss"""
-    nystrom_rank: Count = 10
+    nystrom_rank: PositiveInt = 10
     """q, directions in the Nystrom approximation; more than critic_width + 1 add nothing"""
-    cg_iterations: Count = 10
+    cg_iterations: PositiveInt = 10
     """conjugate gradient steps"""
     mixed_discount: Fraction | None = None
-    """kappa, how far an action answers for the targets of earlier states; default: gamma * gae_lambda, exact for them"""
+    """kappa, how far an action answers for the targets of earlier states; default: gamma * gae_lambda"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
-    clip_coef: Positive = 0.2
+    clip_coef: PositiveFloat = 0.2
     """eps of the clipped ratio"""
-    ent_coef: NonNegative = 0.0
+    ent_coef: NonNegativeFloat = 0.0
     """weight of the entropy bonus"""
     actor_width: Width = 64
     """units in each of the actor's two hidden layers"""
@@ -195,22 +188,22 @@ class Args(CheckedArgs):
     """units in each of the critic's two hidden layers"""
 
     @pydantic.model_validator(mode="after")
-    def check_batch_shape(self):
-        """Raise BadInput unless there is a whole rollout, chunks divide it and minibatches divide the chunks."""
-        batch_size = self.num_envs * self.num_steps
-        if batch_size > 10_000_000:
-            raise BadInput(f"--num-envs x --num-steps is {batch_size}, more than the 10,000,000 rows that a rollout may have")
-        if self.total_timesteps < batch_size:
-            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of num-envs x num-steps = {batch_size}")
+    def check_shapes(self):
+        """Raise BadInput unless there is a whole rollout, of whole chunks, which the minibatches divide."""
+        rows = self.num_envs * self.num_steps
+        if rows > 10_000_000:
+            raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
+        if self.total_timesteps < rows:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
         if self.num_steps % self.chunk_length:
-            raise BadInput(f"--chunk-length {self.chunk_length} must divide num-steps = {self.num_steps}")
-        if batch_size * self.chunk_length > 500_000_000:  # numbers in the matrices of all chunks
-            raise BadInput(f"--chunk-length {self.chunk_length} is too long for a rollout of {batch_size}: their product may be 500,000,000")
-        chunks = batch_size // self.chunk_length
-        if chunks % self.num_minibatches:
-            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide the {chunks} chunks of a rollout")
+            raise BadInput(f"--chunk-length {self.chunk_length} must divide --num-steps {self.num_steps}")
+        if rows * self.chunk_length > 500_000_000:  # numbers in the matrices of all chunks
+            raise BadInput(f"--chunk-length {self.chunk_length} times {rows} rows is above 500,000,000")
+        if rows // self.chunk_length % self.num_minibatches:
+            chunks = f"the {rows // self.chunk_length} chunks of a rollout"
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide {chunks}")
         if self.ihvp == "exact" and self.curvature == "hessian":
-            raise BadInput("--ihvp exact solves with --curvature gauss-newton alone; for the Hessian use --ihvp cg")
+            raise BadInput("--ihvp exact needs --curvature gauss-newton; for the Hessian use --ihvp cg")
         return self
 
 
@@ -219,27 +212,25 @@ DIAGNOSTICS = (
     "ihvp_cosine", "inner_gradient_norm_before", "inner_gradient_norm_after", "fallbacks",
 )  # fmt: skip
 METRICS = (
-    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/value_loss",
-    "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
-    *(f"bilevel/{name}" for name in DIAGNOSTICS), "time/nested_critic", "time/response", "losses/explained_variance",
-    "charts/learning_rate", "time/env", "time/policy", "time/update",
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl",
+    "losses/clipfrac", *(f"bilevel/{name}" for name in DIAGNOSTICS), "time/nested_critic", "time/response",
+    "losses/explained_variance", "charts/learning_rate", "time/env", "time/policy", "time/update",
 )  # fmt: skip
 
 
-# ---- Environments (shared) -------------------------------------------------------------------------------------
+# ---- Environments (shared) ---------------------------------------------------------------------------
 @contextlib.contextmanager
 def task_errors(env_id: str):
-    """Turn whatever a task raises while it is made into one sentence, with the line of the task's own code: BadInput."""
+    """Turn whatever a task raises while it is made into one sentence that says where: BadInput."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
-        own = [frame for frame in frames if not re.search("site-packages|importlib", frame.filename) and frame.filename != __file__]
-        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
-        if isinstance(error, ModuleNotFoundError):
-            where += "; modules are found beside the script, in the working directory and on PYTHONPATH"
-        text = " ".join(str(error).split()).rstrip(".")
-        raise BadInput(f"--env-id {env_id!r} cannot be made: {type(error).__name__}: {text}{where}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = [each for each in frames if os.path.exists(each.filename)][-1]
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        where = f"{frame.filename}, line {frame.lineno}"
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text} ({where})") from error
 
 
 def leave_interrupts(env: gym.Env) -> gym.Env:
@@ -250,37 +241,33 @@ def leave_interrupts(env: gym.Env) -> gym.Env:
 
 
 def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.Space]:
-    """The parallel environments of `args`, seeded, and the spaces of one: observations, a flat Box, and actions.
+    """The parallel environments of `args`, and the spaces of one: observations, a flat Box, and actions.
 
-    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all backends: at
-    the end of an episode `step` returns its true final observation; the next `step` ignores the action and returns the
-    first observation of the new episode with reward 0. Raises BadInput if the task is unknown or cannot be used.
+    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all
+    backends: at the end of an episode `step` returns its true final observation; the next `step` ignores
+    the action and returns the first observation of the new episode with reward 0. Raises BadInput if the
+    task is unknown or cannot be used.
     """
     try:
         import envpool
+
+        has_envpool = args.env_id in envpool.list_all_envs()
     except ImportError:  # no wheel for this platform: Gymnasium serves
-        envpool = None
-    has_envpool = envpool is not None and args.env_id in envpool.list_all_envs()
+        has_envpool = False
     if args.env_backend == "envpool" and not has_envpool:
-        raise BadInput(f"--env-backend envpool: EnvPool is not installed or does not have {args.env_id!r}; use sync or async")
+        raise BadInput(f"--env-backend envpool does not have {args.env_id!r} here; use sync or async")
     kwargs = json.loads(args.env_kwargs)
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
         if has_envpool and args.env_backend in ("auto", "envpool"):
-            cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+            cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(os.cpu_count())
             threads = args.env_threads or min(len(cores), args.num_envs)
-            # Pinned threads take a quarter to a third less time a step. They are pinned only where they fill all the cores
-            # that this process may use, so that several small runs never crowd on the same ones.
-            kwargs["thread_affinity_offset"] = cores[0] if threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
-            envs = envpool.make(
-                args.env_id, env_type="gymnasium", num_envs=args.num_envs, seed=seed, num_threads=threads, **kwargs
-            )
+            # Pinned threads take a quarter to a third less time a step. They are pinned only where they
+            # fill all the cores of this process, so that several small runs never crowd on the same ones.
+            pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
+            kwargs |= {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1}
+            envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
         else:
-            if not has_envpool:
-                try:
-                    check_env(gym.make(args.env_id, **kwargs).unwrapped, skip_render_check=True)
-                except AssertionError as error:
-                    say(f"note: Gymnasium's check of {args.env_id!r} says: {' '.join(str(error).split())}")
             mode = "async" if args.env_backend == "async" else "sync"
             envs = gym.make_vec(args.env_id, args.num_envs, mode, wrappers=[leave_interrupts], **kwargs)
             if len(envs.single_observation_space.shape or ()) != 1:
@@ -290,35 +277,13 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
             envs.reset(seed=seed)
             observation_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise BadInput(f"--env-id {args.env_id!r} has the observation space {observation_space}; this script needs a flat Box")
+        observations = f"observation space {observation_space}; this script needs a flat Box"
+        raise BadInput(f"--env-id {args.env_id!r} has the {observations}")
     check_action_space(args.env_id, action_space)
     return envs, observation_space, action_space
 
 
-class RunningMeanStd:
-    """Running mean and variance of rows in float64 (Chan et al. 1979), from mean 0, variance 1 and the weight of 1e-4 rows.
-
-    Gymnasium's class of this name gives the same numbers and takes three times as long, a twentieth of a step.
-    """
-
-    def __init__(self, shape: tuple[int, ...] = ()):
-        self.mean, self.squares, self.count = np.zeros(shape), np.full(shape, 1e-4), 1e-4
-
-    def update(self, rows: np.ndarray) -> None:
-        """Add rows (n, *shape)."""
-        self.count += len(rows)
-        deviation = rows - self.mean
-        shift = deviation.sum(0) / self.count
-        self.mean = self.mean + shift
-        self.squares = self.squares + (deviation * deviation).sum(0) - self.count * shift * shift
-
-    @property
-    def std(self) -> np.ndarray:
-        """Standard deviation (*shape), kept away from 0 by 1e-8 under the root."""
-        return np.sqrt(self.squares / self.count + 1e-8)
-
-
-# ---- Gaussian policy (shared) ----------------------------------------------------------------------------------
+# ---- Gaussian policy (shared) ------------------------------------------------------------------------
 def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
     """The layer with orthogonal weights and zero biases."""
     nn.init.orthogonal_(layer.weight, gain)
@@ -327,9 +292,10 @@ def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """A critic, and a Gaussian actor of its own with a state-independent log standard deviation (starts at 0).
+    """A critic, and a Gaussian actor of its own with a state-independent log standard deviation, at first 0.
 
-    The networks may be any modules from observations (..., D) to one value (..., 1) and to the mean action (..., A).
+    The networks may be any modules from observations (..., D) to one value (..., 1) and to the mean action
+    (..., A). Called with raw observations, the agent is the policy as it is played.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, actor_width: int = 64, critic_width: int = 64):
@@ -373,7 +339,7 @@ class Agent(nn.Module):
         return self.actor_mean(obs) + noise
 
     def logprob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) of unclipped actions (..., A) at observations (..., D) and the entropy in nats, both (...)."""
+        """log pi(a|s) of unclipped actions (..., A) at obs (..., D); the entropy in nats; both (...)."""
         noise = (actions - self.actor_mean(obs)) * torch.exp(-self.actor_logstd)
         logprob = -0.5 * (noise * noise).sum(-1) - (self.actor_logstd + 0.5 * math.log(2 * math.pi)).sum()
         entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
@@ -384,40 +350,32 @@ class Agent(nn.Module):
         return actions.clamp(self.action_low, self.action_high)
 
     def forward(self, raw_obs: Tensor) -> Tensor:
-        """The policy as it is played: raw observations (..., D) -> mean actions, clipped to the box (..., A)."""
-        obs = ((raw_obs.double() - self.obs_mean) / self.obs_std).clamp(-10, 10)
+        """The policy as it is played: raw observations (..., D) -> mean actions in the box (..., A)."""
+        obs = ((torch.as_tensor(raw_obs).double() - self.obs_mean) / self.obs_std).clamp(-10, 10)
         return self.task_actions(self.actor_mean(obs.float()))
 
 
 def check_action_space(env_id: str, space: gym.Space) -> None:
     """Raise BadInput unless the actions are vectors of numbers in a box that is not empty."""
-    if isinstance(space, gym.spaces.Discrete):
-        other = f"{Path(__file__).stem.split('_')[0]}_discrete.py"
-        raise BadInput(f"--env-id {env_id!r} has discrete actions, this script needs a Box; use {other}")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not (space.low < space.high).all() or space.dtype.kind != "f" or not space.shape[0]:
-        raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a flat Box of floats with low < high")
+    box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+    if not box or not space.shape[0] or not (space.low < space.high).all():
+        other = Path(__file__).stem.split("_")[0] + "_discrete.py"
+        needs = f"this script needs a flat Box of floats with low < high; for discrete actions use {other}"
+        raise BadInput(f"--env-id {env_id!r} has the action space {space}; {needs}")
 
 
-# ---- PPO mathematics (shared) ----------------------------------------------------------------------------------
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) of a rollout.
+# ---- PPO mathematics (shared) ------------------------------------------------------------------------
+def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
+    """Generalised advantage estimates A (T, N) of a rollout (Schulman et al. 2016, eq. 16).
 
-    rewards, terminated, ended (T, N) with flags as 0/1 floats, ended = terminated or truncated; values (T+1, N).
-    delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t and A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}.
-    Returns A (T, N). The row after an ended one is a reset: its own A means nothing, and no other A depends on it
-    (but for V_{t+1} of a truncated row t).
-
-    The recursion is solved by doubling: after pass i, A_t holds its first 2^i terms. log2(T) tensor operations
-    replace a loop of T.
+    delta_t = r_t + discount_t V_{t+1} - V_t and A_t = delta_t + decay_t A_{t+1}, with rewards, discounts =
+    gamma (1 - terminated) and decay = gamma lambda (1 - ended) (T, N), ended = terminated or truncated, and
+    values (T+1, N). The row after an ended one is a reset: its own A means nothing, and no other A depends
+    on it (but for V_{t+1} of a truncated row t).
     """
-    advantages = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    decay = gamma * gae_lambda * (1 - ended)
-    span = 1
-    while span < len(rewards):
-        advantages[:-span] += decay[:-span] * advantages[span:]
-        decay = decay[:-span] * decay[span:]
-        span *= 2
-        decay = torch.cat([decay, decay.new_zeros(len(rewards) - len(decay), *decay.shape[1:])])
+    advantages = rewards + discounts * values[1:] - values[:-1]
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
@@ -426,7 +384,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
-# ---- Bilevel mathematics (shared) ------------------------------------------------------------------------------
+# ---- Bilevel mathematics (shared) --------------------------------------------------------------------
 def chunk_indices(num_steps: int, num_envs: int, chunk_length: int) -> Tensor:
     """Rows of a flattened rollout (num_steps + 1, num_envs, ...) that make its chunks of consecutive steps.
 
@@ -439,8 +397,8 @@ def chunk_indices(num_steps: int, num_envs: int, chunk_length: int) -> Tensor:
 def gae_operator(ended: Tensor, valid: Tensor, decay: float) -> Tensor:
     """The matrices W (C, L, L) of C chunks of L steps: with decay = gamma lambda, A = W delta is GAE.
 
-    ended, valid (C, L) as 0/1 floats. W[t, k] = decay^(k-t) for k >= t in the same episode, else 0; the row and the
-    column of a step that is no transition are 0, so nothing of it reaches another step.
+    ended, valid (C, L) as 0/1 floats. W[t, k] = decay^(k-t) for k >= t in the same episode, else 0; the row
+    and the column of a step that is no transition are 0, so nothing of it reaches another step.
     """
     step = torch.arange(ended.shape[-1], device=ended.device)
     powers = torch.tril(decay ** (step[:, None] - step[None, :]).clamp(min=0).to(ended.dtype)).T
@@ -450,7 +408,7 @@ def gae_operator(ended: Tensor, valid: Tensor, decay: float) -> Tensor:
 
 
 def lambda_returns(values: Tensor, rewards: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
-    """G = V + W delta with delta_t = r_t + discount_t V_{t+1} - V_t: the lambda-return as an affine map of the values.
+    """G = V + W delta with delta_t = r_t + discount_t V_{t+1} - V_t: the lambda-return, affine in the values.
 
     values (C, L+1), rewards and discounts = gamma (1 - terminated) (C, L), operator (C, L, L) -> G (C, L).
     """
@@ -465,17 +423,18 @@ def transposed(operator: Tensor, x: Tensor) -> Tensor:
 
 def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
     """(dG/dV)^T slopes, the transpose of `lambda_returns`: slopes (C, L) -> u (C, L+1)."""
-    through_delta = transposed(operator, slopes)
-    return nn.functional.pad(slopes - through_delta, (0, 1)) + nn.functional.pad(discounts * through_delta, (1, 0))
+    back = transposed(operator, slopes)  # by delta
+    return nn.functional.pad(slopes - back, (0, 1)) + nn.functional.pad(discounts * back, (1, 0))
 
 
 class CriticJacobian:
     """J = dV / d omega (n, P) of any critic at n observations, as products with it.
 
-    V is one number a row, so its gradient in the weights of a linear layer is the outer product of delta, the derivative
-    of V by the layer's outputs, and the layer's inputs h. One torch.func.vjp by zeros that are added to the outputs of all
-    layers gives every delta, whatever lies between the layers. Other parameters, such as those of a layer norm, have their
-    Jacobian in full. Vectors in parameter space are flat, in the order of `critic.parameters()`; q of them are (q, P).
+    V is one number a row, so its gradient in the weights of a linear layer is the outer product of delta,
+    the derivative of V by the layer's outputs, and the layer's inputs h. One torch.func.vjp by zeros that
+    are added to the outputs of all layers gives every delta, whatever lies between the layers. Other
+    parameters, such as those of a layer norm, have their Jacobian in full. Vectors in parameter space are
+    flat, in the order of `critic.parameters()`; q of them are (q, P).
     """
 
     def __init__(self, critic: nn.Module, obs: Tensor):
@@ -504,9 +463,12 @@ class CriticJacobian:
                 blocks |= {layer.weight: (delta, inputs[layer]), layer.bias: (delta,)}
         rest = {name: p.detach() for name, p in critic.named_parameters() if p not in blocks}
         if rest:
-            value = torch.func.grad(lambda rest, row: torch.func.functional_call(critic, rest, (row[None],)).squeeze())
+
+            def value(rest: dict[str, Tensor], row: Tensor) -> Tensor:
+                return torch.func.functional_call(critic, rest, (row[None],)).squeeze()
+
             with torch.no_grad():
-                dense = torch.func.vmap(value, (None, 0))(rest, obs)
+                dense = torch.func.vmap(torch.func.grad(value), (None, 0))(rest, obs)
             blocks |= {p: (dense[name].flatten(1),) for name, p in critic.named_parameters() if name in rest}
         self.blocks = [blocks[p] for p in critic.parameters()]
         self.sizes = [p.numel() for p in critic.parameters()]
@@ -540,8 +502,8 @@ class CriticJacobian:
 class GaussNewton:
     """H = 2 sum_t w_t grad V_t grad V_t^T = R^T R, the Gauss-Newton matrix of L = sum_t w_t (G_t - V_t)^2.
 
-    R = diag(sqrt(2 w)) J with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without the term
-    in the residuals G - V: positive semidefinite, and equal to it for a critic that is linear in omega.
+    R = diag(sqrt(2 w)) J with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without
+    the term in the residuals G - V: positive semidefinite, and equal to it for a critic linear in omega.
     """
 
     def __init__(self, jacobian: CriticJacobian, weights: Tensor):
@@ -552,24 +514,25 @@ class GaussNewton:
         return self.jacobian.vjp((self.jacobian.jvp(v) * self.root**2)[None])[0]
 
     def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """b = J^T u (P,), H P (q, P) and P^T H P (q, q) for directions P (F, q) in the last layer with features (n, F).
-
-        R P = features P costs next to nothing, so one product with J^T for q + 1 vectors gives b and all of H P.
-        """
+        """b = J^T u (P,), H P (q, P) and P^T H P (q, q) for directions P (F, q) in the last layer, whose
+        features are (n, F). R P = features P costs next to nothing, so one product with J^T for q + 1
+        vectors gives b and all of H P."""
         images = (features @ directions).T
         products = self.jacobian.vjp(torch.cat([u[None], images * self.root]))
         return products[0], products[1:], images @ images.T
 
 
 class Hessian(GaussNewton):
-    """H = grad^2_omega L of L = sum_t w_t (G_t - V_t)^2 in full, by torch.func.jvp of torch.func.grad; it can be indefinite."""
+    """H = grad^2_omega L of L = sum_t w_t (G_t - V_t)^2 in full, by torch.func.jvp of torch.func.grad; it
+    can be indefinite. critic V, obs (n, D), targets G (n,)."""
 
-    def __init__(self, jacobian: CriticJacobian, weights: Tensor, critic: nn.Module, obs: Tensor, targets: Tensor):
+    def __init__(self, jacobian: CriticJacobian, weights: Tensor, critic, obs: Tensor, targets: Tensor):
         super().__init__(jacobian, weights)
         self.omega = {name: parameter.detach() for name, parameter in critic.named_parameters()}
 
         def loss(omega: dict[str, Tensor]) -> Tensor:
-            return (weights * (targets - torch.func.functional_call(critic, omega, (obs,)).squeeze(-1)) ** 2).sum()
+            values = torch.func.functional_call(critic, omega, (obs,)).squeeze(-1)
+            return (weights * (targets - values) ** 2).sum()
 
         self.gradient = torch.func.grad(loss)
 
@@ -580,20 +543,20 @@ class Hessian(GaussNewton):
         return torch.cat([part.flatten() for part in tangent.values()])
 
     def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """b, H P and P^T H P as in `GaussNewton.sketch`; the last layer's parameters are the last of omega."""
+        """b, H P and P^T H P as in `GaussNewton`; the last layer's parameters are the last of omega."""
         padded = nn.functional.pad(directions.T, (sum(self.jacobian.sizes) - len(directions), 0))
         columns = torch.func.vmap(self.product)(padded)
         return self.jacobian.vjp(u[None])[0], columns, padded @ columns.T
 
 
-def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """b -> (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (poster of Prakash et al. 2025).
+def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> Tensor:
+    """v = (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (Prakash et al.'s poster).
 
-    columns C^T = (H P)^T (q, n_params) and core M = P^T H P (q, q) for directions P; P = some columns of the identity
-    gives the poster's C = H[:, Q] and M = H[Q, Q]. The poster's Woodbury formula
+    columns C^T = (H P)^T (q, P) and core M = P^T H P (q, q) for directions P; P = some columns of the
+    identity gives the poster's C = H[:, Q] and M = H[Q, Q]. The poster's Woodbury formula
         v = b / alpha - C (M + C^T C / alpha)^-1 C^T b / alpha^2
-    breaks down where M is singular or slightly indefinite, so M is symmetrised and its eigenvalues below 1e-8 (in
-    float32: 1e-6) of the largest are dropped: H_q = F F^T with F = C E D^-1/2, and
+    breaks down where M is singular or slightly indefinite, so M is symmetrised and its eigenvalues below
+    1e-8 (in float32: 1e-6) of the largest are dropped: H_q = F F^T with F = C E D^-1/2, and
         v = (b - F (alpha I + F^T F)^-1 F^T b) / alpha,   0 < v.b <= |b|^2 / alpha.
     The small system is solved in float64. v is nan where anything in the system is not finite.
     """
@@ -601,20 +564,14 @@ def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[T
     try:
         eigenvalues, vectors = torch.linalg.eigh((core + core.T).double() / 2)
     except torch.linalg.LinAlgError:  # M is not finite
-        return lambda b: b * math.nan
+        return b * math.nan
     smallest = floor * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    basis = vectors * torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # E D^-1/2, 0 where dropped
-    columns = columns.double()
+    basis = vectors * torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # E D^-1/2
+    columns, right = columns.double(), b.double()
     inner = basis.T @ (columns @ columns.T) @ basis  # F^T F
     inner.diagonal().add_(damping)
-    cholesky = torch.linalg.cholesky_ex(inner)[0]
-
-    def solve(b: Tensor) -> Tensor:
-        right = b.double()
-        small = basis @ torch.cholesky_solve(basis.T @ (columns @ right)[:, None], cholesky)
-        return torch.addmv(right, columns.T, small[:, 0], alpha=-1).div_(damping).to(b.dtype)
-
-    return solve
+    small = torch.cholesky_solve(basis.T @ (columns @ right)[:, None], torch.linalg.cholesky_ex(inner)[0])
+    return ((right - columns.T @ (basis @ small)[:, 0]) / damping).to(b.dtype)
 
 
 def nystrom_ihvp(
@@ -622,8 +579,8 @@ def nystrom_ihvp(
 ) -> tuple[Tensor, Tensor]:
     """b = J^T u and v = (H_q + damping I)^-1 b: u (n,) -> b, v (P,), for a critic whose last layer is linear.
 
-    The directions P lie in that layer, along its leading features Phi (n, width + 1), its inputs and 1 scaled as R:
-    P = orth(S^2 Omega) for S = Phi^T Phi and a Gaussian Omega, subspace iteration (Halko et al. 2011, alg. 4.4).
+    The directions P lie in that layer, along its leading features Phi (n, width + 1), its inputs and 1 scaled
+    as R: P = orth(S^2 Omega), S = Phi^T Phi, Omega Gaussian: subspace iteration (Halko et al. 2011).
     """
     last = curvature.jacobian.last_inputs
     features = torch.cat([last, torch.ones_like(last[:, :1])], 1) * curvature.root[:, None]
@@ -631,14 +588,14 @@ def nystrom_ihvp(
     for _ in range(2):
         omega = (omega @ features.T) @ features
     b, columns, core = curvature.sketch(u, torch.linalg.qr(omega.T)[0], features)
-    return b, nystrom_solver(columns, core, damping)(b)
+    return b, nystrom_solve(columns, core, damping, b)
 
 
-def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Solve A x = b for a symmetric A given as `product`, from x = 0 (Hestenes and Stiefel 1952): b (P,) -> x (P,).
+def conjugate_gradient(product, b: Tensor, iterations: int) -> Tensor:
+    """Solve A x = b, b and x (P,), for a symmetric A given as product(v) = A v (Hestenes and Stiefel 1952).
 
-    Guarded: it stops improving x for good where p.A p <= 0 (A is not positive definite there) or where the residual
-    has fallen to 1e-6 of b, below which float32 directions are noise. No value is read back to Python.
+    Guarded: it stops improving x for good where p.A p <= 0 (A is not positive definite there) or where the
+    residual has fallen to 1e-6 of b, below which float32 directions are noise. Nothing is read back.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     energy = b @ b
@@ -666,8 +623,8 @@ def cg_ihvp(curvature: GaussNewton, u: Tensor, damping: float, iterations: int) 
 def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
 
-    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel and its Cholesky factor, in float64; n is the
-    number of rows of the minibatch. R is a float32 number: where the damping is too small beside its rounding (below
+    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel of the minibatch's n rows and its
+    Cholesky factor, in float64. R is rounded to float32: where the damping is too small beside that (below
     1e-6 of the largest eigenvalue or so) the factor may not exist, and v is nan.
     """
     jacobian, root = curvature.jacobian, curvature.root
@@ -681,25 +638,27 @@ def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tenso
 
 
 def surrogate_slope(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """The derivative of `clipped_surrogate` by the advantages: the ratio of the branch that is the minimum."""
+    """The derivative of `clipped_surrogate` by the advantages: the ratio of the smaller branch."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
 
 
-def follower_step(critic: nn.Module, optimiser: torch.optim.Optimizer, obs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """One step of the follower on L = sum_t w_t (G_t - V(s_t))^2; obs (n, D), targets and weights (n,). Returns L before it."""
-    errors = critic(obs).squeeze(-1) - targets
-    slopes = 2 * weights * errors.detach()  # dL / d errors
+def follower_step(critic: nn.Module, optimiser, obs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """One step of the follower on L = sum_t w_t (G_t - V(s_t))^2; obs (n, D), targets and weights (n,).
+    Returns L before it."""
+    loss = (weights * (targets - critic(obs).squeeze(-1)) ** 2).sum()
     optimiser.zero_grad()
-    errors.backward(slopes)
+    loss.backward()
     optimiser.step()
-    return 0.5 * slopes @ errors.detach()
+    return loss.detach()
 
 
 def inner_gradient_norm(critic: nn.Module, obs: Tensor, targets: Tensor) -> Tensor:
-    """|grad_omega L| of L = mean_t (G_t - V(s_t))^2, 0 where the critic has answered in full: obs (n, D), targets (n,)."""
+    """|grad_omega L| of L = mean_t (G_t - V(s_t))^2, 0 where the critic has answered in full; obs (n, D),
+    targets (n,)."""
     loss = ((targets - critic(obs).squeeze(-1)) ** 2).mean()
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*critic.parameters()])]).norm()
+    gradient = torch.autograd.grad(loss, [*critic.parameters()])
+    return nn.utils.get_total_norm(gradient)
 
 
 def leader_diagnostics(
@@ -723,61 +682,58 @@ def leader_diagnostics(
 
 
 def check_critic(critic: nn.Module, obs_dim: int, needs_linear_output: bool) -> None:
-    """Raise BadInput if `CriticJacobian` does not hold for this critic, as with a layer that is used twice, or, where the
-    solver needs it, if its last layer is not nn.Linear(..., 1) with a bias."""
+    """Raise BadInput if `CriticJacobian` does not hold for this critic, as with a layer that is used twice,
+    or, where the solver needs it, if its last layer is not nn.Linear(..., 1) with a bias."""
     critic, generator = copy.deepcopy(critic).cpu().double(), torch.Generator().manual_seed(0)
     for parameter in critic.parameters():  # a last layer of zeros would hide all others
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     obs = torch.randn(8, obs_dim, generator=generator).double()
     try:
         jacobian, values = CriticJacobian(critic, obs), critic(obs).squeeze(-1)
-        expected = torch.cat([g.flatten() for g in torch.autograd.grad(values.square().sum(), [*critic.parameters()])])
+        gradient = torch.autograd.grad(values.square().sum(), [*critic.parameters()])
+        expected = torch.cat([g.flatten() for g in gradient])
         holds = torch.allclose(jacobian.vjp(2 * values.detach()[None])[0], expected, rtol=1e-6, atol=1e-9)
     except RuntimeError:  # torch.func does not take some layers, such as a batch norm
         holds = False
     if not holds:
-        raise BadInput("the critic's derivatives do not hold: use each linear layer once, on rows (n, d) that do not depend on each other, without dropout")
+        wrong = "the critic's derivatives do not hold: use each linear layer once, on rows (n, d)"
+        raise BadInput(f"{wrong} that do not depend on each other, without dropout")
     last = torch.cat([jacobian.last_inputs, torch.ones(8, 1)], 1)
     dense = jacobian.vjp(torch.eye(8).double())[:, -last.shape[1] :]
     if needs_linear_output and not (dense.shape == last.shape and torch.allclose(dense, last)):
-        raise BadInput("--ihvp nystrom needs a critic whose last layer is nn.Linear(..., 1) with a bias; use --ihvp cg or exact")
+        wrong = "--ihvp nystrom needs a critic whose last layer is nn.Linear(..., 1) with a bias"
+        raise BadInput(f"{wrong}; use --ihvp cg or exact")
 
 
-# ---- The run: what is not the algorithm (shared) ---------------------------------------------------------------
+# ---- The run: what is not the algorithm (shared) -----------------------------------------------------
 EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
 
 
 class Diverged(Exception):
-    """One sentence: which numbers stopped being finite, and when; printed, exit status 1."""
+    """One sentence: which numbers stopped being finite, and when; exit status 1."""
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, above the progress bar. A reader that went away never changes what becomes of a run."""
+    """Print a line on stderr, above the progress bar. A reader that went away never changes a run."""
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(text, file=sys.stderr)
-
-
-def resume_folder(resume: Path | None = None) -> Path | None:
-    """The run folder to resume, of the words on a command line."""
-    return resume
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
-    Raises BadInput; tyro itself exits with status 2 on words it cannot parse.
+    Raises BadInput; tyro itself exits with status 2 on words that it cannot parse.
     """
-    folder, _ = tyro.cli(resume_folder, args=argv, return_unknown_args=True, add_help=False)
-    saved = None
-    if folder is not None:
+    saved, parser = None, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
         try:
-            made = json.loads((folder / "args.json").read_text())
-            if made["script"] != Path(__file__).name:
-                raise ValueError(f"it was made by {made['script']}")
-            saved = Args(**made["args"] | {"resume": folder})
+            saved = Args(**json.loads((folder / "args.json").read_text())["args"] | {"resume": folder})
         except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
             raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
-    args = tyro.cli(Args, args=argv, default=saved, description=sys.modules[Args.__module__].__doc__.split("\n\n")[0])
+    summary = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
+    args = tyro.cli(Args, args=argv, default=saved, description=summary)
     for name, value in saved or ():
         if getattr(args, name) != value:
             say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
@@ -786,12 +742,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def provenance() -> dict:
     """What makes a run: command, commit, versions."""
-    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    git = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
-    commit = git.stdout.strip() or None if git else None
-    return {"script": Path(__file__).name, "argv": sys.argv, "commit": commit, "versions": versions}
+    wanted = {"torch", "numpy", "gymnasium", "envpool", "mujoco"}
+    versions = {each.name: each.version for each in importlib.metadata.distributions() if each.name in wanted}
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions |= {"python": sys.version.split()[0]}
+    script, commit = Path(__file__).name, git.stdout.strip() or None
+    return {"script": script, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -799,12 +756,12 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Replace `path` by bytes or by what torch saves: after a crash the old or the new content is there."""
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -813,20 +770,21 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals.
 
-    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever the end is.
-    `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which the loop reads at the end
-    of its iteration; a second one, or one after training, stops at once.
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever
+    the end is. `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which
+    the loop reads at the end of its iteration; a second one, or one after training, stops at once.
     """
 
     def __init__(self, args: Args):
         self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
         self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
         self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+        self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
     def __enter__(self):
-        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if that is not possible."""
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if it cannot."""
         if self.folder is None:
             return self
         if not (self.folder / "checkpoint.pt").exists():
@@ -836,36 +794,47 @@ class Run:
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
         except filelock.Timeout:
-            raise BadInput(f"--resume {self.folder} is still running in another process; stop it first") from None
+            raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BadInput(f"--resume {self.folder}: checkpoint.pt cannot be used: {reason}; start a new run") from error
+            reason = f"checkpoint.pt is damaged: {type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
         return self
 
     def open(self) -> None:
-        """Make the folder, or go on in it, and start all logs. Raises BadInput if it cannot be written or W&B refuses."""
-        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}"
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
+        args, resumed = self.args, self.checkpoint is not None
+        if not resumed:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+            while self.folder.exists():  # a run of the same second
+                self.folder = self.folder.with_name(self.folder.name + "_")
+        if args.track:
+            try:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                config = args.model_dump(mode="json")  # the parts of a run that was continued are one group
+                self.wandb = wandb.init(**names, group=self.folder.name, config=config, sync_tensorboard=True)
+            except Exception as error:
+                raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
         try:
-            if self.checkpoint is None:
-                self.folder = self.args.run_dir / re.sub(r"[/:\\\s]", "_", name)
-                while self.folder.exists():  # a run of the same second
-                    self.folder = self.folder.with_name(self.folder.name + "_")
+            if not resumed:
                 self.folder.mkdir(parents=True)
                 self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
-            if self.args.track:
-                self.start_wandb()
-            path, args = self.folder / "args.json", json.loads(self.args.model_dump_json(exclude={"resume"}))
-            self.write_json("args.json", (json.loads(path.read_text()) if self.checkpoint else provenance()) | {"args": args})
-            self.metrics, self.episodes = self.open_csv("metrics.csv", METRICS), self.open_csv("episodes.csv", EPISODES)
+            made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
+            self.write_json("args.json", made | {"args": args.model_dump(mode="json", exclude={"resume"})})
+            self.metrics = self.open_csv("metrics.csv", METRICS)
+            self.episodes = self.open_csv("episodes.csv", EPISODES)
             (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
         except OSError as error:
-            raise BadInput(f"the run folder cannot be written: {error}; name another --run-dir or make it writable") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if self.checkpoint else None)
-        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; with a delay the bar writes nothing here, where a reader may be gone
-        bar = dict(unit="step", unit_scale=True, mininterval=interval, delay=0.1)
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.global_step, **bar)
+            raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
+        bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(**bar, mininterval=seconds, delay=0.1)  # delay: nothing is printed here
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
         self.opened, self.started = True, time.perf_counter() - self.wall_time
 
     def on_signal(self, number: int, frame) -> None:
@@ -874,55 +843,39 @@ class Run:
         if at_once:
             sys.exit(128 + number)
 
-    def start_wandb(self) -> None:
-        """Send what TensorBoard gets to W&B as well. Parts that are logged offline are runs of one group, since an id that
-        is used twice offline overwrites the first part when it is synchronised."""
-        part = f"-{self.global_step}" if self.checkpoint and os.environ.get("WANDB_MODE") == "offline" else ""
-        try:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.folder.name,
-                group=self.folder.name, id=re.sub(r"[^\w-]", "_", self.folder.name + part), resume="allow",
-                config=self.args.model_dump(mode="json"), sync_tensorboard=True,
-            )  # fmt: skip
-        except Exception as error:
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder)
-            raise BadInput(f"--track: W&B does not start: {error}; log in, set WANDB_MODE=offline or leave it out") from error
-
     def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
-        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after it are dropped,
-        and so is, with a message, what cannot be read."""
-        path, kept, damaged = self.folder / name, [], 0
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
+        it are dropped, and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [",".join(columns)], 0
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                kept += [(line, row)] if int(row["global_step"]) <= self.global_step else []
+                if int(row["global_step"]) <= self.global_step:
+                    kept.append(line)
+                    self.returns += [(row["global_step"], row["episodic_return"])] if name[0] == "e" else []
             except (ValueError, OverflowError):
-                damaged += line != ",".join(columns)
+                damaged += line != kept[0]
         if damaged:
             say(f"{path}: {damaged} lines could not be read and are dropped")
-        self.returns += [(row["global_step"], row["episodic_return"]) for _, row in kept if columns is EPISODES]
-        text = "\r\n".join([",".join(columns), *(line for line, _ in kept), ""])
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_atomically(path, "\r\n".join([*kept, ""]).encode())
         self.files.append(open(path, "a", newline=""))
         return csv.DictWriter(self.files[-1], columns)
 
     def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder; nan and inf, which strict JSON does not have, become null."""
-        text = json.dumps(json.loads(json.dumps(content), parse_constant=lambda word: None), indent=1) + "\n"
-        write_atomically(self.folder / name, lambda file: file.write(text.encode()))
+        """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
+        strict = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        write_atomically(self.folder / name, (json.dumps(strict, indent=1) + "\n").encode())
 
     def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration; None is
-        a number that does not exist."""
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this
+        iteration; None is a number that does not exist."""
         self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time, "charts/SPS": global_step / self.wall_time}
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time}
+        metrics["charts/SPS"] = global_step / self.wall_time
         for name in ("episodic_return", "episodic_length"):
             metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
-        self.episodes.writerows(episodes)
         self.metrics.writerow(metrics)
+        self.episodes.writerows(episodes)
         for file in self.files:
             file.flush()
         for name in METRICS[2:]:
@@ -935,66 +888,53 @@ class Run:
             self.bar.update(global_step - self.bar.n)
 
     def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the disk before."""
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the
+        disk before."""
         for file in self.files:
             os.fsync(file.fileno())
         state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write_atomically(self.folder / "checkpoint.pt", state)
 
     def __exit__(self, kind, error, trace) -> None:
         """Write result.json, last and atomically, and let go of everything."""
         if self.opened:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            stopped = SystemExit if self.stop_signal else KeyboardInterrupt  # a task of the user's own may exit as well
-            ends = {type(None): "finished", stopped: "interrupted", KeyboardInterrupt: "interrupted", Diverged: "diverged"}
-            status = ends.get(type(error), "failed")
-            end = self.args.total_timesteps // (self.args.num_envs * self.args.num_steps) * self.args.num_envs * self.args.num_steps
-            last = [value for step, value in self.returns if step > 0.9 * end]
-            final = float(np.mean(last or math.nan))
-            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time, "final_return": final}
-            result |= {"error": f"{kind.__name__}: {error}"} if status in ("failed", "diverged") else self.result
+            status = "finished" if error is None else "failed"
+            if self.stop_signal or isinstance(error, KeyboardInterrupt):
+                status = "interrupted"
+            elif isinstance(error, Diverged):
+                status = "diverged"
+            last = [value for step, value in self.returns if step > 0.9 * self.end]
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
+            result |= {"final_return": float(np.mean(last or math.nan))}
+            result |= self.result if error is None else {"error": f"{kind.__name__}: {error}"}
             for each in (self.bar, self.tensorboard, *self.files):
-                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader; the result may still fit
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
                     each.close()
-            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
-                self.write_json("result.json", result)
-            say(f"{status} after {self.global_step:,} steps, final return {final:.1f}: {self.folder}")
+            self.write_json("result.json", result)
+            say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
             if status == "interrupted":
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
         if self.lock is not None:
             self.lock.release()
-        if self.opened and status == "failed" and isinstance(error, SystemExit):
-            raise RuntimeError("the task tried to end the process") from error
 
 
-def load_agent(path: str | Path) -> Agent:
-    """The agent in a model.pt or a checkpoint.pt. Called with raw observations (..., D) it gives the actions that are played."""
+def load_policy(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt: called with raw observations (..., D), it gives the
+    actions that are played, as the task takes them."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     agent = Agent(*saved["agent_sizes"])
     agent.load_state_dict(saved["agent"])
-    return agent.eval()
+    return agent.eval().requires_grad_(False)
 
 
-def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The policy in a model.pt or a checkpoint.pt: raw observations (..., D) -> the most probable actions, as the task takes
-    them."""
-    return as_policy(load_agent(path))
-
-
-def as_policy(agent: Agent) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent as a function of numpy arrays: raw observations (..., D) -> the actions that are played."""
-    return torch.no_grad()(lambda obs: agent(torch.as_tensor(np.asarray(obs))).numpy())
-
-
-def play(policy: Callable, args, episodes: int, film_folder: Path | None = None) -> list[float]:
-    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's; with a folder they are filmed.
-
-    An episode ends at the latest with its 100,000th step, or with its 5,000th if it is filmed. Raises BadInput if Gymnasium
-    cannot make the task; without episodes it only tries.
-    """
+def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
+    long; with a folder they are filmed. Raises BadInput if Gymnasium cannot make the task; without
+    episodes it only tries."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
@@ -1002,34 +942,35 @@ def play(policy: Callable, args, episodes: int, film_folder: Path | None = None)
         env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
         if film_folder:
             env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
-        env, returns = gym.wrappers.FlattenObservation(env), [0.0] * episodes
+        env = gym.wrappers.TimeLimit(gym.wrappers.FlattenObservation(env), 5_000 if film_folder else 100_000)
+    returns = [0.0] * episodes
     for episode in range(episodes):
         obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
-        for _ in range(5_000 if film_folder else 100_000):
-            obs, reward, terminated, truncated, _ = env.step(policy(obs)[()])
+        ended = False
+        while not ended:
+            with torch.no_grad():
+                action = agent(obs).numpy()[()]
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += float(reward)
-            if terminated or truncated:
-                break
+            ended = terminated or truncated
     env.close()
     return returns
 
 
-# ---- Training: set-up (shared) ---------------------------------------------------------------------------------
+# ---- Training: set-up (shared) -----------------------------------------------------------------------
 def train(args: Args) -> Path:
     """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
     with Run(args) as run:
-        checkpoint, start = run.checkpoint, run.global_step
-        if start % (args.num_envs * args.num_steps) or start > args.total_timesteps:
-            raise BadInput(
-                f"--resume {args.resume} has made {start} steps: --total-timesteps must be at least that, and "
-                "--num-envs x --num-steps must divide it"
-            )
+        checkpoint, start, batch_size = run.checkpoint, run.global_step, args.num_envs * args.num_steps
+        if start % batch_size or start > args.total_timesteps:
+            needs = "--total-timesteps must be at least that, and --num-envs x --num-steps must divide it"
+            raise BadInput(f"--resume {args.resume} has made {start} steps: {needs}")
         torch.manual_seed(args.seed)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
-            torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
+            torch.set_num_threads(1)  # networks this small lose more to a hand-over than they gain
         envs, observation_space, action_space = make_envs(args, derived_seed(args.seed, start))
         if args.eval_episodes or args.capture_video:
             play(None, args, episodes=0)
@@ -1039,58 +980,61 @@ def train(args: Args) -> Path:
         agent.set_action_space(action_space)
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
 
-        # ---- Optimisers ----------------------------------------------------------------------------------------
+        # ---- Optimisers ------------------------------------------------------------------------------
         check_critic(agent.critic, obs_dim, needs_linear_output=args.ihvp == "nystrom")
-        actor_optimiser = torch.optim.Adam(agent.actor_parameters(), args.learning_rate, eps=1e-5, fused=True)
-        critic_optimiser = torch.optim.Adam(agent.critic.parameters(), args.critic_learning_rate, eps=1e-5, fused=True)
+        options = {"eps": 1e-5, "fused": True}
+        actor_optimiser = torch.optim.Adam(agent.actor_parameters(), args.learning_rate, **options)
+        critic_optimiser = torch.optim.Adam(agent.critic.parameters(), args.critic_learning_rate, **options)
         optimisers = [actor_optimiser, critic_optimiser]
         chunks = chunk_indices(args.num_steps, args.num_envs, args.chunk_length).to(device)
-        kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
+        gamma_lambda = args.gamma * args.gae_lambda
+        kappa = gamma_lambda if args.mixed_discount is None else args.mixed_discount
         sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
 
-        # ---- Training: buffers and the loop (shared) -----------------------------------------------------------
-        step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
-        trained = [id(weight) for each in optimisers for group in each.param_groups for weight in group["params"]]
-        if sorted(trained) != sorted(id(weight) for weight in agent.parameters()):
-            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's, and not of both")
-        obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd()
+        # ---- Training: buffers and the loop (shared) -------------------------------------------------
+        groups = [group for each in optimisers for group in each.param_groups]
+        step_sizes = [group["lr"] for group in groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        obs_stats, return_stats = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
                 for each, state in zip(optimisers, checkpoint["optimisers"]):
                     each.load_state_dict(state)
-                for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
-                    stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
+                for each, state in zip((obs_stats, return_stats), checkpoint["stats"]):
+                    each.mean, each.var, each.count = (number.numpy() for number in state)
                 torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
             except (RuntimeError, ValueError, KeyError) as error:
-                raise BadInput(f"--resume {args.resume}: its networks have another shape; leave out the widths and the task") from error
+                wrong = "its networks have another shape; leave out the widths and the task"
+                raise BadInput(f"--resume {args.resume}: {wrong}") from error
+            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
 
         def normalise(raw: np.ndarray) -> np.ndarray:
             """Observations in units of their running standard deviation, clipped to +-10."""
-            return np.minimum(np.maximum((raw - obs_stats.mean) / obs_stats.std, -10.0), 10.0)
+            return ((raw - obs_stats.mean) / np.sqrt(obs_stats.var + 1e-8)).clip(-10, 10)
 
         # The rollout: arrays (time, environment, ...); row num_steps of obs is the next rollout's first.
-        batch_size, shape = args.num_envs * args.num_steps, (args.num_steps, args.num_envs)
+        shape = (args.num_steps, args.num_envs)
         obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), dtype=np.float32)
         rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-        ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
-        discounted_returns, episode_returns = np.zeros(args.num_envs), np.zeros(args.num_envs)
-        episode_lengths = np.zeros(args.num_envs, dtype=np.int64)
+        ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
+        discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
         run.open()
-        raw_obs, _ = envs.reset()
+        raw_obs = envs.reset()[0].astype(np.float64)
         if not checkpoint:
             obs_stats.update(raw_obs)
         obs[-1] = normalise(raw_obs)
         num_iterations = args.total_timesteps // batch_size
         for iteration in range(start // batch_size + 1, num_iterations + 1):
-            for each, sizes in zip(optimisers, step_sizes):
-                for group, size in zip(each.param_groups, sizes):
-                    group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
+            for group, size in zip(groups, step_sizes):
+                group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
 
-            # ---- Training: collect a rollout (shared) ----------------------------------------------------------
+            # ---- Training: collect a rollout (shared) ------------------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
-            behaviour = copy.deepcopy(agent).cpu()  # pi_old; for the few rows of a step the CPU is faster than a GPU
+            behaviour = copy.deepcopy(agent).cpu()  # pi_old; a CPU is faster than a GPU for a few rows
             noise, actions = behaviour.noise(*shape).detach(), []
             for t in range(args.num_steps):
                 with torch.no_grad():
@@ -1099,90 +1043,92 @@ def train(args: Args) -> Path:
                 env_start = time.perf_counter()
                 raw_obs, reward, ends, cut, _ = envs.step(task_actions)
                 env_time += time.perf_counter() - env_start
+                raw_obs = raw_obs.astype(np.float64)
                 transition, ended = ~ended, ends | cut
                 terminated[t], truncated[t], valid[t] = ends, cut, transition
                 reward = np.where(transition, reward, 0.0)
                 episode_returns += reward
                 episode_lengths += transition
                 discounted_returns = args.gamma * discounted_returns + reward
-                # A final observation is no input of the policy and a reset row earns no reward: neither is counted.
-                obs_stats.update(raw_obs[~ended] if ended.any() else raw_obs)
-                return_stats.update(discounted_returns[transition])
+                # A final observation is no input of the policy and a reset row earns no reward.
+                if not ended.all():
+                    obs_stats.update(raw_obs[~ended])
+                if transition.any():
+                    return_stats.update(discounted_returns[transition])
                 obs[t + 1] = normalise(raw_obs)
-                rewards[t] = np.minimum(np.maximum(reward / return_stats.std, -10.0), 10.0)
+                rewards[t] = (reward / np.sqrt(return_stats.var + 1e-8)).clip(-10, 10)
                 for index in ended.nonzero()[0].tolist():
-                    step, wall_time = (iteration - 1) * batch_size + (t + 1) * args.num_envs, time.perf_counter() - run.started
-                    episode = (step, wall_time, index, float(episode_returns[index]), int(episode_lengths[index]))
+                    step = (iteration - 1) * batch_size + (t + 1) * args.num_envs
+                    seconds, length = time.perf_counter() - run.started, int(episode_lengths[index])
+                    episode = step, seconds, index, float(episode_returns[index]), length
                     episodes.append(dict(zip(EPISODES, episode)))
-                    discounted_returns[index], episode_returns[index], episode_lengths[index] = 0.0, 0.0, 0
+                    discounted_returns[index] = episode_returns[index] = episode_lengths[index] = 0
 
-            # ---- Training: values, advantages and targets of the rollout (shared) ------------------------------
+            # ---- Training: values, advantages and targets of the rollout (shared) --------------------
             update_start = time.perf_counter()
-            b_obs, b_rewards, b_terminated, b_truncated, b_valid = (
-                torch.from_numpy(array).to(device) for array in (obs, rewards, terminated, truncated, valid)
-            )
-            b_actions, b_ended = torch.stack(actions).to(device), torch.max(b_terminated, b_truncated)
-            if not args.bootstrap_truncation:
-                b_terminated = b_ended
+            ending = np.maximum(terminated, truncated)
+            discounts = args.gamma * (1 - (terminated if args.bootstrap_truncation else ending))
+            arrays = obs, rewards, discounts, ending, valid
+            b_obs, b_rewards, b_discounts, b_ended, b_valid = (torch.tensor(x, device=device) for x in arrays)
+            b_actions = torch.stack(actions).to(device)
             with torch.no_grad():
                 values = agent.critic(b_obs.flatten(0, 1)).view(b_obs.shape[:2])
                 logprobs, _ = agent.logprob_and_entropy(b_obs[:-1].flatten(0, 1), b_actions.flatten(0, 1))
                 logprobs = logprobs.view(shape)
-            advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
+            advantages = gae(b_rewards, values, b_discounts, args.gamma * args.gae_lambda * (1 - b_ended))
             returns = advantages + values[:-1]
 
-            # ---- Update ----------------------------------------------------------------------------------------
+            # ---- Update ------------------------------------------------------------------------------
             sketch_generator.manual_seed(derived_seed(args.seed, iteration))
-            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; the row after an episode's end is none
+            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; a reset is none
             b_states, b_targets = b_obs[:-1].flatten(0, 1)[rows], returns.flatten()[rows]
-            gradient_norm_before = inner_gradient_norm(agent.critic, b_states, b_targets)
-            c_ended, c_terminated, c_valid = (x.flatten()[chunks[:, :-1]] for x in (b_ended, b_terminated, b_valid))
-            arrays = [
-                b_obs.flatten(0, 1)[chunks],  # (C, L + 1, D), with the observation that a chunk bootstraps from
-                *(x.flatten(0, 1)[chunks[:, :-1]] for x in (b_actions, logprobs, b_rewards, returns, advantages)),
-                c_valid,
-                args.gamma * (1 - c_terminated),
-                gae_operator(c_ended, c_valid, args.gamma * args.gae_lambda),
-                gae_operator(c_ended, c_valid, kappa),
-            ]
+            norm_before = inner_gradient_norm(agent.critic, b_states, b_targets)
+            steps = b_actions, logprobs, b_rewards, returns, advantages, b_discounts, b_ended, b_valid
+            c_steps = [x.flatten(0, 1)[chunks[:, :-1]] for x in steps]
+            operators = [gae_operator(*c_steps[-2:], decay) for decay in (gamma_lambda, kappa)]
+            # The observations (C, L + 1, D) hold the one that a chunk bootstraps from.
+            arrays = [b_obs.flatten(0, 1)[chunks], *c_steps, *operators]
             fallbacks, nested_time, response_time = torch.zeros((), device=device), 0.0, 0.0
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
                 nested_start = time.perf_counter()
                 for _ in range(args.nested_updates if args.nest == "rollout" else 0):
                     for part in torch.randperm(len(rows)).to(device).tensor_split(args.num_minibatches):
-                        mean = torch.full_like(b_targets[part], 1 / len(part))
-                        critic_loss = follower_step(agent.critic, critic_optimiser, b_states[part], b_targets[part], mean)
+                        states, targets = b_states[part], b_targets[part]
+                        weights = torch.full_like(targets, 1 / len(part))
+                        critic_loss = follower_step(agent.critic, critic_optimiser, states, targets, weights)
                 nested_time += time.perf_counter() - nested_start
                 order = torch.randperm(len(chunks)).to(device)
                 for minibatch in zip(*(array[order].chunk(args.num_minibatches) for array in arrays)):
-                    mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_advantages, mb_valid, *maps = minibatch
-                    mb_discounts, mb_operator, mb_mixed_operator = maps
-                    nested_start = time.perf_counter()
-                    states, obs_rows = mb_obs[:, :-1].flatten(0, 1), mb_obs.flatten(0, 1)  # (C L, D), (C (L + 1), D)
+                    mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_advantages = minibatch[:6]
+                    mb_discounts, _, mb_valid, mb_operator, mb_mixed_operator = minibatch[6:]
+                    states, all_states = mb_obs[:, :-1].flatten(0, 1), mb_obs.flatten(0, 1)
                     weights = mb_valid / mb_valid.sum()  # mean over the transitions
 
                     # The follower: K steps on L = mean (G' - V)^2.
+                    nested_start = time.perf_counter()
                     for _ in range(args.nested_updates if args.nest == "minibatch" else 0):
-                        critic_loss = follower_step(
-                            agent.critic, critic_optimiser, states, mb_returns.flatten(), weights.flatten()
-                        )
-                    leader_start = time.perf_counter()
+                        batch = states, mb_returns.flatten(), weights.flatten()
+                        critic_loss = follower_step(agent.critic, critic_optimiser, *batch)
+                    nested_time += time.perf_counter() - nested_start
 
                     # The leader, with the advantages of the critic that has just answered.
                     new_logprobs, entropies = agent.logprob_and_entropy(states, mb_actions.flatten(0, 1))
-                    logratio, entropy = new_logprobs.view_as(weights) - mb_logprobs, weights.flatten() @ entropies
+                    entropy = weights.flatten() @ entropies
+                    logratio = new_logprobs.view_as(weights) - mb_logprobs
                     ratio = logratio.exp()
                     response_start = time.perf_counter()
-                    jacobian = CriticJacobian(agent.critic, obs_rows)
+                    jacobian = CriticJacobian(agent.critic, all_states)
                     new_values = jacobian.values.view(len(mb_obs), -1)
-                    refreshed = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator) - new_values[:, :-1]
+                    refreshed = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator)
+                    refreshed = refreshed - new_values[:, :-1]
                     if args.norm_adv:
-                        refreshed, mb_advantages = (x - (weights * x).sum() for x in (refreshed, mb_advantages))
+                        refreshed = refreshed - (weights * refreshed).sum()
+                        mb_advantages = mb_advantages - (weights * mb_advantages).sum()
                         std = (weights * refreshed**2).sum().sqrt() + 1e-8
                         refreshed, mb_advantages = refreshed / std, mb_advantages / std
 
-                    # The follower's response to the leader: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
+                    # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
                     e = torch.zeros_like(weights)
                     if args.ihvp != "none":
                         slopes = weights * surrogate_slope(ratio.detach(), refreshed, args.clip_coef)
@@ -1190,101 +1136,106 @@ def train(args: Args) -> Path:
                         row_weights = nn.functional.pad(weights, (0, 1)).flatten()
                         curvature = GaussNewton(jacobian, row_weights)
                         if args.curvature == "hessian":
-                            row_targets = nn.functional.pad(mb_returns, (0, 1)).flatten()
-                            curvature = Hessian(jacobian, row_weights, agent.critic, obs_rows, row_targets)
+                            targets = nn.functional.pad(mb_returns, (0, 1)).flatten()
+                            curvature = Hessian(jacobian, row_weights, agent.critic, all_states, targets)
+                        system = curvature, u, args.damping
                         if args.ihvp == "nystrom":
-                            b, v = nystrom_ihvp(curvature, u, args.damping, args.nystrom_rank, sketch_generator)
+                            b, v = nystrom_ihvp(*system, args.nystrom_rank, sketch_generator)
                         elif args.ihvp == "cg":
-                            b, v = cg_ihvp(curvature, u, args.damping, args.cg_iterations)
+                            b, v = cg_ihvp(*system, args.cg_iterations)
                         else:
-                            b, v = exact_ihvp(curvature, u, args.damping)
+                            b, v = exact_ihvp(*system)
                         z = jacobian.jvp(v).view(len(mb_obs), -1)[:, :-1]
                         finite = z.sum().isfinite()  # if not, this step falls back to the direct gradient
                         e = torch.where(finite, transposed(mb_mixed_operator, z), 0.0)
                         fallbacks += ~finite
-                    actor_start = time.perf_counter()
+                    response_time += time.perf_counter() - response_start
 
-                    # The leader's step along the hypergradient: correction's gradient is -(grad_theta,omega L) v.
-                    surrogates = clipped_surrogate(ratio, torch.stack([refreshed, mb_advantages]), args.clip_coef)
-                    direct, correction = (torch.stack([weights, weights * 2 * e]) * surrogates).sum((1, 2))
+                    # The leader's step: the correction's gradient is -(grad_theta,omega L) v.
+                    both = torch.stack([refreshed, mb_advantages])
+                    objectives = torch.stack([weights, 2 * weights * e])
+                    objectives = objectives * clipped_surrogate(ratio, both, args.clip_coef)
+                    direct, correction = objectives.sum((1, 2))
                     loss = -(direct + correction) - args.ent_coef * entropy
                     if epoch == args.update_epochs - 1:
                         with torch.no_grad():
                             clipped = (weights * ((ratio - 1).abs() > args.clip_coef)).sum()
-                            kl, old_kl = (weights * ((ratio - 1) - logratio)).sum(), -(weights * logratio).sum()
-                            statistics.append(torch.stack([critic_loss, -direct, entropy, old_kl, kl, clipped]))
-                        if len(statistics) == args.num_minibatches:  # the last minibatch of the rollout
-                            diagnostics = leader_diagnostics(agent.actor_parameters(), direct, correction, weights, e)
-                            if args.ihvp != "none":
-                                residual = curvature.product(v) + args.damping * v - b
-                                diagnostics["ihvp_residual"] = residual.norm() / b.norm()
-                                diagnostics["ihvp_cosine"] = torch.cosine_similarity(v, b, dim=0)
+                            old_kl = -(weights * logratio).sum()
+                            kl = (weights * (ratio - 1)).sum() + old_kl
+                            numbers = critic_loss, -direct, entropy, old_kl, kl, clipped
+                            statistics.append(torch.stack(numbers))
+                    if len(statistics) == args.num_minibatches:  # the last minibatch of the rollout
+                        theta = agent.actor_parameters()
+                        diagnostics = leader_diagnostics(theta, direct, correction, weights, e)
+                        if args.ihvp != "none":
+                            residual = curvature.product(v) + args.damping * v - b
+                            diagnostics["ihvp_residual"] = residual.norm() / b.norm()
+                            diagnostics["ihvp_cosine"] = torch.cosine_similarity(v, b, dim=0)
                     actor_optimiser.zero_grad()
                     loss.backward()
                     actor_optimiser.step()
-                    nested_time += leader_start - nested_start
-                    response_time += actor_start - response_start
-            diagnostics["inner_gradient_norm_before"] = gradient_norm_before
-            diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(agent.critic, b_states, b_targets)
-            names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+            names = "value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"
             losses = dict(zip((f"losses/{name}" for name in names), torch.stack(statistics).mean(0).tolist()))
-            losses |= {f"bilevel/{name}": float(value) for name, value in diagnostics.items() if math.isfinite(value)}
-            losses |= {"bilevel/fallbacks": float(fallbacks), "time/nested_critic": nested_time, "time/response": response_time}
+            diagnostics["inner_gradient_norm_before"] = norm_before
+            diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(agent.critic, b_states, b_targets)
+            diagnostics["fallbacks"] = fallbacks
+            for name, number in diagnostics.items():
+                losses[f"bilevel/{name}"] = float(number) if math.isfinite(number) else None
+            losses |= {"time/nested_critic": nested_time, "time/response": response_time}
 
-            # ---- Training: log and checkpoint (shared) ---------------------------------------------------------
+            # ---- Training: log and checkpoint (shared) -----------------------------------------------
             targets, predictions = (x[b_valid.bool()] for x in (returns, values[:-1]))
             explained = float(1 - (targets - predictions).var() / targets.var())
             now = time.perf_counter()
-            times = {
+            losses |= {
                 "losses/explained_variance": explained if math.isfinite(explained) else None,
-                "charts/learning_rate": optimisers[0].param_groups[0]["lr"],
+                "charts/learning_rate": groups[0]["lr"],
                 "time/env": env_time,
                 "time/policy": update_start - rollout_start - env_time,
                 "time/update": now - update_start,
             }
-            run.log(iteration * batch_size, losses | times, episodes)
-            weights = torch.cat([parameter.flatten() for parameter in agent.parameters()])
-            watched = {"observations": b_obs, "rewards": b_rewards, "losses": torch.stack(statistics), "weights": weights}
+            run.log(iteration * batch_size, losses, episodes)
+            weights = nn.utils.parameters_to_vector(agent.parameters())
+            last_losses = torch.stack(statistics)
+            watched = {"observations": b_obs, "rewards": b_rewards, "losses": last_losses, "weights": weights}
             for name, numbers in watched.items():
                 if not numbers.isfinite().all():
                     raise Diverged(f"the {name} stopped being finite by step {iteration * batch_size:,}")
             agent.obs_mean.copy_(torch.as_tensor(obs_stats.mean))
-            agent.obs_std.copy_(torch.as_tensor(obs_stats.std))
+            agent.obs_std.copy_(torch.as_tensor(np.sqrt(obs_stats.var + 1e-8)))
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                numbers = [(each.mean, each.squares, each.count) for each in (obs_stats, return_stats)]
-                stats = [[torch.as_tensor(x, dtype=torch.float64) for x in each] for each in numbers]
-                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict(), "stats": stats}
-                run.save_checkpoint(state | {"optimisers": [each.state_dict() for each in optimisers]})
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
+                state["optimisers"] = [each.state_dict() for each in optimisers]
+                stats = [(each.mean, each.var, each.count) for each in (obs_stats, return_stats)]
+                state["stats"] = [[torch.as_tensor(x, dtype=torch.float64) for x in each] for each in stats]
+                run.save_checkpoint(state)
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
 
-        # ---- Training: model, evaluation, film (shared) --------------------------------------------------------
+        # ---- Training: model, evaluation, film (shared) ----------------------------------------------
         run.trained = True
         envs.close()
         agent.cpu()
         if args.save_model:
-            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes, "agent": agent.state_dict()}
-            write_atomically(run.folder / "model.pt", lambda file: torch.save(model, file))
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes}
+            write_atomically(run.folder / "model.pt", model | {"agent": agent.state_dict()})
         if args.capture_video:
             try:
-                play(as_policy(agent), args, 1, run.folder / "videos")
+                play(agent, args, 1, run.folder / "videos")
             except Exception as error:  # as where nothing can draw
-                say(f"there is no film: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa; the run is complete without it")
+                say(f"no film, the run is complete: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa")
         if args.eval_episodes:
-            run.result["eval_returns"] = play(as_policy(agent), args, args.eval_episodes)
+            run.result["eval_returns"] = play(agent, args, args.eval_episodes)
             say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
-# ---- Entry point (shared) --------------------------------------------------------------------------------------
+# ---- Entry point (shared) ----------------------------------------------------------------------------
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a task of the user's own may lie
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
         train(parse_args())
-    except BadInput as error:
+    except (BadInput, Diverged) as error:
         say(f"error: {error}")
-        sys.exit(2)
-    except Diverged as error:
-        say(f"error: {error}")
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, BadInput) else 1)

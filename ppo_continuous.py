@@ -3,34 +3,33 @@
 Actor theta and critic omega are improved at the same time on minibatches of the last rollout:
 
     delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)
-    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k      up to the end of the episode   GAE, eq. (11)   -> gae
+    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k   to the episode's end   GAE, eq. (11) -> gae
     r_t     = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
-    J       = mean_t min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t)                               eq. (7)    -> clipped_surrogate
-    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)                     eq. (9)    -> value_loss
+    J       = mean_t min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t)                   eq. (7) -> clipped_surrogate
+    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)         eq. (9) -> value_loss
     theta, omega  <-  Adam on  -J + vf_coef L - ent_coef H
 
-The details are those of CleanRL's `ppo_continuous_action` (numbered in docs/ppo.md), with four things put right:
-the row that follows the end of an episode is a reset and no transition, so it is in no loss, statistic or normaliser;
-a time limit is bootstrapped from the episode's final observation (`--no-bootstrap-truncation` treats it as a
-termination, as most published numbers do); actions are clipped to the task's own box; the observation normaliser is
-saved with the model. Environments step in EnvPool where it has them, else in Gymnasium.
+The details are those of CleanRL's `ppo_continuous_action` (numbered in docs/ppo.md), with four things put
+right: the row that follows the end of an episode is a reset and no transition, so it is in no loss,
+statistic or normaliser; a time limit is bootstrapped from the episode's final observation
+(`--no-bootstrap-truncation` treats it as a termination, as most published numbers do); actions are clipped
+to the task's own box; the observation normaliser is saved with the model. Environments step in EnvPool
+where it has them, else in Gymnasium.
 
     python ppo_continuous.py --env-id Hopper-v4
 """
 
-# ---- Imports (shared) ------------------------------------------------------------------------------------------
+# ---- Imports (shared) --------------------------------------------------------------------------------
+import argparse
 import contextlib
 import copy
 import csv
 import importlib.metadata
-import importlib.util
 import json
 import math
 import multiprocessing
 import os
-import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,9 +37,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import filelock
 import gymnasium as gym
@@ -49,38 +47,19 @@ import pydantic
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.utils.env_checker import check_env
-from pydantic import Field
+from gymnasium.wrappers.utils import RunningMeanStd
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# ---- Ranges of arguments (shared) ------------------------------------------------------------------------------
-def number(kind: type, words: str, **bounds: float) -> type:
-    """The type of a number within bounds; `--help` shows the words."""
-    return Annotated[kind, Field(**bounds), tyro.conf.arg(metavar=words)]
-
-
-Count = number(int, "INT>0", gt=0)
-Positive = number(float, "FLOAT>0", gt=0)
-NonNegative = number(float, "FLOAT>=0", ge=0)
-Width = number(int, "1..8192", ge=1, le=8192)
-Fraction = number(float, "0..1", ge=0, le=1)
-
-
-def json_object(text: str) -> str:
-    """The text; raises ValueError unless it is a JSON object."""
-    if not isinstance(json.loads(text), dict):
-        raise ValueError("it must be a JSON object")
-    return text
-
-
+# ---- Checked arguments (shared) ----------------------------------------------------------------------
 class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+    """One sentence that names the argument, what is wrong and what would be right; exit status 2."""
 
 
-class CheckedArgs(pydantic.BaseModel, extra="forbid", validate_default=True, allow_inf_nan=False, ser_json_inf_nan="strings"):
+class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings"):
     """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
 
     @pydantic.model_validator(mode="wrap")
@@ -91,26 +70,36 @@ class CheckedArgs(pydantic.BaseModel, extra="forbid", validate_default=True, all
             return check(values)
         except pydantic.ValidationError as error:
             wrong = error.errors()[0]
-            name = "--" + "-".join(str(part) for part in wrong["loc"][:1]).replace("_", "-")
-            message = wrong["msg"].removeprefix("Value error, ")
-            raise BadInput(f"{name} is {wrong['input']!r}: {message[0].lower()}{message[1:]}") from None
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
 
 
-# ---- Arguments -------------------------------------------------------------------------------------------------
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
 class Args(CheckedArgs):
     """The run, the task, then PPO."""
 
     exp_name: str = Path(__file__).stem
     """name of the experiment"""
-    seed: Annotated[int, Field(ge=0, lt=2**31), tyro.conf.arg(metavar="0..2147483647")] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """seed of the environments, the initial weights, the actions and the minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     run_dir: Path = Path("runs")
-    """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    """the run's own folder is made in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
     """continue, extend or replay the run in this folder, with its arguments; those given again win"""
-    checkpoint_every: Count = 50
+    checkpoint_every: PositiveInt = 50
     """iterations between two checkpoints"""
     track: bool = False
     """log to Weights and Biases as well"""
@@ -120,7 +109,7 @@ class Args(CheckedArgs):
     """W&B team"""
     save_model: bool = False
     """write model.pt (the policy with its normaliser) at the end"""
-    eval_episodes: number(int, "INT>=0", ge=0, le=10_000) = 0
+    eval_episodes: NonNegativeInt = 0
     """episodes played with the mean action at the end, through Gymnasium"""
     capture_video: bool = False
     """film one such episode"""
@@ -130,19 +119,20 @@ class Args(CheckedArgs):
     env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
     """keyword arguments of the task, as JSON: '{"terminate_when_unhealthy": false}'"""
     env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
-    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool where it has the task, else sync"""
-    env_threads: number(int, "INT>=0", ge=0, le=1024) = 0
+    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
+    where it has the task, else sync"""
+    env_threads: NonNegativeInt = 0
     """EnvPool threads; 0: one for each usable core, at most num_envs"""
-    total_timesteps: Count = 1_000_000
+    total_timesteps: PositiveInt = 1_000_000
     """environment steps in all, rounded down to whole rollouts"""
-    num_envs: number(int, "1..65536", ge=1, le=65536) = 8
+    num_envs: PositiveInt = 8
     """parallel environments"""
 
-    num_steps: number(int, "INT>1", ge=2) = 256
+    num_steps: Annotated[int, Field(ge=2)] = 256
     """steps of each environment in a rollout"""
-    learning_rate: Positive = 7e-4
+    learning_rate: PositiveFloat = 7e-4
     """Adam step size of the actor"""
-    critic_learning_rate: Positive = 2.8e-3
+    critic_learning_rate: PositiveFloat = 2.8e-3
     """Adam step size of the critic"""
     anneal_lr: bool = True
     """lower both step sizes linearly to 0"""
@@ -152,23 +142,23 @@ class Args(CheckedArgs):
     """lambda of the advantages and of the critic's targets"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    num_minibatches: Count = 16
+    num_minibatches: PositiveInt = 16
     """minibatches in an epoch"""
-    update_epochs: Count = 4
+    update_epochs: PositiveInt = 4
     """passes over a rollout"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
-    clip_coef: Positive = 0.2
+    clip_coef: PositiveFloat = 0.2
     """eps of the clipped ratio"""
     clip_vloss: bool = True
     """clip the change of the value as well"""
-    ent_coef: NonNegative = 0.0
+    ent_coef: NonNegativeFloat = 0.0
     """weight of the entropy bonus"""
-    vf_coef: NonNegative = 0.5
+    vf_coef: NonNegativeFloat = 0.5
     """weight of the value loss"""
-    max_grad_norm: number(float, "FLOAT>0", gt=0, allow_inf_nan=True) = 0.5
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 0.5
     """largest norm of the joint gradient"""
-    target_kl: Positive | None = None
+    target_kl: PositiveFloat | None = None
     """stop the epochs of a rollout once the approximate KL divergence exceeds this; default: never"""
     actor_width: Width = 64
     """units in each of the actor's two hidden layers"""
@@ -176,39 +166,38 @@ class Args(CheckedArgs):
     """units in each of the critic's two hidden layers"""
 
     @pydantic.model_validator(mode="after")
-    def check_batch_shape(self):
+    def check_shapes(self):
         """Raise BadInput unless there is a whole rollout and the minibatches divide it."""
-        batch_size = self.num_envs * self.num_steps
-        if batch_size > 10_000_000:
-            raise BadInput(f"--num-envs x --num-steps is {batch_size}, more than the 10,000,000 rows that a rollout may have")
-        if self.total_timesteps < batch_size:
-            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of num-envs x num-steps = {batch_size}")
-        if batch_size % self.num_minibatches:
-            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide num-envs x num-steps = {batch_size}")
+        rows = self.num_envs * self.num_steps
+        if rows > 10_000_000:
+            raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
+        if self.total_timesteps < rows:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        if rows % self.num_minibatches:
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide a rollout of {rows}")
         return self
 
 
 METRICS = (
-    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/value_loss",
-    "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
-    "losses/explained_variance", "charts/learning_rate", "time/env", "time/policy", "time/update",
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl",
+    "losses/clipfrac", "losses/explained_variance", "charts/learning_rate", "time/env", "time/policy",
+    "time/update",
 )  # fmt: skip
 
 
-# ---- Environments (shared) -------------------------------------------------------------------------------------
+# ---- Environments (shared) ---------------------------------------------------------------------------
 @contextlib.contextmanager
 def task_errors(env_id: str):
-    """Turn whatever a task raises while it is made into one sentence, with the line of the task's own code: BadInput."""
+    """Turn whatever a task raises while it is made into one sentence that says where: BadInput."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
-        own = [frame for frame in frames if not re.search("site-packages|importlib", frame.filename) and frame.filename != __file__]
-        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
-        if isinstance(error, ModuleNotFoundError):
-            where += "; modules are found beside the script, in the working directory and on PYTHONPATH"
-        text = " ".join(str(error).split()).rstrip(".")
-        raise BadInput(f"--env-id {env_id!r} cannot be made: {type(error).__name__}: {text}{where}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = [each for each in frames if os.path.exists(each.filename)][-1]
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        where = f"{frame.filename}, line {frame.lineno}"
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text} ({where})") from error
 
 
 def leave_interrupts(env: gym.Env) -> gym.Env:
@@ -219,37 +208,33 @@ def leave_interrupts(env: gym.Env) -> gym.Env:
 
 
 def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.Space]:
-    """The parallel environments of `args`, seeded, and the spaces of one: observations, a flat Box, and actions.
+    """The parallel environments of `args`, and the spaces of one: observations, a flat Box, and actions.
 
-    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all backends: at
-    the end of an episode `step` returns its true final observation; the next `step` ignores the action and returns the
-    first observation of the new episode with reward 0. Raises BadInput if the task is unknown or cannot be used.
+    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all
+    backends: at the end of an episode `step` returns its true final observation; the next `step` ignores
+    the action and returns the first observation of the new episode with reward 0. Raises BadInput if the
+    task is unknown or cannot be used.
     """
     try:
         import envpool
+
+        has_envpool = args.env_id in envpool.list_all_envs()
     except ImportError:  # no wheel for this platform: Gymnasium serves
-        envpool = None
-    has_envpool = envpool is not None and args.env_id in envpool.list_all_envs()
+        has_envpool = False
     if args.env_backend == "envpool" and not has_envpool:
-        raise BadInput(f"--env-backend envpool: EnvPool is not installed or does not have {args.env_id!r}; use sync or async")
+        raise BadInput(f"--env-backend envpool does not have {args.env_id!r} here; use sync or async")
     kwargs = json.loads(args.env_kwargs)
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
         if has_envpool and args.env_backend in ("auto", "envpool"):
-            cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+            cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(os.cpu_count())
             threads = args.env_threads or min(len(cores), args.num_envs)
-            # Pinned threads take a quarter to a third less time a step. They are pinned only where they fill all the cores
-            # that this process may use, so that several small runs never crowd on the same ones.
-            kwargs["thread_affinity_offset"] = cores[0] if threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
-            envs = envpool.make(
-                args.env_id, env_type="gymnasium", num_envs=args.num_envs, seed=seed, num_threads=threads, **kwargs
-            )
+            # Pinned threads take a quarter to a third less time a step. They are pinned only where they
+            # fill all the cores of this process, so that several small runs never crowd on the same ones.
+            pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
+            kwargs |= {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1}
+            envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
         else:
-            if not has_envpool:
-                try:
-                    check_env(gym.make(args.env_id, **kwargs).unwrapped, skip_render_check=True)
-                except AssertionError as error:
-                    say(f"note: Gymnasium's check of {args.env_id!r} says: {' '.join(str(error).split())}")
             mode = "async" if args.env_backend == "async" else "sync"
             envs = gym.make_vec(args.env_id, args.num_envs, mode, wrappers=[leave_interrupts], **kwargs)
             if len(envs.single_observation_space.shape or ()) != 1:
@@ -259,35 +244,13 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
             envs.reset(seed=seed)
             observation_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise BadInput(f"--env-id {args.env_id!r} has the observation space {observation_space}; this script needs a flat Box")
+        observations = f"observation space {observation_space}; this script needs a flat Box"
+        raise BadInput(f"--env-id {args.env_id!r} has the {observations}")
     check_action_space(args.env_id, action_space)
     return envs, observation_space, action_space
 
 
-class RunningMeanStd:
-    """Running mean and variance of rows in float64 (Chan et al. 1979), from mean 0, variance 1 and the weight of 1e-4 rows.
-
-    Gymnasium's class of this name gives the same numbers and takes three times as long, a twentieth of a step.
-    """
-
-    def __init__(self, shape: tuple[int, ...] = ()):
-        self.mean, self.squares, self.count = np.zeros(shape), np.full(shape, 1e-4), 1e-4
-
-    def update(self, rows: np.ndarray) -> None:
-        """Add rows (n, *shape)."""
-        self.count += len(rows)
-        deviation = rows - self.mean
-        shift = deviation.sum(0) / self.count
-        self.mean = self.mean + shift
-        self.squares = self.squares + (deviation * deviation).sum(0) - self.count * shift * shift
-
-    @property
-    def std(self) -> np.ndarray:
-        """Standard deviation (*shape), kept away from 0 by 1e-8 under the root."""
-        return np.sqrt(self.squares / self.count + 1e-8)
-
-
-# ---- Gaussian policy (shared) ----------------------------------------------------------------------------------
+# ---- Gaussian policy (shared) ------------------------------------------------------------------------
 def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
     """The layer with orthogonal weights and zero biases."""
     nn.init.orthogonal_(layer.weight, gain)
@@ -296,9 +259,10 @@ def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """A critic, and a Gaussian actor of its own with a state-independent log standard deviation (starts at 0).
+    """A critic, and a Gaussian actor of its own with a state-independent log standard deviation, at first 0.
 
-    The networks may be any modules from observations (..., D) to one value (..., 1) and to the mean action (..., A).
+    The networks may be any modules from observations (..., D) to one value (..., 1) and to the mean action
+    (..., A). Called with raw observations, the agent is the policy as it is played.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, actor_width: int = 64, critic_width: int = 64):
@@ -342,7 +306,7 @@ class Agent(nn.Module):
         return self.actor_mean(obs) + noise
 
     def logprob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) of unclipped actions (..., A) at observations (..., D) and the entropy in nats, both (...)."""
+        """log pi(a|s) of unclipped actions (..., A) at obs (..., D); the entropy in nats; both (...)."""
         noise = (actions - self.actor_mean(obs)) * torch.exp(-self.actor_logstd)
         logprob = -0.5 * (noise * noise).sum(-1) - (self.actor_logstd + 0.5 * math.log(2 * math.pi)).sum()
         entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
@@ -353,40 +317,32 @@ class Agent(nn.Module):
         return actions.clamp(self.action_low, self.action_high)
 
     def forward(self, raw_obs: Tensor) -> Tensor:
-        """The policy as it is played: raw observations (..., D) -> mean actions, clipped to the box (..., A)."""
-        obs = ((raw_obs.double() - self.obs_mean) / self.obs_std).clamp(-10, 10)
+        """The policy as it is played: raw observations (..., D) -> mean actions in the box (..., A)."""
+        obs = ((torch.as_tensor(raw_obs).double() - self.obs_mean) / self.obs_std).clamp(-10, 10)
         return self.task_actions(self.actor_mean(obs.float()))
 
 
 def check_action_space(env_id: str, space: gym.Space) -> None:
     """Raise BadInput unless the actions are vectors of numbers in a box that is not empty."""
-    if isinstance(space, gym.spaces.Discrete):
-        other = f"{Path(__file__).stem.split('_')[0]}_discrete.py"
-        raise BadInput(f"--env-id {env_id!r} has discrete actions, this script needs a Box; use {other}")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not (space.low < space.high).all() or space.dtype.kind != "f" or not space.shape[0]:
-        raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a flat Box of floats with low < high")
+    box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+    if not box or not space.shape[0] or not (space.low < space.high).all():
+        other = Path(__file__).stem.split("_")[0] + "_discrete.py"
+        needs = f"this script needs a flat Box of floats with low < high; for discrete actions use {other}"
+        raise BadInput(f"--env-id {env_id!r} has the action space {space}; {needs}")
 
 
-# ---- PPO mathematics (shared) ----------------------------------------------------------------------------------
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) of a rollout.
+# ---- PPO mathematics (shared) ------------------------------------------------------------------------
+def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
+    """Generalised advantage estimates A (T, N) of a rollout (Schulman et al. 2016, eq. 16).
 
-    rewards, terminated, ended (T, N) with flags as 0/1 floats, ended = terminated or truncated; values (T+1, N).
-    delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t and A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}.
-    Returns A (T, N). The row after an ended one is a reset: its own A means nothing, and no other A depends on it
-    (but for V_{t+1} of a truncated row t).
-
-    The recursion is solved by doubling: after pass i, A_t holds its first 2^i terms. log2(T) tensor operations
-    replace a loop of T.
+    delta_t = r_t + discount_t V_{t+1} - V_t and A_t = delta_t + decay_t A_{t+1}, with rewards, discounts =
+    gamma (1 - terminated) and decay = gamma lambda (1 - ended) (T, N), ended = terminated or truncated, and
+    values (T+1, N). The row after an ended one is a reset: its own A means nothing, and no other A depends
+    on it (but for V_{t+1} of a truncated row t).
     """
-    advantages = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    decay = gamma * gae_lambda * (1 - ended)
-    span = 1
-    while span < len(rewards):
-        advantages[:-span] += decay[:-span] * advantages[span:]
-        decay = decay[:-span] * decay[span:]
-        span *= 2
-        decay = torch.cat([decay, decay.new_zeros(len(rewards) - len(decay), *decay.shape[1:])])
+    advantages = rewards + discounts * values[1:] - values[:-1]
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
@@ -395,10 +351,10 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
-# ---- PPO's value loss ------------------------------------------------------------------------------------------
+# ---- PPO's value loss --------------------------------------------------------------------------------
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the mean squared error of the values (n,); with clip_coef the larger of it and of the same error after
-    the change from old_values has been clipped to +-clip_coef (OpenAI baselines)."""
+    """Half the mean squared error of the values (n,); with clip_coef the larger of it and of the same error
+    after the change from old_values has been clipped to +-clip_coef (OpenAI baselines)."""
     errors = (values - returns) ** 2
     if clip_coef is not None:
         clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -406,41 +362,35 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     return 0.5 * errors.mean()
 
 
-# ---- The run: what is not the algorithm (shared) ---------------------------------------------------------------
+# ---- The run: what is not the algorithm (shared) -----------------------------------------------------
 EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
 
 
 class Diverged(Exception):
-    """One sentence: which numbers stopped being finite, and when; printed, exit status 1."""
+    """One sentence: which numbers stopped being finite, and when; exit status 1."""
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, above the progress bar. A reader that went away never changes what becomes of a run."""
+    """Print a line on stderr, above the progress bar. A reader that went away never changes a run."""
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(text, file=sys.stderr)
-
-
-def resume_folder(resume: Path | None = None) -> Path | None:
-    """The run folder to resume, of the words on a command line."""
-    return resume
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
-    Raises BadInput; tyro itself exits with status 2 on words it cannot parse.
+    Raises BadInput; tyro itself exits with status 2 on words that it cannot parse.
     """
-    folder, _ = tyro.cli(resume_folder, args=argv, return_unknown_args=True, add_help=False)
-    saved = None
-    if folder is not None:
+    saved, parser = None, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
         try:
-            made = json.loads((folder / "args.json").read_text())
-            if made["script"] != Path(__file__).name:
-                raise ValueError(f"it was made by {made['script']}")
-            saved = Args(**made["args"] | {"resume": folder})
+            saved = Args(**json.loads((folder / "args.json").read_text())["args"] | {"resume": folder})
         except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
             raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
-    args = tyro.cli(Args, args=argv, default=saved, description=sys.modules[Args.__module__].__doc__.split("\n\n")[0])
+    summary = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
+    args = tyro.cli(Args, args=argv, default=saved, description=summary)
     for name, value in saved or ():
         if getattr(args, name) != value:
             say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
@@ -449,12 +399,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def provenance() -> dict:
     """What makes a run: command, commit, versions."""
-    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    git = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
-    commit = git.stdout.strip() or None if git else None
-    return {"script": Path(__file__).name, "argv": sys.argv, "commit": commit, "versions": versions}
+    wanted = {"torch", "numpy", "gymnasium", "envpool", "mujoco"}
+    versions = {each.name: each.version for each in importlib.metadata.distributions() if each.name in wanted}
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions |= {"python": sys.version.split()[0]}
+    script, commit = Path(__file__).name, git.stdout.strip() or None
+    return {"script": script, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -462,12 +413,12 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Replace `path` by bytes or by what torch saves: after a crash the old or the new content is there."""
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -476,20 +427,21 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals.
 
-    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever the end is.
-    `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which the loop reads at the end
-    of its iteration; a second one, or one after training, stops at once.
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever
+    the end is. `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which
+    the loop reads at the end of its iteration; a second one, or one after training, stops at once.
     """
 
     def __init__(self, args: Args):
         self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
         self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
         self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+        self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
     def __enter__(self):
-        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if that is not possible."""
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if it cannot."""
         if self.folder is None:
             return self
         if not (self.folder / "checkpoint.pt").exists():
@@ -499,36 +451,47 @@ class Run:
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
         except filelock.Timeout:
-            raise BadInput(f"--resume {self.folder} is still running in another process; stop it first") from None
+            raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BadInput(f"--resume {self.folder}: checkpoint.pt cannot be used: {reason}; start a new run") from error
+            reason = f"checkpoint.pt is damaged: {type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
         return self
 
     def open(self) -> None:
-        """Make the folder, or go on in it, and start all logs. Raises BadInput if it cannot be written or W&B refuses."""
-        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}"
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
+        args, resumed = self.args, self.checkpoint is not None
+        if not resumed:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+            while self.folder.exists():  # a run of the same second
+                self.folder = self.folder.with_name(self.folder.name + "_")
+        if args.track:
+            try:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                config = args.model_dump(mode="json")  # the parts of a run that was continued are one group
+                self.wandb = wandb.init(**names, group=self.folder.name, config=config, sync_tensorboard=True)
+            except Exception as error:
+                raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
         try:
-            if self.checkpoint is None:
-                self.folder = self.args.run_dir / re.sub(r"[/:\\\s]", "_", name)
-                while self.folder.exists():  # a run of the same second
-                    self.folder = self.folder.with_name(self.folder.name + "_")
+            if not resumed:
                 self.folder.mkdir(parents=True)
                 self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
-            if self.args.track:
-                self.start_wandb()
-            path, args = self.folder / "args.json", json.loads(self.args.model_dump_json(exclude={"resume"}))
-            self.write_json("args.json", (json.loads(path.read_text()) if self.checkpoint else provenance()) | {"args": args})
-            self.metrics, self.episodes = self.open_csv("metrics.csv", METRICS), self.open_csv("episodes.csv", EPISODES)
+            made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
+            self.write_json("args.json", made | {"args": args.model_dump(mode="json", exclude={"resume"})})
+            self.metrics = self.open_csv("metrics.csv", METRICS)
+            self.episodes = self.open_csv("episodes.csv", EPISODES)
             (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
         except OSError as error:
-            raise BadInput(f"the run folder cannot be written: {error}; name another --run-dir or make it writable") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if self.checkpoint else None)
-        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; with a delay the bar writes nothing here, where a reader may be gone
-        bar = dict(unit="step", unit_scale=True, mininterval=interval, delay=0.1)
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.global_step, **bar)
+            raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
+        bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(**bar, mininterval=seconds, delay=0.1)  # delay: nothing is printed here
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
         self.opened, self.started = True, time.perf_counter() - self.wall_time
 
     def on_signal(self, number: int, frame) -> None:
@@ -537,55 +500,39 @@ class Run:
         if at_once:
             sys.exit(128 + number)
 
-    def start_wandb(self) -> None:
-        """Send what TensorBoard gets to W&B as well. Parts that are logged offline are runs of one group, since an id that
-        is used twice offline overwrites the first part when it is synchronised."""
-        part = f"-{self.global_step}" if self.checkpoint and os.environ.get("WANDB_MODE") == "offline" else ""
-        try:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.folder.name,
-                group=self.folder.name, id=re.sub(r"[^\w-]", "_", self.folder.name + part), resume="allow",
-                config=self.args.model_dump(mode="json"), sync_tensorboard=True,
-            )  # fmt: skip
-        except Exception as error:
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder)
-            raise BadInput(f"--track: W&B does not start: {error}; log in, set WANDB_MODE=offline or leave it out") from error
-
     def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
-        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after it are dropped,
-        and so is, with a message, what cannot be read."""
-        path, kept, damaged = self.folder / name, [], 0
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
+        it are dropped, and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [",".join(columns)], 0
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                kept += [(line, row)] if int(row["global_step"]) <= self.global_step else []
+                if int(row["global_step"]) <= self.global_step:
+                    kept.append(line)
+                    self.returns += [(row["global_step"], row["episodic_return"])] if name[0] == "e" else []
             except (ValueError, OverflowError):
-                damaged += line != ",".join(columns)
+                damaged += line != kept[0]
         if damaged:
             say(f"{path}: {damaged} lines could not be read and are dropped")
-        self.returns += [(row["global_step"], row["episodic_return"]) for _, row in kept if columns is EPISODES]
-        text = "\r\n".join([",".join(columns), *(line for line, _ in kept), ""])
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_atomically(path, "\r\n".join([*kept, ""]).encode())
         self.files.append(open(path, "a", newline=""))
         return csv.DictWriter(self.files[-1], columns)
 
     def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder; nan and inf, which strict JSON does not have, become null."""
-        text = json.dumps(json.loads(json.dumps(content), parse_constant=lambda word: None), indent=1) + "\n"
-        write_atomically(self.folder / name, lambda file: file.write(text.encode()))
+        """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
+        strict = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        write_atomically(self.folder / name, (json.dumps(strict, indent=1) + "\n").encode())
 
     def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration; None is
-        a number that does not exist."""
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this
+        iteration; None is a number that does not exist."""
         self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time, "charts/SPS": global_step / self.wall_time}
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time}
+        metrics["charts/SPS"] = global_step / self.wall_time
         for name in ("episodic_return", "episodic_length"):
             metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
-        self.episodes.writerows(episodes)
         self.metrics.writerow(metrics)
+        self.episodes.writerows(episodes)
         for file in self.files:
             file.flush()
         for name in METRICS[2:]:
@@ -598,66 +545,53 @@ class Run:
             self.bar.update(global_step - self.bar.n)
 
     def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the disk before."""
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the
+        disk before."""
         for file in self.files:
             os.fsync(file.fileno())
         state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        write_atomically(self.folder / "checkpoint.pt", state)
 
     def __exit__(self, kind, error, trace) -> None:
         """Write result.json, last and atomically, and let go of everything."""
         if self.opened:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            stopped = SystemExit if self.stop_signal else KeyboardInterrupt  # a task of the user's own may exit as well
-            ends = {type(None): "finished", stopped: "interrupted", KeyboardInterrupt: "interrupted", Diverged: "diverged"}
-            status = ends.get(type(error), "failed")
-            end = self.args.total_timesteps // (self.args.num_envs * self.args.num_steps) * self.args.num_envs * self.args.num_steps
-            last = [value for step, value in self.returns if step > 0.9 * end]
-            final = float(np.mean(last or math.nan))
-            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time, "final_return": final}
-            result |= {"error": f"{kind.__name__}: {error}"} if status in ("failed", "diverged") else self.result
+            status = "finished" if error is None else "failed"
+            if self.stop_signal or isinstance(error, KeyboardInterrupt):
+                status = "interrupted"
+            elif isinstance(error, Diverged):
+                status = "diverged"
+            last = [value for step, value in self.returns if step > 0.9 * self.end]
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
+            result |= {"final_return": float(np.mean(last or math.nan))}
+            result |= self.result if error is None else {"error": f"{kind.__name__}: {error}"}
             for each in (self.bar, self.tensorboard, *self.files):
-                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader; the result may still fit
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
                     each.close()
-            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
-                self.write_json("result.json", result)
-            say(f"{status} after {self.global_step:,} steps, final return {final:.1f}: {self.folder}")
+            self.write_json("result.json", result)
+            say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
             if status == "interrupted":
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
         if self.lock is not None:
             self.lock.release()
-        if self.opened and status == "failed" and isinstance(error, SystemExit):
-            raise RuntimeError("the task tried to end the process") from error
 
 
-def load_agent(path: str | Path) -> Agent:
-    """The agent in a model.pt or a checkpoint.pt. Called with raw observations (..., D) it gives the actions that are played."""
+def load_policy(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt: called with raw observations (..., D), it gives the
+    actions that are played, as the task takes them."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     agent = Agent(*saved["agent_sizes"])
     agent.load_state_dict(saved["agent"])
-    return agent.eval()
+    return agent.eval().requires_grad_(False)
 
 
-def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The policy in a model.pt or a checkpoint.pt: raw observations (..., D) -> the most probable actions, as the task takes
-    them."""
-    return as_policy(load_agent(path))
-
-
-def as_policy(agent: Agent) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent as a function of numpy arrays: raw observations (..., D) -> the actions that are played."""
-    return torch.no_grad()(lambda obs: agent(torch.as_tensor(np.asarray(obs))).numpy())
-
-
-def play(policy: Callable, args, episodes: int, film_folder: Path | None = None) -> list[float]:
-    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's; with a folder they are filmed.
-
-    An episode ends at the latest with its 100,000th step, or with its 5,000th if it is filmed. Raises BadInput if Gymnasium
-    cannot make the task; without episodes it only tries.
-    """
+def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
+    long; with a folder they are filmed. Raises BadInput if Gymnasium cannot make the task; without
+    episodes it only tries."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
@@ -665,34 +599,35 @@ def play(policy: Callable, args, episodes: int, film_folder: Path | None = None)
         env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
         if film_folder:
             env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
-        env, returns = gym.wrappers.FlattenObservation(env), [0.0] * episodes
+        env = gym.wrappers.TimeLimit(gym.wrappers.FlattenObservation(env), 5_000 if film_folder else 100_000)
+    returns = [0.0] * episodes
     for episode in range(episodes):
         obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
-        for _ in range(5_000 if film_folder else 100_000):
-            obs, reward, terminated, truncated, _ = env.step(policy(obs)[()])
+        ended = False
+        while not ended:
+            with torch.no_grad():
+                action = agent(obs).numpy()[()]
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += float(reward)
-            if terminated or truncated:
-                break
+            ended = terminated or truncated
     env.close()
     return returns
 
 
-# ---- Training: set-up (shared) ---------------------------------------------------------------------------------
+# ---- Training: set-up (shared) -----------------------------------------------------------------------
 def train(args: Args) -> Path:
     """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
     with Run(args) as run:
-        checkpoint, start = run.checkpoint, run.global_step
-        if start % (args.num_envs * args.num_steps) or start > args.total_timesteps:
-            raise BadInput(
-                f"--resume {args.resume} has made {start} steps: --total-timesteps must be at least that, and "
-                "--num-envs x --num-steps must divide it"
-            )
+        checkpoint, start, batch_size = run.checkpoint, run.global_step, args.num_envs * args.num_steps
+        if start % batch_size or start > args.total_timesteps:
+            needs = "--total-timesteps must be at least that, and --num-envs x --num-steps must divide it"
+            raise BadInput(f"--resume {args.resume} has made {start} steps: {needs}")
         torch.manual_seed(args.seed)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
-            torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
+            torch.set_num_threads(1)  # networks this small lose more to a hand-over than they gain
         envs, observation_space, action_space = make_envs(args, derived_seed(args.seed, start))
         if args.eval_episodes or args.capture_video:
             play(None, args, episodes=0)
@@ -702,56 +637,57 @@ def train(args: Args) -> Path:
         agent.set_action_space(action_space)
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
 
-        # ---- Optimisers ----------------------------------------------------------------------------------------
+        # ---- Optimisers ------------------------------------------------------------------------------
         parameters = [
             {"params": agent.actor_parameters(), "lr": args.learning_rate},
             {"params": agent.critic.parameters(), "lr": args.critic_learning_rate},
         ]
         optimisers = [torch.optim.Adam(parameters, eps=1e-5, fused=True)]
 
-        # ---- Training: buffers and the loop (shared) -----------------------------------------------------------
-        step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
-        trained = [id(weight) for each in optimisers for group in each.param_groups for weight in group["params"]]
-        if sorted(trained) != sorted(id(weight) for weight in agent.parameters()):
-            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's, and not of both")
-        obs_stats, return_stats = RunningMeanStd((obs_dim,)), RunningMeanStd()
+        # ---- Training: buffers and the loop (shared) -------------------------------------------------
+        groups = [group for each in optimisers for group in each.param_groups]
+        step_sizes = [group["lr"] for group in groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        obs_stats, return_stats = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
                 for each, state in zip(optimisers, checkpoint["optimisers"]):
                     each.load_state_dict(state)
-                for stats, numbers in zip((obs_stats, return_stats), checkpoint["stats"]):
-                    stats.mean, stats.squares, stats.count = (number.numpy() for number in numbers)
+                for each, state in zip((obs_stats, return_stats), checkpoint["stats"]):
+                    each.mean, each.var, each.count = (number.numpy() for number in state)
                 torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
             except (RuntimeError, ValueError, KeyError) as error:
-                raise BadInput(f"--resume {args.resume}: its networks have another shape; leave out the widths and the task") from error
+                wrong = "its networks have another shape; leave out the widths and the task"
+                raise BadInput(f"--resume {args.resume}: {wrong}") from error
+            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
 
         def normalise(raw: np.ndarray) -> np.ndarray:
             """Observations in units of their running standard deviation, clipped to +-10."""
-            return np.minimum(np.maximum((raw - obs_stats.mean) / obs_stats.std, -10.0), 10.0)
+            return ((raw - obs_stats.mean) / np.sqrt(obs_stats.var + 1e-8)).clip(-10, 10)
 
         # The rollout: arrays (time, environment, ...); row num_steps of obs is the next rollout's first.
-        batch_size, shape = args.num_envs * args.num_steps, (args.num_steps, args.num_envs)
+        shape = (args.num_steps, args.num_envs)
         obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), dtype=np.float32)
         rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-        ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
-        discounted_returns, episode_returns = np.zeros(args.num_envs), np.zeros(args.num_envs)
-        episode_lengths = np.zeros(args.num_envs, dtype=np.int64)
+        ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
+        discounted_returns, episode_returns, episode_lengths = np.zeros((3, args.num_envs))
         run.open()
-        raw_obs, _ = envs.reset()
+        raw_obs = envs.reset()[0].astype(np.float64)
         if not checkpoint:
             obs_stats.update(raw_obs)
         obs[-1] = normalise(raw_obs)
         num_iterations = args.total_timesteps // batch_size
         for iteration in range(start // batch_size + 1, num_iterations + 1):
-            for each, sizes in zip(optimisers, step_sizes):
-                for group, size in zip(each.param_groups, sizes):
-                    group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
+            for group, size in zip(groups, step_sizes):
+                group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
 
-            # ---- Training: collect a rollout (shared) ----------------------------------------------------------
+            # ---- Training: collect a rollout (shared) ------------------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
-            behaviour = copy.deepcopy(agent).cpu()  # pi_old; for the few rows of a step the CPU is faster than a GPU
+            behaviour = copy.deepcopy(agent).cpu()  # pi_old; a CPU is faster than a GPU for a few rows
             noise, actions = behaviour.noise(*shape).detach(), []
             for t in range(args.num_steps):
                 with torch.no_grad():
@@ -760,41 +696,44 @@ def train(args: Args) -> Path:
                 env_start = time.perf_counter()
                 raw_obs, reward, ends, cut, _ = envs.step(task_actions)
                 env_time += time.perf_counter() - env_start
+                raw_obs = raw_obs.astype(np.float64)
                 transition, ended = ~ended, ends | cut
                 terminated[t], truncated[t], valid[t] = ends, cut, transition
                 reward = np.where(transition, reward, 0.0)
                 episode_returns += reward
                 episode_lengths += transition
                 discounted_returns = args.gamma * discounted_returns + reward
-                # A final observation is no input of the policy and a reset row earns no reward: neither is counted.
-                obs_stats.update(raw_obs[~ended] if ended.any() else raw_obs)
-                return_stats.update(discounted_returns[transition])
+                # A final observation is no input of the policy and a reset row earns no reward.
+                if not ended.all():
+                    obs_stats.update(raw_obs[~ended])
+                if transition.any():
+                    return_stats.update(discounted_returns[transition])
                 obs[t + 1] = normalise(raw_obs)
-                rewards[t] = np.minimum(np.maximum(reward / return_stats.std, -10.0), 10.0)
+                rewards[t] = (reward / np.sqrt(return_stats.var + 1e-8)).clip(-10, 10)
                 for index in ended.nonzero()[0].tolist():
-                    step, wall_time = (iteration - 1) * batch_size + (t + 1) * args.num_envs, time.perf_counter() - run.started
-                    episode = (step, wall_time, index, float(episode_returns[index]), int(episode_lengths[index]))
+                    step = (iteration - 1) * batch_size + (t + 1) * args.num_envs
+                    seconds, length = time.perf_counter() - run.started, int(episode_lengths[index])
+                    episode = step, seconds, index, float(episode_returns[index]), length
                     episodes.append(dict(zip(EPISODES, episode)))
-                    discounted_returns[index], episode_returns[index], episode_lengths[index] = 0.0, 0.0, 0
+                    discounted_returns[index] = episode_returns[index] = episode_lengths[index] = 0
 
-            # ---- Training: values, advantages and targets of the rollout (shared) ------------------------------
+            # ---- Training: values, advantages and targets of the rollout (shared) --------------------
             update_start = time.perf_counter()
-            b_obs, b_rewards, b_terminated, b_truncated, b_valid = (
-                torch.from_numpy(array).to(device) for array in (obs, rewards, terminated, truncated, valid)
-            )
-            b_actions, b_ended = torch.stack(actions).to(device), torch.max(b_terminated, b_truncated)
-            if not args.bootstrap_truncation:
-                b_terminated = b_ended
+            ending = np.maximum(terminated, truncated)
+            discounts = args.gamma * (1 - (terminated if args.bootstrap_truncation else ending))
+            arrays = obs, rewards, discounts, ending, valid
+            b_obs, b_rewards, b_discounts, b_ended, b_valid = (torch.tensor(x, device=device) for x in arrays)
+            b_actions = torch.stack(actions).to(device)
             with torch.no_grad():
                 values = agent.critic(b_obs.flatten(0, 1)).view(b_obs.shape[:2])
                 logprobs, _ = agent.logprob_and_entropy(b_obs[:-1].flatten(0, 1), b_actions.flatten(0, 1))
                 logprobs = logprobs.view(shape)
-            advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
+            advantages = gae(b_rewards, values, b_discounts, args.gamma * args.gae_lambda * (1 - b_ended))
             returns = advantages + values[:-1]
 
-            # ---- Update ----------------------------------------------------------------------------------------
-            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; the row after an episode's end is none
-            arrays = (b_obs[:-1], b_actions, logprobs, advantages, values[:-1], returns)
+            # ---- Update ------------------------------------------------------------------------------
+            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; a reset is none
+            arrays = b_obs[:-1], b_actions, logprobs, advantages, values[:-1], returns
             transitions = [array.flatten(0, 1)[rows] for array in arrays]
             num_minibatches = max(1, min(args.num_minibatches, len(rows) // 2))
             for epoch in range(args.update_epochs):
@@ -808,8 +747,9 @@ def train(args: Args) -> Path:
                     if args.norm_adv and len(mb_advantages) > 1:
                         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                     policy_loss = -clipped_surrogate(ratio, mb_advantages, args.clip_coef).mean()
-                    vloss_clip = args.clip_coef if args.clip_vloss else None
-                    critic_loss = value_loss(agent.critic(mb_obs).squeeze(-1), mb_values, mb_returns, vloss_clip)
+                    value_clip = args.clip_coef if args.clip_vloss else None
+                    new_values = agent.critic(mb_obs).squeeze(-1)
+                    critic_loss = value_loss(new_values, mb_values, mb_returns, value_clip)
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
                     optimisers[0].zero_grad()
                     loss.backward()
@@ -818,67 +758,67 @@ def train(args: Args) -> Path:
                     if epoch == args.update_epochs - 1 or args.target_kl is not None:
                         with torch.no_grad():
                             clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                            kl = ((ratio - 1) - logratio).mean()
-                            statistics.append(torch.stack([critic_loss, policy_loss, entropy, -logratio.mean(), kl, clipped]))
+                            old_kl, kl = -logratio.mean(), ((ratio - 1) - logratio).mean()
+                            numbers = critic_loss, policy_loss, entropy, old_kl, kl, clipped
+                            statistics.append(torch.stack(numbers))
                 if args.target_kl is not None and torch.stack(statistics)[:, 4].mean() > args.target_kl:
                     break
-            names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+            names = "value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"
             losses = dict(zip((f"losses/{name}" for name in names), torch.stack(statistics).mean(0).tolist()))
 
-            # ---- Training: log and checkpoint (shared) ---------------------------------------------------------
+            # ---- Training: log and checkpoint (shared) -----------------------------------------------
             targets, predictions = (x[b_valid.bool()] for x in (returns, values[:-1]))
             explained = float(1 - (targets - predictions).var() / targets.var())
             now = time.perf_counter()
-            times = {
+            losses |= {
                 "losses/explained_variance": explained if math.isfinite(explained) else None,
-                "charts/learning_rate": optimisers[0].param_groups[0]["lr"],
+                "charts/learning_rate": groups[0]["lr"],
                 "time/env": env_time,
                 "time/policy": update_start - rollout_start - env_time,
                 "time/update": now - update_start,
             }
-            run.log(iteration * batch_size, losses | times, episodes)
-            weights = torch.cat([parameter.flatten() for parameter in agent.parameters()])
-            watched = {"observations": b_obs, "rewards": b_rewards, "losses": torch.stack(statistics), "weights": weights}
+            run.log(iteration * batch_size, losses, episodes)
+            weights = nn.utils.parameters_to_vector(agent.parameters())
+            last_losses = torch.stack(statistics)
+            watched = {"observations": b_obs, "rewards": b_rewards, "losses": last_losses, "weights": weights}
             for name, numbers in watched.items():
                 if not numbers.isfinite().all():
                     raise Diverged(f"the {name} stopped being finite by step {iteration * batch_size:,}")
             agent.obs_mean.copy_(torch.as_tensor(obs_stats.mean))
-            agent.obs_std.copy_(torch.as_tensor(obs_stats.std))
+            agent.obs_std.copy_(torch.as_tensor(np.sqrt(obs_stats.var + 1e-8)))
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                numbers = [(each.mean, each.squares, each.count) for each in (obs_stats, return_stats)]
-                stats = [[torch.as_tensor(x, dtype=torch.float64) for x in each] for each in numbers]
-                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict(), "stats": stats}
-                run.save_checkpoint(state | {"optimisers": [each.state_dict() for each in optimisers]})
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
+                state["optimisers"] = [each.state_dict() for each in optimisers]
+                stats = [(each.mean, each.var, each.count) for each in (obs_stats, return_stats)]
+                state["stats"] = [[torch.as_tensor(x, dtype=torch.float64) for x in each] for each in stats]
+                run.save_checkpoint(state)
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
 
-        # ---- Training: model, evaluation, film (shared) --------------------------------------------------------
+        # ---- Training: model, evaluation, film (shared) ----------------------------------------------
         run.trained = True
         envs.close()
         agent.cpu()
         if args.save_model:
-            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes, "agent": agent.state_dict()}
-            write_atomically(run.folder / "model.pt", lambda file: torch.save(model, file))
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes}
+            write_atomically(run.folder / "model.pt", model | {"agent": agent.state_dict()})
         if args.capture_video:
             try:
-                play(as_policy(agent), args, 1, run.folder / "videos")
+                play(agent, args, 1, run.folder / "videos")
             except Exception as error:  # as where nothing can draw
-                say(f"there is no film: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa; the run is complete without it")
+                say(f"no film, the run is complete: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa")
         if args.eval_episodes:
-            run.result["eval_returns"] = play(as_policy(agent), args, args.eval_episodes)
+            run.result["eval_returns"] = play(agent, args, args.eval_episodes)
             say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
-# ---- Entry point (shared) --------------------------------------------------------------------------------------
+# ---- Entry point (shared) ----------------------------------------------------------------------------
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # where a task of the user's own may lie
     sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
         train(parse_args())
-    except BadInput as error:
+    except (BadInput, Diverged) as error:
         say(f"error: {error}")
-        sys.exit(2)
-    except Diverged as error:
-        say(f"error: {error}")
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -93,7 +93,7 @@ def main(args: Args) -> None:
                         generator = torch.Generator().manual_seed(args.seed + draw)
                         p = laboratory.nystrom_directions(columns, curvature, b, RANK, generator)
                         products = laboratory.curvature_products(curvature, p)
-                        solved[columns].append(blpo.nystrom_solver(products, p @ products.T, damping)(b))
+                        solved[columns].append(blpo.nystrom_solve(products, p @ products.T, damping, b))
                 z = curvature.jacobian.jvp(solved["exact"][0])[curvature.root > 0]
                 for solver, solutions in solved.items():
                     value = statistics.median(residual(curvature, b, v, damping) for v in solutions)

@@ -146,7 +146,7 @@ def enumerated(theta, lambda_, kappa, target_lambda):
         states=states, ages=ages, valid=valid, ended=ended, logprobs=logprobs, ratio=(logprobs - logprobs.detach()).exp(),
         rewards=rewards, discounts=GAMMA * (1 - terminated), weights=weights / weights.sum(),
         operator=blpo.gae_operator(ended, valid, GAMMA * lambda_), mixed_operator=blpo.gae_operator(ended, valid, kappa),
-        advantages=blpo.gae(rewards.T, old.T, terminated.T, ended.T, GAMMA, target_lambda).T,
+        advantages=blpo.gae(rewards.T, old.T, GAMMA * (1 - terminated.T), GAMMA * target_lambda * (1 - ended.T)).T,
     )  # fmt: skip
 
 
@@ -444,7 +444,7 @@ def minibatches_of(script, tmp_path, monkeypatch, **changes):
 
     def spy(theta, direct, correction, weights, e):
         local = inspect.currentframe().f_back.f_locals
-        kept = {k: x.detach().clone() if isinstance(x, torch.Tensor) else x for k, x in local.items()}
+        kept = {k: torch.as_tensor(x).detach().clone() if isinstance(x, (torch.Tensor, np.ndarray)) else x for k, x in local.items()}
         kept["agent"] = copy.deepcopy(local["agent"]).double()
         for name in ("direct", "correction", "loss"):
             gradient = torch.autograd.grad(local[name], theta, retain_graph=True)
@@ -463,11 +463,12 @@ def minibatches_of(script, tmp_path, monkeypatch, **changes):
 
 def double_batch(seen):
     """The recorded minibatch in float64, as it was before its advantages were normalised."""
-    names, args = ("obs", "actions", "logprobs", "rewards", "returns", "advantages", "valid"), seen.args
+    names, args = ("obs", "actions", "logprobs", "rewards", "returns", "advantages"), seen.args
     part = seen.order.chunk(args.num_minibatches)[-1]
     arrays = {name: array[part] for name, array in zip(names, seen.arrays)}
     batch = SimpleNamespace(**{name: x.double() if x.is_floating_point() else x for name, x in arrays.items()})
-    batch.ended, batch.terminated = (x[part].double() for x in (seen.c_ended, seen.c_terminated))
+    steps = seen.terminated, torch.max(seen.terminated, seen.truncated), seen.valid  # of the rollout, not of its chunks
+    batch.terminated, batch.ended, batch.valid = (x.flatten()[seen.chunks[part, :-1]].double() for x in steps)
     batch.kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
     batch.weights, batch.discounts = batch.valid / batch.valid.sum(), args.gamma * (1 - batch.terminated)
     batch.operator = blpo.gae_operator(batch.ended, batch.valid, args.gamma * args.gae_lambda)
@@ -579,7 +580,7 @@ def check_against_autograd(seen):
             v[t + 1],
             (1 - args.gae_lambda) * v[t + 1] + args.gae_lambda * after,
         )
-        after = seen.b_rewards[t] + args.gamma * (1 - seen.b_terminated[t]) * after
+        after = seen.b_rewards[t] + args.gamma * (1 - seen.terminated[t]) * after
         valid = seen.b_valid[t] == 1
         assert torch.allclose(seen.returns[t][valid], after[valid], rtol=0, atol=1e-4)
         assert torch.allclose(seen.advantages[t][valid], (after - v[t])[valid], rtol=0, atol=1e-4)

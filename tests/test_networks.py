@@ -282,10 +282,10 @@ def test_the_module_that_acts_is_the_one_that_learns(script, change, tmp_path, m
     first, last = (each.agent.state_dict() for each in (seen[0], seen[-1]))
     moved = {name for name, x in first.items() if not torch.equal(x, last[name])}
     assert moved >= {name for name, _ in seen[0].agent.named_parameters()}  # every parameter learns
-    agent, raw = script.load_agent(folder / "model.pt"), 30 * torch.randn(20, 3, dtype=DOUBLE)
+    agent, raw = script.load_policy(folder / "model.pt"), 30 * torch.randn(20, 3, dtype=DOUBLE)
     obs = ((raw - agent.obs_mean) / agent.obs_std).clip(-10, 10).float()
     expected = agent.task_actions(policy_of(agent, obs).mode).detach().numpy()
-    assert np.array_equal(script.load_policy(folder / "model.pt")(raw.numpy()), expected)
+    assert np.array_equal(script.load_policy(folder / "model.pt")(raw.numpy()).numpy(), expected)
     assert type(agent).__name__ == "Swapped" and agent.obs_std.min() > 0 and not torch.equal(agent.obs_mean, torch.zeros(3))
 
 

@@ -124,7 +124,7 @@ def by_the_laboratory(batch):
     directions = nn.functional.one_hot(torch.tensor(COLUMNS), len(b)).double()
     columns = laboratory.curvature_products(hessian, directions)
     core = directions @ columns.T + RIDGE * torch.eye(len(COLUMNS)).double()
-    v = laboratory.nystrom_solver(columns, core, RHO)(b)
+    v = laboratory.nystrom_solve(columns, core, RHO, b)
 
     response = -jacobian.jvp(v)[None]  # the released code minimises f = -J
     returns_dot = laboratory.lambda_returns(response, torch.zeros_like(weights), discounts, operator)

@@ -202,7 +202,7 @@ def test_threads_are_pinned_only_where_they_fill_neighbouring_cores(monkeypatch,
     def make_pool(env_id, **settings):
         raise Made(settings["thread_affinity_offset"], settings["num_threads"])
 
-    monkeypatch.setattr(envpool, "make", make_pool)
+    monkeypatch.setattr(envpool, "make_gymnasium", make_pool)
     monkeypatch.setattr(load("ppo_continuous.py").os, "sched_getaffinity", lambda process: cores)
     with pytest.raises(load("ppo_continuous.py").BadInput) as stop:
         make("ppo_continuous.py", env_threads=threads)

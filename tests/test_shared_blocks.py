@@ -123,6 +123,12 @@ def test_no_script_imports_another(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_no_line_is_longer_than_110_characters(script):
+    """And the code is as `ruff format --line-length 110` leaves it, so that its length is not won by packing."""
+    assert [line for line in (REPO / script).read_text().splitlines() if len(line) > 110] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_public_function_and_class_has_a_docstring(script):
     tree = ast.parse((REPO / script).read_text())
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
