@@ -479,7 +479,8 @@ class Run:
                 self.folder.mkdir(parents=True)
                 self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
-            self.write_json("args.json", made | {"args": args.model_dump(mode="json", exclude={"resume"})})
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            self.write_json("args.json", made | {"args": saved})
             self.metrics = self.open_csv("metrics.csv", METRICS)
             self.episodes = self.open_csv("episodes.csv", EPISODES)
             (self.folder / "result.json").unlink(missing_ok=True)  # of the part before

@@ -1,96 +1,121 @@
-"""AC and STAC: Stackelberg actor-critic (Zheng et al. 2022, arXiv:2109.12286), on-policy, the actor leads.
+"""Stackelberg actor-critic, STAC (Zheng et al. 2022, arXiv:2109.12286), and AC, its baseline. The two players
+are the actor theta (leader) and the critic omega (follower) of one agent, not two agents. Elsewhere the
+letters STAC mean self-tuning actor-critic.
 
-(Not self-tuning actor-critic, Zahavy et al. 2020, which has the same four letters.)
+Two defaults are those of the authors' code and not of the paper. The actor's gradient has no gamma^t, which
+in a task of 3 steps with gamma = 0.9 moves the mixed term by 0.11 of its norm away from Proposition 1;
+`--discount-gradient` puts gamma^t in. And J is the mean value of all visited states, not of the second ones,
+which there moves the mixed term by 0.37 of its norm; `--leader-states second` is the paper's. Both figures
+are those of `dice_step` in tests/test_stackelberg.py.
 
-The actor theta anticipates how the critic omega responds to it. With the follower's loss L = mean_k (V_omega(s_k) - G_k)^2
-and the leader's objective J, Algorithm 2 climbs the total derivative of J:
+With the follower's loss L = mean_k (V_omega(s_k) - G_k)^2 and the leader's objective J, Algorithm 2 climbs
+the total derivative of J:
 
-    theta  <-  theta + lr (d_theta J - (d_theta d_omega L) x),     (d2_omega L + lambda I) x = d_omega J     eq. (15), Prop. 2
-    omega  <-  omega - critic_lr d_omega L,   m times                                                      -> value_loss
+    theta <- theta + lr (grad_theta J - (grad_theta,omega L) x)                  eq. (15)
+    (grad^2_omega L + lambda I) x = b = grad_omega J                             Prop. 2
+    omega <- omega - critic_lr grad_omega L,   m times                           -> value_loss
 
-    d_theta J            = d_theta mean_{i,t} A_it log pi(a_it|s_it),  A by GAE                            -> gae
-    b = d_omega J        = d_omega mean_k V_omega(s_k)                                                     -> mean_value
-    H v                    full, or Gauss-Newton: 2 mean_k dV_k dV_k^T v                                   -> curvature
-    x                      by conjugate gradient, stopped at negative curvature                            -> conjugate_gradient
-    (d_theta d_omega L) x  = -2 mean_{i,t} (dV(s_i0).x) A_it d_theta log pi(a_it|s_it)                     Proposition 1
+    grad_theta J = mean_{i,t} w_t A_it grad log pi(a_it|s_it), A by GAE          -> gae, policy_objective
+        w_t = 1, or gamma^t with --discount-gradient                             -> discount_weights
+    b = grad_omega of mean_k V(s_k), or mean_i gamma V(s_i1)                     -> leader_states, mean_value
+    grad^2_omega L in full, or Gauss-Newton: 2 mean_k grad V_k grad V_k^T        -> curvature
+    x by conjugate gradients, stopped at negative curvature                      -> conjugate_gradient
+    (grad_theta,omega L) x = -2 mean_{i,t} u_i w_t A_it grad log pi(a_it|s_it)   Prop. 1
+        u_i = grad V(s_i0).x, s_i0 the first state of trajectory i               -> directional_derivative
 
-In Proposition 1 the critic enters through V_omega(s_i0) alone, s_i0 the first state of trajectory i. So the step is the
-policy gradient with **each trajectory's advantages multiplied by 1 + 2 u_i, u_i = dV(s_i0).x**  -> trajectory_weights,
-policy_objective: one forward-mode derivative of the critic, one backward pass of the actor, nothing of second order in theta.
-`--no-stackelberg` is AC, the baseline: all weights are 1.
+So the step is the policy gradient with **each trajectory's advantages multiplied by 1 + 2 u_i**
+(`trajectory_weights`): one forward-mode derivative of the critic, one backward pass of the actor, nothing of
+second order in theta. `--no-stackelberg` is AC: all weights are 1.
 
-Where the paper leaves something open, the authors' code decides: b and H over all visited states, no gamma^t in the actor's
-gradient (`--discount-gradient` puts it in), standardised advantages. Unlike theirs, the solve is guarded and each
-trajectory has a weight of its own; the released step is a multiple of AC's. docs/stackelberg.md says what follows from that.
+Also as in the authors' code, L is over all visited states and advantages are standardised. Unlike there, the
+solve is guarded and each trajectory has a weight of its own; the released step is a multiple of AC's.
+docs/stackelberg.md says what follows from that, `stac_ablations.py` has the released update.
 
     python stac.py --env-id CartPole-v0 --critic-steps 80
 """
 
-# ---- Imports (shared) ------------------------------------------------------------------------------------------
-import ast
+# ---- Imports -----------------------------------------------------------------------------------------
+import argparse
 import contextlib
+import copy
 import csv
-import ctypes
-import difflib
-import functools
 import importlib.metadata
-import importlib.util
-import inspect
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import platform
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
-import threadpoolctl
+import pydantic
 import torch
 import torch.nn as nn
 import tyro
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import envpool
-except ImportError:  # no wheel for this platform: Gymnasium serves
-    envpool = None
+
+# ---- Checked arguments (shared) ----------------------------------------------------------------------
+class BadInput(Exception):
+    """One sentence that names the argument, what is wrong and what would be right; exit status 2."""
 
 
-# ---- Arguments -------------------------------------------------------------------------------------------------
-@dataclass
-class Args:
-    """Every number must lie in the interval that its line states."""
+class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings"):
+    """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
 
-    exp_name: str | None = None
-    """name of the experiment; default: the name of this file"""
-    seed: int = 1
-    """seed of the environments, the initial weights and the actions, in [0, 2147483647]"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run repeats bitwise, on CPUs of the same kind)"""
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadInput for the first argument that is out of its range."""
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
+
+
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
+class Args(CheckedArgs):
+    """The run, the task, then AC and STAC."""
+
+    exp_name: str = Path(__file__).stem
+    """name of the experiment"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """seed of the environments, the initial weights and the actions"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     run_dir: Path = Path("runs")
-    """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    """the run's own folder is made in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
-    """continue the run in this folder, with its arguments, from its last checkpoint"""
-    checkpoint_every: int = 50
-    """iterations between two checkpoints, in [1, inf)"""
+    """continue, extend or replay the run in this folder, with its arguments; those given again win"""
+    checkpoint_every: PositiveInt = 50
+    """iterations between two checkpoints"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "bilevel-actor-critic"
@@ -98,254 +123,271 @@ class Args:
     wandb_entity: str | None = None
     """W&B team"""
     save_model: bool = False
-    """write model.pt (weights) at the end"""
-    eval_episodes: int = 0
-    """episodes played with the mean or likeliest action after training, in [0, 10000]"""
+    """write model.pt (the policy) at the end"""
+    eval_episodes: NonNegativeInt = 0
+    """episodes played with the mean or most probable action at the end, through Gymnasium"""
     capture_video: bool = False
-    """film one such episode through Gymnasium (MuJoCo needs EGL, or MUJOCO_GL=osmesa)"""
+    """film one such episode"""
 
-    # Algorithm
     env_id: str = "CartPole-v0"
     """any task with Discrete or Box actions; also namespace/Name-v0 and module:Name-v0"""
-    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
-    """who steps the environments; auto: EnvPool where it has the task"""
-    env_threads: int = 0
-    """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
-    total_timesteps: int = 800000
-    """environment steps in all, in [1, inf); rounded down to whole rollouts"""
-    num_envs: int = 4
-    """parallel environments, in [1, 65536]"""
-    num_steps: int = 1000
-    """steps of each environment in a rollout, in [2, inf); num_envs x num_steps = 4000 in the paper"""
+    env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
+    """keyword arguments of the task, as JSON: '{"terminate_when_unhealthy": false}'"""
+    env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
+    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
+    where it has the task, else sync"""
+    env_threads: NonNegativeInt = 0
+    """EnvPool threads; 0: one for each usable core, at most num_envs"""
+    total_timesteps: PositiveInt = 800_000
+    """environment steps in all, rounded down to whole rollouts"""
+    num_envs: PositiveInt = 4
+    """parallel environments"""
+
+    num_steps: Annotated[int, Field(ge=2)] = 1000
+    """steps of each environment in a rollout; num_envs x num_steps = 4000 in the paper"""
     stackelberg: bool = True
     """STAC: the actor climbs its total derivative; otherwise AC: its partial derivative"""
-    learning_rate: float = 0.1
-    """step size of the actor's plain gradient steps, in (0, inf); the paper gives none, this is the authors' for CartPole"""
-    critic_learning_rate: float = 0.01
-    """step size of the critic's plain gradient steps, in (0, inf); the authors' for CartPole"""
-    critic_steps: int = 1
-    """m, critic steps after each actor step, in [1, 1000000]; the paper compares 1 and 80"""
-    regularisation: float = 0.0
-    """lambda, added to the critic's Hessian, in [0, inf]; the paper: 0 for CartPole, 500 for continuous control; inf: AC"""
+    learning_rate: PositiveFloat = 0.1
+    """step size of the actor's plain gradient steps; the authors' for CartPole, the paper gives none"""
+    critic_learning_rate: PositiveFloat = 0.01
+    """step size of the critic's plain gradient steps; the authors' for CartPole"""
+    critic_steps: PositiveInt = 1
+    """m, critic steps after each actor step; the paper compares 1 and 80"""
+    regularisation: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.0
+    """lambda, added to the critic's Hessian; the paper: 0 for CartPole, 500 for continuous control; inf is
+    AC"""
     hessian: Literal["full", "gauss-newton"] = "full"
     """the critic's Hessian as in the paper, or its positive semidefinite part"""
-    cg_iterations: int = 10
-    """iterations of conjugate gradient, in [1, 10000]; 10 in the paper"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1]"""
-    gae_lambda: float = 0.97
-    """lambda of the advantages, in [0, 1]; the critic's targets are Monte Carlo returns (lambda = 1)"""
+    cg_iterations: PositiveInt = 10
+    """iterations of conjugate gradients; 10 in the paper"""
+    leader_states: Literal["second", "all"] = "all"
+    """states whose values b differentiates: the second of each trajectory, as in the paper, or all visited
+    ones, as in its code"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    gae_lambda: Fraction = 0.97
+    """lambda of the advantages; the critic's targets are Monte Carlo returns (lambda = 1)"""
     norm_adv: bool = True
     """normalise the advantages over the rollout"""
     discount_gradient: bool = False
     """weigh step t of a trajectory by gamma^t, as in the paper's theorems; its code does not"""
     bootstrap_truncation: bool = True
-    """a time limit bootstraps from the final observation; otherwise it is a termination, as below 1000 steps in the paper's code"""
-    first_width: int = 64
-    """units in the first hidden layer of actor and critic, in [1, 65536]"""
-    second_width: int = 32
-    """units in the second hidden layer of actor and critic, in [1, 65536]"""
+    """a time limit bootstraps from the final observation; otherwise it is a termination, as below 1000 steps
+    in the paper's code"""
+    first_width: Width = 64
+    """units in the first hidden layer of actor and critic"""
+    second_width: Width = 32
+    """units in the second hidden layer of actor and critic"""
+
+    @pydantic.model_validator(mode="after")
+    def check_shapes(self):
+        """Raise BadInput unless there is a whole rollout."""
+        rows = self.num_envs * self.num_steps
+        if rows > 10_000_000:
+            raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
+        if self.total_timesteps < rows:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        return self
 
 
-# ---- Environments ----------------------------------------------------------------------------------------------
-def make_envs(
-    env_id: str, num_envs: int, seed: int, backend: str = "auto", threads: int = 1
-) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.spaces.Box | gym.spaces.Discrete]:
-    """Parallel environments that reset on the step after an episode's end (Gymnasium's NEXT_STEP mode).
+METRICS = (
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/approx_kl",
+    "losses/explained_variance", "bilevel/ihvp_residual", "bilevel/ihvp_norm", "bilevel/negative_curvature",
+    "bilevel/direct_norm", "bilevel/correction_norm", "bilevel/multiplier", "bilevel/cosine",
+    "bilevel/weight_mean", "bilevel/weight_std", "bilevel/inner_gradient_norm_before",
+    "bilevel/inner_gradient_norm_after", "time/env", "time/policy", "time/update",
+)  # fmt: skip
 
-    That mode lets one loop serve both backends: at the end of an episode `step` returns its true final observation;
-    the next `step` ignores the action and returns the first observation of the new episode with reward 0.
 
-    Returns the environments, already seeded, and the observation and action space of a single one: a flat Box,
-    and a flat Box or Discrete. Raises BadInput if the task is unknown, cannot be made, or has other actions.
+# ---- Environments (shared) ---------------------------------------------------------------------------
+@contextlib.contextmanager
+def task_errors(env_id: str):
+    """Turn whatever a task raises while it is made into one sentence that says where: BadInput."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = [each for each in frames if os.path.exists(each.filename)][-1]
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        where = f"{frame.filename}, line {frame.lineno}"
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text} ({where})") from error
+
+
+def leave_interrupts(env: gym.Env) -> gym.Env:
+    """The environment; in a process of its own it ignores Ctrl-C, which is the training loop's to answer."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
+
+
+def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.Space]:
+    """The parallel environments of `args`, and the spaces of one: observations, a flat Box, and actions.
+
+    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all
+    backends: at the end of an episode `step` returns its true final observation; the next `step` ignores
+    the action and returns the first observation of the new episode with reward 0. Raises BadInput if the
+    task is unknown or cannot be used.
     """
-    has_envpool = envpool is not None and env_id in envpool.list_all_envs()
-    if backend == "envpool" and not has_envpool:
-        reason = "is not installed" if envpool is None else f"does not have {env_id!r}"
-        raise BadInput(f"--env-backend envpool: EnvPool {reason}; use --env-backend gymnasium")
-    if backend != "gymnasium" and has_envpool:
-        with warnings.catch_warnings():  # of float64 boxes that become float32
-            warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
-            envs = envpool.make(
-                env_id, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads,
-                thread_affinity_offset=first_core(threads),
-            )  # fmt: skip
+    try:
+        import envpool
+
+        has_envpool = args.env_id in envpool.list_all_envs()
+    except ImportError:  # no wheel for this platform: Gymnasium serves
+        has_envpool = False
+    if args.env_backend == "envpool" and not has_envpool:
+        raise BadInput(f"--env-backend envpool does not have {args.env_id!r} here; use sync or async")
+    kwargs = json.loads(args.env_kwargs)
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        if has_envpool and args.env_backend in ("auto", "envpool"):
+            cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(os.cpu_count())
+            threads = args.env_threads or min(len(cores), args.num_envs)
+            # Pinned threads take a quarter to a third less time a step. They are pinned only where they
+            # fill all the cores of this process, so that several small runs never crowd on the same ones.
+            pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
+            kwargs |= {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1}
+            envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
-    else:
-        try:
-            envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync")
-        except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError, OSError) as error:
-            known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
-            near = difflib.get_close_matches(env_id, known, n=3)
-            hint = f"; the nearest known names are {', '.join(near)}" if near else ""
-            if ":" in env_id and isinstance(error, ImportError):
-                hint = f"; a module must lie beside {SCRIPT} or in a folder of PYTHONPATH"
-            raise BadInput(f"--env-id {env_id!r} cannot be made: {first_sentence(error)}{hint}") from error
-        if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
-            envs = gym.wrappers.vector.FlattenObservation(envs)
-        envs.reset(seed=seed)
-        observation_space, action_space = envs.single_observation_space, envs.single_action_space
-    flat_box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-    if not (flat_box or isinstance(action_space, gym.spaces.Discrete)):
-        raise BadInput(f"--env-id {env_id!r} has the action space {action_space}; this script needs Discrete or a flat Box")
+        else:
+            mode = "async" if args.env_backend == "async" else "sync"
+            envs = gym.make_vec(args.env_id, args.num_envs, mode, wrappers=[leave_interrupts], **kwargs)
+            if len(envs.single_observation_space.shape or ()) != 1:
+                envs = gym.wrappers.vector.FlattenObservation(envs)
+            envs.reset(seed=seed)
+            envs.step(envs.action_space.sample())  # what the task refuses shows here
+            envs.reset(seed=seed)
+            observation_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise BadInput(f"--env-id {env_id!r} has the observation space {observation_space}; this script needs a flat Box")
+        observations = f"observation space {observation_space}; this script needs a flat Box"
+        raise BadInput(f"--env-id {args.env_id!r} has the {observations}")
+    check_action_space(args.env_id, action_space)
     return envs, observation_space, action_space
 
 
-def first_core(threads: int) -> int:
-    """The core of EnvPool's first thread, the others following; -1: the system moves them about.
-
-    Pinned threads take a quarter to a third less time a step where PyTorch works between the steps. They are pinned only
-    if they fill all the cores that this process may use, so that several small runs never crowd on the same ones.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return cores[0] if cores and threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
-
-
-# ---- Networks --------------------------------------------------------------------------------------------------
-class NumpyTanh(torch.autograd.Function):
-    """tanh by numpy's vectorised kernel: torch.tanh takes five times as long, longer than a layer's matrix product.
-
-    The backward pass is torch.tanh's own.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        """x of any shape -> tanh(x), in the memory of x."""
-        np.tanh(x.numpy(), out=x.numpy())
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> Tensor:
-        """The slope times 1 - tanh(x)^2."""
-        return torch.ops.aten.tanh_backward(slope, *ctx.saved_tensors)
-
-
-class Tanh(nn.Module):
-    """tanh, element by element: `NumpyTanh` on the CPU, torch.tanh elsewhere and under the transforms of torch.func."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape -> tanh(x); on the CPU x is overwritten, so nothing else may use it afterwards."""
-        in_numpy = x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
-        return NumpyTanh.apply(x) if in_numpy else torch.tanh(x)
-
-
-def mlp(inputs: int, widths: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Hidden tanh layers of these widths with PyTorch's initial weights, as in Spinning Up, which the paper builds on."""
-    sizes, layers = (inputs, *widths), []
-    for size, width in zip(sizes, widths):
-        layers += [nn.Linear(size, width), Tanh()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
-
-
-def numpy_mlp(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
-    """The network as it is now, in numpy: x (n, inputs) -> (n, outputs). For the few rows of a step, PyTorch takes four
-    times as long, and a GPU longer still."""
-    parameters = [parameter.detach().cpu().numpy() for parameter in network.parameters()]
-    *hidden, output = zip(parameters[::2], parameters[1::2])
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        for weight, bias in hidden:
-            x = np.tanh(x @ weight.T + bias)
-        return x @ output[0].T + output[1]
-
-    return forward
+# ---- Policy and critic (shared) ----------------------------------------------------------------------
+def mlp(inputs: int, first_width: int, second_width: int, outputs: int) -> nn.Sequential:
+    """Two tanh layers with PyTorch's initial weights, as in Spinning Up, which the authors build on."""
+    return nn.Sequential(
+        nn.Linear(inputs, first_width),
+        nn.Tanh(),
+        nn.Linear(first_width, second_width),
+        nn.Tanh(),
+        nn.Linear(second_width, outputs),
+    )
 
 
 class Agent(nn.Module):
-    """An actor, categorical or Gaussian with a state-independent log standard deviation (starts at -0.5), and a critic.
+    """A critic, and an actor of its own: the softmax of its logits if the task is discrete, otherwise a
+    Gaussian with a state-independent log standard deviation, at first -0.5.
 
-    action_dim: the number of Discrete actions, or the length of a Box action.
+    The networks may be any modules from observations (..., D) to one value (..., 1) and to the logits or the
+    mean action (..., A). Called with observations, the agent is the policy as it is played.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, discrete: bool, first_width: int = 64, second_width: int = 32):
+    def __init__(
+        self, obs_dim: int, action_dim: int, discrete: bool, first_width: int = 64, second_width: int = 32
+    ):
         super().__init__()
-        self.discrete = discrete
-        self.actor = mlp(obs_dim, (first_width, second_width), action_dim)  # logits, or the mean
-        self.critic = mlp(obs_dim, (first_width, second_width), 1)
-        if not discrete:
+        self.actor = mlp(obs_dim, first_width, second_width, action_dim)
+        self.critic = mlp(obs_dim, first_width, second_width, 1)
+        self.discrete, self.action_dim = discrete, action_dim
+        # The number of the task's first action, or its action box.
+        if discrete:
+            self.register_buffer("first_action", torch.zeros((), dtype=torch.int64))
+        else:
             self.actor_logstd = nn.Parameter(torch.full((action_dim,), -0.5))
+            self.register_buffer("action_low", torch.full((action_dim,), -math.inf))
+            self.register_buffer("action_high", torch.full((action_dim,), math.inf))
+
+    def set_action_space(self, space: gym.spaces.Discrete | gym.spaces.Box) -> None:
+        """Keep the number of the task's first action, or its action box."""
+        if self.discrete:
+            self.first_action.fill_(int(space.start))
+        else:
+            self.action_low.copy_(torch.as_tensor(space.low))
+            self.action_high.copy_(torch.as_tensor(space.high))
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """theta: the weights of the actor and, for Box actions, the log standard deviation."""
+        """theta: the weights of the actor and the log standard deviation."""
         return [*self.actor.parameters(), *([] if self.discrete else [self.actor_logstd])]
 
-    def draw_noise(self, *shape: int) -> np.ndarray:
-        """What `act` adds for `shape` actions (*shape, action_dim): Gumbel noise, or Gaussian noise with the actor's std."""
+    def noise(self, *shape: int) -> Tensor:
+        """The noise (*shape, A) of the actions of a whole rollout: standard Gumbel, or Gaussian."""
         if self.discrete:
-            size = (*shape, self.actor[-1].out_features)
-            return -torch.log(torch.empty(size).exponential_()).numpy()
-        std = self.actor_logstd.detach().exp().cpu()
-        return (torch.randn(*shape, len(std)) * std).numpy()
+            return -torch.empty(*shape, self.action_dim).exponential_().log_()
+        return torch.randn(*shape, self.action_dim) * self.actor_logstd.exp()
 
-    def act(self, output: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Actions sampled from the actor's output (..., action_dim) by noise of that shape: indices (...) or (..., A).
-        The largest of the logits plus Gumbel noise is a sample of the categorical distribution."""
-        return (output + noise).argmax(-1) if self.discrete else output + noise
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions, numbered from 0 (...) or unclipped (..., A), at obs (..., D) with that noise (..., A). The
+        largest sum of logit and Gumbel noise is a sample of the softmax (Maddison et al. 2014)."""
+        noisy = self.actor(obs) + noise
+        return noisy.argmax(-1) if self.discrete else noisy
 
-    def logprob(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) of actions (n,) or unclipped (n, A) at observations (n, D), and the entropy in nats: both (n,)."""
-        output = self.actor(obs)
+    def logprob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) of actions as `sample` gives them at obs (..., D); the entropy in nats; both (...)."""
         if self.discrete:
-            logprobs = output.log_softmax(-1)
-            entropy = -(logprobs * logprobs.exp()).sum(-1)
-            return logprobs.gather(-1, actions[:, None]).squeeze(-1), entropy
-        noise = (actions - output) * torch.exp(-self.actor_logstd)
-        return gaussian_logprob(noise, self.actor_logstd), gaussian_entropy(self.actor_logstd).expand(len(obs))
+            logprobs = self.actor(obs).log_softmax(-1)
+            return logprobs.gather(-1, actions[..., None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+        noise = (actions - self.actor(obs)) * torch.exp(-self.actor_logstd)
+        logprob = -0.5 * (noise * noise).sum(-1) - (self.actor_logstd + 0.5 * math.log(2 * math.pi)).sum()
+        entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return logprob, entropy.expand_as(logprob)
+
+    def task_actions(self, actions: Tensor) -> Tensor:
+        """The policy's actions as the task takes them: counted from its first one, or clipped to its box."""
+        if self.discrete:
+            return actions + self.first_action
+        return actions.clamp(self.action_low, self.action_high)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """The policy as it is played: observations (..., D) -> the task's most probable actions (...), or
+        mean actions in its box (..., A)."""
+        output = self.actor(torch.as_tensor(obs).float())
+        return self.task_actions(output.argmax(-1) if self.discrete else output)
 
 
-def gaussian_logprob(noise: Tensor, logstd: Tensor) -> Tensor:
-    """log N(mean + std * noise; mean, std) of a diagonal Gaussian: noise (..., A), logstd (A,) -> (...)."""
-    return -0.5 * (noise * noise).sum(-1) - (logstd + 0.5 * math.log(2 * math.pi)).sum()
+def check_action_space(env_id: str, space: gym.Space) -> None:
+    """Raise BadInput unless the actions are numbered, or vectors of numbers in a box that is not empty."""
+    box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+    usable = box and space.shape[0] and (space.low < space.high).all()
+    if not usable and not isinstance(space, gym.spaces.Discrete):
+        needs = "this script needs a Discrete one or a flat Box of floats with low < high"
+        raise BadInput(f"--env-id {env_id!r} has the action space {space}; {needs}")
 
 
-def gaussian_entropy(logstd: Tensor) -> Tensor:
-    """Entropy in nats of a diagonal Gaussian: logstd (A,) -> scalar."""
-    return (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+# ---- Actor-critic mathematics (shared) ---------------------------------------------------------------
+def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
+    """Generalised advantage estimates A (T, N) of a rollout (Schulman et al. 2016, eq. 16).
 
-
-# ---- Actor-critic mathematics ----------------------------------------------------------------------------------
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) of a rollout.
-
-    rewards, terminated, ended (T, N) with flags as 0/1 floats, ended = terminated or truncated; values (T+1, N).
-    delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t and A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}.
-    Returns A (T, N). The row after an ended one is a reset: its own A means nothing, and no other A depends on it
-    (but for V_{t+1} of a truncated row t).
-
-    The recursion is solved by doubling: after pass i, A_t holds its first 2^i terms. log2(T) tensor operations
-    replace a loop of T.
+    delta_t = r_t + discount_t V_{t+1} - V_t and A_t = delta_t + decay_t A_{t+1}, with rewards, discounts =
+    gamma (1 - terminated) and decay = gamma lambda (1 - ended) (T, N), ended = terminated or truncated, and
+    values (T+1, N). The row after an ended one is a reset: its own A means nothing, and no other A depends
+    on it (but for V_{t+1} of a truncated row t).
     """
-    advantages = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    decay = gamma * gae_lambda * (1 - ended)
-    span = 1
-    while span < len(rewards):
-        advantages[:-span] += decay[:-span] * advantages[span:]
-        decay = decay[:-span] * decay[span:]
-        span *= 2
-        decay = torch.cat([decay, decay.new_zeros(len(rewards) - len(decay), *decay.shape[1:])])
+    advantages = rewards + discounts * values[1:] - values[:-1]
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
-    """The follower's objective L = mean (V - G)^2: values, returns (n,) -> scalar. No factor 1/2, as in the paper."""
+    """The follower's objective L = mean (V - G)^2: values, returns (n,). No factor 1/2, as in the paper."""
     return ((values - returns) ** 2).mean()
 
 
 def policy_objective(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
-    """mean_k w_k A_k log pi_k, all (n,) -> scalar. Its gradient in theta is the policy gradient with weights w: those of
-    `discount_weights` give d_theta J, times those of `trajectory_weights` the total derivative."""
+    """mean_k w_k A_k log pi_k, all (n,): its gradient in theta is the policy gradient with the weights w.
+
+    Those of `discount_weights` give grad_theta J, times those of `trajectory_weights` the total derivative.
+    """
     return (weights * advantages * logprobs).mean()
 
 
-# ---- Stackelberg mathematics -----------------------------------------------------------------------------------
+# ---- STAC mathematics (shared) -------------------------------------------------------------------------
 def episode_starts(valid: Tensor) -> Tensor:
-    """The row of a rollout in which the trajectory of each row began: valid (T, N) as 0/1 floats -> (T, N) long.
+    """The row of a rollout in which the trajectory of each row began: valid (T, N) as 0/1 floats -> (T, N).
 
-    The row after an episode's end is no transition (valid 0); the row after that, like row 0, begins a trajectory.
+    The row after an episode's end is no transition (valid 0); the row after that, like row 0, begins one.
     """
     step = torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
     begins = torch.ones_like(valid)
@@ -354,38 +396,53 @@ def episode_starts(valid: Tensor) -> Tensor:
 
 
 def discount_weights(starts: Tensor, gamma: float) -> Tensor:
-    """gamma^t with t the step within the trajectory, in float64, from `episode_starts` (T, N) -> (T, N). Proposition 1."""
+    """gamma^t with t the step within the trajectory, in float64 (Proposition 1): starts from `episode_starts`
+    (T, N) -> (T, N)."""
     step = torch.arange(len(starts), device=starts.device)[:, None]
     return gamma ** (step - starts).double()
 
 
 def critic_values(critic: nn.Module, omega: Tensor, obs: Tensor) -> Tensor:
-    """V(s) of a critic with the flat parameters omega (P,), in the order of `parameters()`: obs (n, D) -> (n,)."""
-    parameters, start = {}, 0
-    for name, parameter in critic.named_parameters():
-        end = start + parameter.numel()
-        parameters[name], start = omega[start:end].view_as(parameter), end
-    return torch.func.functional_call(critic, parameters, (obs,)).squeeze(-1)
+    """V(s) of a critic with the parameters omega (P,), in the order of `parameters()`: obs (n, D) -> (n,)."""
+    parameters = dict(critic.named_parameters())
+    parts = omega.split([parameter.numel() for parameter in parameters.values()])
+    moved = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts)}
+    return torch.func.functional_call(critic, moved, (obs,)).squeeze(-1)
 
 
-def mean_value(critic: nn.Module, omega: Tensor, obs: Tensor) -> Tensor:
-    """The part of the leader's objective that depends on omega (P,), the mean value of obs (n, D): scalar. b is its
-    gradient. The paper takes the second states of the trajectories, its code all visited states; this is the code's."""
-    return critic_values(critic, omega, obs).mean()
+def leader_states(which: str, obs: Tensor, discounts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The states (n, D) whose values are in the leader's objective, and the factors (n,) of these values.
+
+    obs (T+1, N, D), discounts = gamma (1 - terminated) and valid (T, N). `second`, the paper's: J is the mean
+    over trajectories of r_i0 + gamma V(s_i1), without V after a termination (its J does not show the gamma).
+    `all`, its code's: the mean of V over all visited states.
+    """
+    rows = valid.bool()
+    if which == "all":
+        states = obs[:-1][rows]
+        return states, torch.ones_like(states[:, 0])
+    step = torch.arange(len(valid), device=valid.device)[:, None]
+    first = rows & (episode_starts(valid) == step)
+    return obs[1:][first], discounts[first]
+
+
+def mean_value(critic: nn.Module, omega: Tensor, states: Tensor, factors: Tensor) -> Tensor:
+    """The part of the leader's objective that depends on omega (P,), whose gradient is b: the mean of factors
+    (n,) times the values of states (n, D), both from `leader_states`."""
+    return (factors * critic_values(critic, omega, states)).mean()
 
 
 def directional_derivative(critic: nn.Module, omega: Tensor, obs: Tensor, x: Tensor) -> Tensor:
-    """dV(s).x, the derivative of the values in omega (P,) along x (P,), in forward mode: obs (n, D) -> (n,)."""
+    """grad_omega V(s).x at omega (P,) along x (P,), in forward mode: obs (n, D) -> (n,)."""
     return torch.func.jvp(lambda omega: critic_values(critic, omega, obs), (omega,), (x,))[1]
 
 
 def curvature(
     critic: nn.Module, omega: Tensor, obs: Tensor, returns: Tensor, gauss_newton: bool
 ) -> Callable[[Tensor], Tensor]:
-    """The map v -> H v, (P,) -> (P,), with H = 2 mean_k [dV_k dV_k^T + (V_k - G_k) d2V_k], the Hessian of `value_loss` in
-    omega (P,) at obs (n, D) and returns (n,), or its first, positive semidefinite part.
-
-    The full product is forward over reverse mode (Pearlmutter 1994); H is never formed.
+    """The map v -> H v, (P,) -> (P,), of H = 2 mean_k [grad V_k grad V_k^T + (V_k - G_k) grad^2 V_k], the
+    Hessian of `value_loss` in omega (P,) at obs (n, D) and returns (n,), or of its first part alone, which is
+    positive semidefinite. The full product is forward over reverse mode (Pearlmutter 1994).
     """
 
     def values(omega: Tensor) -> Tensor:
@@ -403,10 +460,11 @@ def conjugate_gradient(
 ) -> tuple[Tensor, bool]:
     """x with A x = b, approximately, for a symmetric A given by `product`, and whether the guard stopped it.
 
-    b, x (P,). Hestenes and Stiefel 1952, from x = 0. The method needs a positive definite A, and the Hessian of a network
-    is not: at a direction p of curvature p.Ap <= 0, to rounding relative to the largest one met, or that is not finite, it
-    keeps the x that it has (0 in the first iteration, which makes the leader's step the individual gradient). Without
-    the guard such a step may turn the actor's direction round. Also stops once |b - A x| <= tolerance |b|, thus at b = 0.
+    b, x (P,). Hestenes and Stiefel 1952, from x = 0. The method needs a positive definite A, and the Hessian
+    of a network is not: at a direction p of curvature p.Ap <= 0, to rounding relative to the largest one met,
+    or that is not finite, it keeps the x that it has (0 in the first iteration, which makes the leader's step
+    the individual gradient). Without the guard such a step may turn the actor's direction round. Also stops
+    once |b - A x| <= tolerance |b|, thus at b = 0.
     """
     x, residual, p = torch.zeros_like(b), b, b
     squared, target, largest = b @ b, tolerance**2 * (b @ b), 0.0
@@ -428,435 +486,57 @@ def conjugate_gradient(
 def trajectory_weights(starts: Tensor, slopes: Tensor) -> Tensor:
     """1 + 2 u_i for each row of trajectory i (Proposition 1 in closed form).
 
-    starts (T, N) from `episode_starts`; slopes (T, N) holds dV(s).x, of which only the rows that begin a trajectory are
-    read -> (T, N). From (d_theta d_omega L) x = -2 mean u_i A d_theta log pi and the step d_theta J - (d_theta d_omega L) x.
+    starts (T, N) from `episode_starts`; slopes (T, N) holds grad V(s).x, of which only the rows that begin a
+    trajectory are read -> (T, N). The step grad_theta J - (grad_theta,omega L) x has these weights, since
+    (grad_theta,omega L) x = -2 mean u_i A grad log pi.
     """
     return 1 + 2 * slopes.gather(0, starts)
 
 
-# ---- The run: what is not the algorithm ------------------------------------------------------------------------
-SCRIPT = Path(__file__).name
-ANY_TIME = {"resume", "track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
-ANY_TIME |= {"checkpoint_every", "env_threads"}  # arguments that --resume may change: they leave the result as it is
+# ---- The run: what is not the algorithm (shared) -----------------------------------------------------
+EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
 
 
-class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+class Diverged(Exception):
+    """One sentence: which numbers stopped being finite, and when; exit status 1."""
 
 
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's text, without its full stop."""
-    return re.split(r"[.?!]\s|\n", str(error))[0].rstrip(".")
+def say(text: str) -> None:
+    """Print a line on stderr, above the progress bar. A reader that went away never changes a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file=sys.stderr)
 
 
-def check_ranges(args) -> None:
-    """Raise BadInput for the first number of `args` outside the interval that its line in Args states."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(type(args)))).body[0].body
-    for field, doc in zip(body, body[1:]):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(doc, ast.Expr):
-            continue
-        interval = re.search(r"in ([\[(])([^\s,]+), ([^\s,]+)([\])])", doc.value.value)
-        value = getattr(args, field.target.id)
-        if interval is None or value is None:
-            continue
-        left, low, high, right = interval.groups()
-        above = value >= float(low) if left == "[" else value > float(low)
-        below = value <= float(high) if right == "]" else value < float(high)
-        if not (above and below):
-            raise BadInput(f"--{field.target.id.replace('_', '-')} is {value}, it must be {interval.group()}")
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
-
-def parse_args(cls, argv: list[str] | None = None):
-    """The command line as an instance of `cls`, checked. With --resume, the arguments of that run; one given again
-    must agree unless it is in ANY_TIME. Raises BadInput; tyro itself exits with status 2 on words it cannot parse."""
-    args = tyro.cli(cls, args=argv, description=inspect.getmodule(cls).__doc__)
-    if args.resume is not None:
+    Raises BadInput; tyro itself exits with status 2 on words that it cannot parse.
+    """
+    saved, parser = None, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
         try:
-            saved = json.loads((args.resume / "args.json").read_text())
-            result = args.resume / "result.json"
-            finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
-            made_by, old = saved["script"], dict(saved["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {args.resume} is not a run folder: {error}") from error
-        if made_by != SCRIPT:
-            raise BadInput(f"--resume {args.resume} is a run of {made_by}, not of {SCRIPT}")
-        if finished:
-            raise BadInput(f"--resume {args.resume} has nothing left to do: that run has finished")
-        known = {field.name: field.type for field in fields(cls)}
-        old = {name: value for name, value in old.items() if name in known}
-        old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
-        args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
-        if args.device == "auto":
-            args.device = old.get("device", "auto")
-        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
-            if getattr(args, name) != old.get(name, getattr(args, name)):
-                raise BadInput(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
-                    "leave it out or start a new run"
-                )
-    check_ranges(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise BadInput("--track needs the package wandb: pip install wandb")
-    args.exp_name = args.exp_name or Path(SCRIPT).stem
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.env_threads == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.env_threads = min(cores, args.num_envs)
+            saved = Args(**json.loads((folder / "args.json").read_text())["args"] | {"resume": folder})
+        except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
+            raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
+    summary = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
+    args = tyro.cli(Args, args=argv, default=saved, description=summary)
+    for name, value in saved or ():
+        if getattr(args, name) != value:
+            say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
     return args
 
 
 def provenance() -> dict:
-    """What made a run: command, commit, versions, machine."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
-    except OSError:  # no git on this machine
-        commit, dirty = None, None
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return {
-        "script": SCRIPT,
-        "argv": sys.argv,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco")},
-        "cpu": model.group(1) if model else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-    }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
-    new = path.with_name(path.name + ".new")
-    try:
-        write(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:  # a full disk should not stay full of half a file
-        new.unlink(missing_ok=True)
-        raise
-
-
-def make_folder(path: Path) -> Path:
-    """Create `path`, or path_1, path_2, ... if it is taken: mkdir is atomic, so two runs never share a folder."""
-    for copy in itertools.count():
-        folder = path if copy == 0 else path.with_name(f"{path.name}_{copy}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
-    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
-    if importlib.util.find_spec("fcntl") is None:  # as on Windows
-        return None
-    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def rng_state() -> dict:
-    """The states of the random generators of python, numpy and torch, as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """The inverse of `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-        torch.cuda.set_rng_state(cuda_state, device)
-
-
-def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint.pt of a run folder. Raises BadInput if it is missing, damaged or of another script."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT:
-            raise BadInput(f"--resume {folder}: its checkpoint.pt is one of {checkpoint['script']}, not of {SCRIPT}")
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume {folder} has no checkpoint.pt yet, so it cannot continue; start a new run") from error
-    except (BadInput, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        raise BadInput(f"--resume {folder}: its checkpoint.pt is truncated or damaged, so it cannot continue") from error
-    return checkpoint
-
-
-class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
-
-    A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
-    Raises BadInput if the folder cannot be written or another process writes it.
-    """
-
-    def __init__(self, args, checkpoint: dict | None):
-        self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
-        self.trained, self.closed = False, False
-        self.global_step = checkpoint["global_step"] if checkpoint else 0
-        self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
-        if checkpoint is None:
-            name = re.sub(r"[/:\\\s]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-            try:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                self.folder = make_folder(args.run_dir / name)
-                saved = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-                self.write_json("args.json", {"args": saved} | provenance())
-            except OSError as error:
-                raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
-        else:
-            self.folder = args.resume
-        self.lock = lock_folder(self.folder)
-        if checkpoint is not None:
-            try:
-                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-                for csv_name in ("metrics.csv", "episodes.csv"):
-                    self.cut_csv(csv_name, self.global_step)
-            except OSError as error:
-                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            try:  # W&B links the event file into its own folder; inside run_dir TensorBoard and W&B would read it again
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    dir=os.environ.get("WANDB_DIR") or self.folder.resolve().parent.parent,
-                    id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
-                )  # fmt: skip
-            except Exception as error:
-                if checkpoint is None:
-                    shutil.rmtree(self.folder)
-                reason = first_sentence(error)
-                raise BadInput(f"--track: W&B does not start: {reason}; log in, set WANDB_MODE=offline or leave it out") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if checkpoint else None)
-        self.csv_files = {name: open(self.folder / name, "a", newline="") for name in ("metrics.csv", "episodes.csv")}
-        if self.csv_files["episodes.csv"].tell() == 0:
-            self.write_rows(
-                "episodes.csv", [("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")]
-            )
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True)
-
-    def __enter__(self):
-        def ask_to_stop(number, frame):
-            if self.stop_signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.stop_signal = number
-            if self.trained and not self.closed:
-                self.stop()
-
-        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.started = time.perf_counter() - self.wall_time
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error is not None and not isinstance(error, SystemExit):
-            with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
-                self.close("failed", error=f"{kind.__name__}: {error}")
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def end_training(self) -> None:
-        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
-        self.trained = True
-        if self.stop_signal:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
-        self.close("interrupted", signal=self.stop_signal)
-        sys.exit(128 + self.stop_signal)
-
-    def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder."""
-        write_atomically(self.folder / name, lambda new: new.write_text(json.dumps(content, indent=1, default=str) + "\n"))
-
-    def write_rows(self, name: str, rows: list) -> None:
-        """Append rows to a csv file of the folder, past Python's buffer."""
-        csv.writer(self.csv_files[name]).writerows(rows)
-        self.csv_files[name].flush()
-
-    def cut_csv(self, name: str, last_step: int) -> None:
-        """Drop the rows after `last_step`, and a last line that a kill cut short."""
-        path = self.folder / name
-        header, *rows = [*csv.reader(path.read_text().splitlines() if path.exists() else [])] or [[]]
-        rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= last_step]
-        if name == "episodes.csv":
-            self.episodes = [(int(row[0]), float(row[3])) for row in rows]
-        text = "".join(",".join(row) + "\r\n" for row in [header, *rows] if row)
-        write_atomically(path, lambda new: new.write_text(text, newline=""))
-
-    def log(self, global_step: int, metrics: dict[str, float], episodes: list[tuple]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration:
-        (global_step, wall_time_s, env_index, return, length)."""
-        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        self.episodes += [(row[0], row[3]) for row in episodes]
-        if episodes:
-            self.write_rows("episodes.csv", episodes)
-        returns, lengths = [row[3] for row in episodes], [row[4] for row in episodes]
-        metrics = {
-            "charts/episodic_return": float(np.mean(returns)) if returns else math.nan,
-            "charts/episodic_length": float(np.mean(lengths)) if lengths else math.nan,
-            "charts/SPS": global_step / self.wall_time,
-        } | metrics
-        if self.csv_files["metrics.csv"].tell() == 0:
-            self.write_rows("metrics.csv", [("global_step", "wall_time_s", *metrics)])
-        row = ["" if math.isnan(value) else value for value in metrics.values()]
-        self.write_rows("metrics.csv", [(global_step, self.wall_time, *row)])
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.tensorboard.add_scalar(name, value, global_step)
-        recent = np.mean([episode[1] for episode in self.episodes[-20:]]) if self.episodes else math.nan
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
-            self.bar.update(global_step - self.bar.n)
-        elif self.wall_time - self.last_print > 10:
-            self.last_print = self.wall_time
-            speed = metrics["charts/SPS"]
-            print(f"{global_step:>10,} steps  return {recent:8.1f}  {speed:8,.0f} steps/s  {self.folder}", flush=True)
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and all random states; loads with weights_only=True."""
-        self.tensorboard.flush()
-        state |= {"script": SCRIPT, "global_step": self.global_step, "wall_time": self.wall_time, "rng": rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
-
-    def close(self, status: str, **extra) -> None:
-        """Write result.json, last and atomically."""
-        self.closed = True
-        batch_size = self.args.num_envs * self.args.num_steps
-        end = self.args.total_timesteps // batch_size * batch_size
-        last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in (*self.csv_files.values(), self.tensorboard):
-            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
-                file.close()
-        if self.bar is not None:
-            self.bar.close()
-        result = {
-            "status": status,
-            "global_step": self.global_step,
-            "wall_time_s": self.wall_time,
-            "final_return": float(np.mean(last)) if last else None,
-        }
-        self.write_json("result.json", result | extra)
-        mean = "" if result["final_return"] is None else f", final return {result['final_return']:.1f}"
-        print(f"{status} after {self.global_step:,} steps{mean}: {self.folder}", flush=True)
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if status == "finished" else 1)
-
-
-def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The trained policy in a model.pt: raw observations (..., D) -> the likeliest Discrete actions (...), or the mean Box
-    actions (..., A), clipped to the action box."""
-    model = torch.load(path, weights_only=True)
-    agent = Agent(**model["shape"])
-    agent.load_state_dict(model["agent"])
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            output = agent.actor(torch.as_tensor(obs, dtype=torch.float32))
-        if agent.discrete:
-            return output.numpy().argmax(-1) + model["action_start"]
-        return output.clamp(model["action_low"], model["action_high"]).numpy()
-
-    return policy
-
-
-def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
-    """Undiscounted returns of one episode in each of `episodes` fresh environments (seeds unlike the training's).
-    Where a task has no time limit, an episode counts up to its 100,000th step."""
-    envs, *_ = make_envs(args.env_id, episodes, derived_seed(args.seed, 2**40), args.env_backend, args.env_threads)
-    obs, _ = envs.reset()
-    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    for _ in range(100_000):
-        if not running.any():
-            break
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs.astype(np.float32)))
-        returns += np.where(running, rewards, 0.0)
-        running &= ~(terminated | truncated)
-    envs.close()
-    return returns.tolist()
-
-
-def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
-    """Film one episode, up to its 5,000th step, into `folder`; without a model, only draw one frame. For a child
-    process: where no GL is, rendering may raise or kill."""
-    if sys.platform == "linux":  # MuJoCo draws without a screen through EGL; elsewhere it refuses that word
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    if model is None:  # the caller says in one sentence what failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array"))
-    if model is not None:
-        env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True)
-    obs, _ = env.reset(seed=seed)
-    if model is None:
-        env.render()
-        os._exit(0)  # drivers may crash when they are unloaded
-    policy = load_policy(model)
-    for _ in range(5_000):
-        obs, _, terminated, truncated, _ = env.step(policy(np.asarray(obs, dtype=np.float32)))
-        if terminated or truncated:
-            break
-    env.close()
-
-
-def film_in_child(*arguments) -> bool:
-    """Whether `film(*arguments)` ran to its end in a process of its own."""
-    child = multiprocessing.get_context("spawn").Process(target=film, args=arguments)
-    child.start()
-    child.join()
-    return child.exitcode == 0
+    """What makes a run: command, commit, versions."""
+    wanted = {"torch", "numpy", "gymnasium", "envpool", "mujoco"}
+    versions = {each.name: each.version for each in importlib.metadata.distributions() if each.name in wanted}
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions |= {"python": sys.version.split()[0]}
+    script, commit = Path(__file__).name, git.stdout.strip() or None
+    return {"script": script, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -864,213 +544,405 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-# ---- Training: set-up ------------------------------------------------------------------------------------------
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Replace `path` by bytes or by what torch saves: after a crash the old or the new content is there."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk should not stay full of half a file
+
+
+class Run:
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals.
+
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever
+    the end is. `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which
+    the loop reads at the end of its iteration; a second one, or one after training, stops at once.
+    """
+
+    def __init__(self, args: Args):
+        self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
+        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+        self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
+
+    def __enter__(self):
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if it cannot."""
+        if self.folder is None:
+            return self
+        if not (self.folder / "checkpoint.pt").exists():
+            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run")
+        try:
+            self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+        except filelock.Timeout:
+            raise BadInput(f"--resume {self.folder} is still running in another process") from None
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            reason = f"checkpoint.pt is damaged: {type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
+        return self
+
+    def open(self) -> None:
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
+        args, resumed = self.args, self.checkpoint is not None
+        if not resumed:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+            while self.folder.exists():  # a run of the same second
+                self.folder = self.folder.with_name(self.folder.name + "_")
+        if args.track:
+            try:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                config = args.model_dump(mode="json")  # the parts of a run that was continued are one group
+                self.wandb = wandb.init(**names, group=self.folder.name, config=config, sync_tensorboard=True)
+            except Exception as error:
+                raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
+        try:
+            if not resumed:
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            self.write_json("args.json", made | {"args": saved})
+            self.metrics = self.open_csv("metrics.csv", METRICS)
+            self.episodes = self.open_csv("episodes.csv", EPISODES)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+        except OSError as error:
+            raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
+        bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(**bar, mininterval=seconds, delay=0.1)  # delay: nothing is printed here
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        self.opened, self.started = True, time.perf_counter() - self.wall_time
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ask the loop to stop; at once if it was asked before or has ended."""
+        at_once, self.stop_signal = self.stop_signal or self.trained, number
+        if at_once:
+            sys.exit(128 + number)
+
+    def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
+        it are dropped, and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [",".join(columns)], 0
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
+                if int(row["global_step"]) <= self.global_step:
+                    kept.append(line)
+                    self.returns += [(row["global_step"], row["episodic_return"])] if name[0] == "e" else []
+            except (ValueError, OverflowError):
+                damaged += line != kept[0]
+        if damaged:
+            say(f"{path}: {damaged} lines could not be read and are dropped")
+        write_atomically(path, "\r\n".join([*kept, ""]).encode())
+        self.files.append(open(path, "a", newline=""))
+        return csv.DictWriter(self.files[-1], columns)
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
+        strict = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        write_atomically(self.folder / name, (json.dumps(strict, indent=1) + "\n").encode())
+
+    def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this
+        iteration; None is a number that does not exist."""
+        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time}
+        metrics["charts/SPS"] = global_step / self.wall_time
+        for name in ("episodic_return", "episodic_length"):
+            metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
+        self.metrics.writerow(metrics)
+        self.episodes.writerows(episodes)
+        for file in self.files:
+            file.flush()
+        for name in METRICS[2:]:
+            if metrics.get(name) is not None:
+                self.tensorboard.add_scalar(name, metrics[name], global_step)
+        self.returns += [(row["global_step"], row["episodic_return"]) for row in episodes]
+        with contextlib.suppress(OSError, ValueError):
+            recent = np.mean([value for _, value in self.returns[-20:]] or math.nan)
+            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+            self.bar.update(global_step - self.bar.n)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the
+        disk before."""
+        for file in self.files:
+            os.fsync(file.fileno())
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        write_atomically(self.folder / "checkpoint.pt", state)
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Write result.json, last and atomically, and let go of everything."""
+        if self.opened:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            status = "finished" if error is None else "failed"
+            if self.stop_signal or isinstance(error, KeyboardInterrupt):
+                status = "interrupted"
+            elif isinstance(error, Diverged):
+                status = "diverged"
+            last = [value for step, value in self.returns if step > 0.9 * self.end]
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
+            result |= {"final_return": float(np.mean(last or math.nan))}
+            result |= self.result if error is None else {"error": f"{kind.__name__}: {error}"}
+            for each in (self.bar, self.tensorboard, *self.files):
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
+                    each.close()
+            self.write_json("result.json", result)
+            say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
+            if status == "interrupted":
+                say(f"continue with --resume {self.folder}")
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+        if self.lock is not None:
+            self.lock.release()
+
+
+def load_policy(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt: called with raw observations (..., D), it gives the
+    actions that are played, as the task takes them."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    agent = Agent(*saved["agent_sizes"])
+    agent.load_state_dict(saved["agent"])
+    return agent.eval().requires_grad_(False)
+
+
+def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
+    long; with a folder they are filmed. Raises BadInput if Gymnasium cannot make the task; without
+    episodes it only tries."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        drawn = {"render_mode": "rgb_array"} if film_folder else {}
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
+        if film_folder:
+            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
+        env = gym.wrappers.TimeLimit(gym.wrappers.FlattenObservation(env), 5_000 if film_folder else 100_000)
+    returns = [0.0] * episodes
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
+        ended = False
+        while not ended:
+            with torch.no_grad():
+                action = agent(obs).numpy()[()]
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            ended = terminated or truncated
+    env.close()
+    return returns
+
+
+# ---- STAC training: set-up (shared) ------------------------------------------------------------------
 def train(args: Args) -> Path:
-    """Train and return the run folder. Raises BadInput before anything is created."""
-    batch_size = args.num_envs * args.num_steps
-    if args.total_timesteps < batch_size:
-        raise BadInput(
-            f"--total-timesteps {args.total_timesteps} is less than one rollout of num-envs x num-steps = "
-            f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
-        )
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device(args.device)
-    if args.device == "cpu":
-        torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
-        threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy
-        keep_freed_memory()
+    """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
+    with Run(args) as run:
+        checkpoint, start, batch_size = run.checkpoint, run.global_step, args.num_envs * args.num_steps
+        if start % batch_size or start > args.total_timesteps:
+            needs = "--total-timesteps must be at least that, and --num-envs x --num-steps must divide it"
+            raise BadInput(f"--resume {args.resume} has made {start} steps: {needs}")
+        torch.manual_seed(args.seed)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # networks this small lose more to a hand-over than they gain
+        envs, observation_space, action_space = make_envs(args, derived_seed(args.seed, start))
+        if args.eval_episodes or args.capture_video:
+            play(None, args, episodes=0)
+        obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
+        discrete = isinstance(action_space, gym.spaces.Discrete)
+        agent_sizes = obs_dim, action_dim, discrete, args.first_width, args.second_width
+        agent = Agent(*agent_sizes)
+        agent.set_action_space(action_space)
+        agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
+        theta, omega = agent.actor_parameters(), list(agent.critic.parameters())
+        if len(theta) + len(omega) != len(list(agent.parameters())):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+                torch.set_rng_state(checkpoint["rng"])  # all noise is drawn on the CPU
+            except (RuntimeError, KeyError) as error:
+                wrong = "its networks have another shape; leave out the widths and the task"
+                raise BadInput(f"--resume {args.resume}: {wrong}") from error
 
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    start = checkpoint["global_step"] if checkpoint else 0
-    envs, observation_space, action_space = make_envs(
-        args.env_id, args.num_envs, derived_seed(args.seed, start), args.env_backend, args.env_threads
-    )
-    if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
-        raise BadInput(
-            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo needs EGL, or the library OSMesa and the "
-            "environment variable MUJOCO_GL=osmesa; or leave --capture-video out"
-        )
-    discrete = isinstance(action_space, gym.spaces.Discrete)
-    shape_of_agent = {
-        "obs_dim": observation_space.shape[0],
-        "action_dim": int(action_space.n) if discrete else action_space.shape[0],
-        "discrete": discrete,
-        "first_width": args.first_width,
-        "second_width": args.second_width,
-    }
-    agent = Agent(**shape_of_agent).to(device)
-    theta, omega = agent.actor_parameters(), list(agent.critic.parameters())
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        set_rng_state(checkpoint["rng"])
+        # The rollout: arrays (time, environment, ...); row num_steps of obs is the last one's successor.
+        shape = (args.num_steps, args.num_envs)
+        obs = np.zeros((args.num_steps + 1, args.num_envs, obs_dim), dtype=np.float32)
+        rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
 
-    # ---- Training: buffers and the loop ------------------------------------------------------------------------
-    # The rollout lives in numpy arrays (time, environment, ...); row num_steps of obs is the last one's successor.
-    shape = (args.num_steps, args.num_envs)
-    obs = np.zeros((args.num_steps + 1, args.num_envs, shape_of_agent["obs_dim"]), dtype=np.float32)
-    actions = np.zeros(shape, dtype=np.int64) if discrete else np.zeros((*shape, shape_of_agent["action_dim"]), np.float32)
-    rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-
-    def to_env(chosen: np.ndarray) -> np.ndarray:
-        """Actions as the task wants them: counted from its own first one, or clipped to its box."""
-        if discrete:
-            return (chosen + action_space.start).astype(action_space.dtype)
-        return np.minimum(np.maximum(chosen, action_space.low), action_space.high)
-
-    with Run(args, checkpoint) as run:
+        # ---- STAC training: collect a rollout (shared) -----------------------------------------------
+        run.open()
         num_iterations = args.total_timesteps // batch_size
         for iteration in range(start // batch_size + 1, num_iterations + 1):
-            # ---- Training: collect a rollout -------------------------------------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
-            # Every rollout begins with new episodes, so that every trajectory begins in an initial state (Prop. 1).
-            obs[0], _ = envs.reset()
-            ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
-            episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-            noise, actor = agent.draw_noise(*shape), numpy_mlp(agent.actor)
+            # Every rollout begins with new episodes, so that every trajectory begins in an initial state.
+            obs[0] = envs.reset()[0]
+            ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
+            episode_returns, episode_lengths = np.zeros((2, args.num_envs))
+            behaviour = copy.deepcopy(agent).cpu()  # a CPU is faster than a GPU for a few rows
+            noise, actions = behaviour.noise(*shape).detach(), []
             for t in range(args.num_steps):
-                actions[t] = agent.act(actor(obs[t]), noise[t])
+                with torch.no_grad():
+                    actions.append(behaviour.sample(torch.from_numpy(obs[t]), noise[t]))
+                    task_actions = behaviour.task_actions(actions[t]).numpy()
                 env_start = time.perf_counter()
-                obs[t + 1], reward, ends, cut, _ = envs.step(to_env(actions[t]))
+                obs[t + 1], reward, ends, cut, _ = envs.step(task_actions)
                 env_time += time.perf_counter() - env_start
                 transition, ended = ~ended, ends | cut
                 terminated[t], truncated[t], valid[t] = ends, cut, transition
-                rewards[t] = np.where(transition, reward, 0.0)
-                episode_returns += rewards[t]
+                reward = np.where(transition, reward, 0.0)
+                rewards[t] = reward
+                episode_returns += reward
                 episode_lengths += transition
-                if ended.any():
+                for index in ended.nonzero()[0].tolist():
                     step = (iteration - 1) * batch_size + (t + 1) * args.num_envs
-                    wall_time = time.perf_counter() - run.started
-                    for index in ended.nonzero()[0].tolist():
-                        episodes.append((step, wall_time, index, float(episode_returns[index]), int(episode_lengths[index])))
-                    episode_returns[ended], episode_lengths[ended] = 0.0, 0
+                    seconds, length = time.perf_counter() - run.started, int(episode_lengths[index])
+                    episode = step, seconds, index, float(episode_returns[index]), length
+                    episodes.append(dict(zip(EPISODES, episode)))
+                    episode_returns[index] = episode_lengths[index] = 0
 
-            # ---- Training: advantages and targets --------------------------------------------------------------
+            # ---- STAC training: advantages and targets (shared) --------------------------------------
             update_start = time.perf_counter()
-            b_obs, b_actions, b_rewards, b_terminated, b_truncated, b_valid = (
-                torch.from_numpy(array).to(device) for array in (obs, actions, rewards, terminated, truncated, valid)
-            )
-            b_ended = torch.max(b_terminated, b_truncated)
-            if not args.bootstrap_truncation:
-                b_terminated = b_ended
+            ending = np.maximum(terminated, truncated)
+            discounts = args.gamma * (1 - (terminated if args.bootstrap_truncation else ending))
+            arrays = obs, rewards, discounts, ending, valid
+            b_obs, b_rewards, b_discounts, b_ended, b_valid = (torch.tensor(x, device=device) for x in arrays)
             with torch.no_grad():
                 values = agent.critic(b_obs).squeeze(-1)
-            advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
-            returns = gae(b_rewards, values, b_terminated, b_ended, args.gamma, 1.0) + values[:-1]  # Monte Carlo
-            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; the row after an episode's end is none
-            b_obs, b_actions, advantages, returns = (
-                array.flatten(0, 1)[rows] for array in (b_obs[:-1], b_actions, advantages, returns)
-            )
+            decay = args.gamma * (1 - b_ended)
+            all_advantages = gae(b_rewards, values, b_discounts, args.gae_lambda * decay)
+            all_returns = gae(b_rewards, values, b_discounts, decay) + values[:-1]  # Monte Carlo
+            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; a reset is none
+            arrays = b_obs[:-1], torch.stack(actions).to(device), all_advantages, all_returns
+            states, b_actions, advantages, returns = (array.flatten(0, 1)[rows] for array in arrays)
             if args.norm_adv and len(rows) > 1:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-            # ---- Leader: the weight of each trajectory (Proposition 1) -----------------------------------------
             starts = episode_starts(b_valid)
-            base = discount_weights(starts, args.gamma) if args.discount_gradient else torch.ones_like(b_valid)
-            base, weights = base.float().flatten()[rows], torch.ones_like(returns)
-            bilevel = {}
+            gamma = args.gamma if args.discount_gradient else 1.0
+            base = discount_weights(starts, gamma).float().flatten()[rows]
+
+            # ---- Leader: the weight of each trajectory (Proposition 1) -------------------------------
+            weights, bilevel = torch.ones_like(returns), {}
             if args.stackelberg and args.regularisation < math.inf:
-                flat = torch.cat([parameter.detach().flatten() for parameter in omega])
-                b = torch.func.grad(mean_value, argnums=1)(agent.critic, flat, b_obs)
-                hessian = curvature(agent.critic, flat, b_obs, returns, args.hessian == "gauss-newton")
+                point = nn.utils.parameters_to_vector(omega).detach()
+                leading = leader_states(args.leader_states, b_obs, b_discounts, b_valid)
+                b = torch.func.grad(mean_value, argnums=1)(agent.critic, point, *leading)
+                hessian = curvature(agent.critic, point, states, returns, args.hessian == "gauss-newton")
 
                 def damped(v: Tensor) -> Tensor:
                     return hessian(v) + args.regularisation * v
 
                 x, stopped = conjugate_gradient(damped, b, args.cg_iterations)
-                slopes = torch.zeros(b_valid.numel(), device=device)
-                slopes[rows] = directional_derivative(agent.critic, flat, b_obs, x)
-                weights = trajectory_weights(starts, slopes.view(b_valid.shape)).flatten()[rows]
-                if not weights.isfinite().all():
+                slopes = directional_derivative(agent.critic, point, b_obs[:-1].flatten(0, 1), x)
+                weights = trajectory_weights(starts, slopes.view(shape)).flatten()[rows]
+                if not weights.isfinite().all():  # this step falls back to AC's
                     weights, stopped = torch.ones_like(returns), True
-                bilevel["bilevel/ihvp_residual"] = ((damped(x) - b).norm() / b.norm()).item()
-                bilevel["bilevel/ihvp_norm"] = x.norm().item()
-                bilevel["bilevel/negative_curvature"] = float(stopped)
+                bilevel["ihvp_residual"] = (damped(x) - b).norm() / b.norm()
+                bilevel["ihvp_norm"] = x.norm()
+                bilevel["negative_curvature"] = float(stopped)
 
-            # ---- Leader: one plain gradient step ---------------------------------------------------------------
-            logprobs, entropy = agent.logprob(b_obs, b_actions)
-            direct = torch.autograd.grad(policy_objective(logprobs, advantages, base), theta, retain_graph=True)
-            total = direct  # AC
-            if bilevel:
-                total = torch.autograd.grad(policy_objective(logprobs, advantages, base * weights), theta)
+            # ---- Leader: one plain gradient step -----------------------------------------------------
+            logprobs, entropy = agent.logprob_and_entropy(states, b_actions)
+            objective = policy_objective(logprobs, advantages, base)
+            direct = torch.autograd.grad(objective, theta, retain_graph=True)
+            total = torch.autograd.grad(policy_objective(logprobs, advantages, base * weights), theta)
             with torch.no_grad():
-                torch._foreach_add_(theta, total, alpha=args.learning_rate)
-                logratio = agent.logprob(b_obs, b_actions)[0] - logprobs
+                for parameter, gradient in zip(theta, total):
+                    parameter.add_(gradient, alpha=args.learning_rate)
+                logratio = agent.logprob_and_entropy(states, b_actions)[0] - logprobs
 
-            # ---- Follower: m plain gradient steps --------------------------------------------------------------
+            # ---- Follower: m plain gradient steps ----------------------------------------------------
             for step in range(args.critic_steps):
-                critic_loss = value_loss(agent.critic(b_obs).squeeze(-1), returns)
+                critic_loss = value_loss(agent.critic(states).squeeze(-1), returns)
                 gradients = torch.autograd.grad(critic_loss, omega)
                 if step == 0:
-                    first_loss, first_gradients = critic_loss.item(), gradients
+                    first_loss, first_gradients = critic_loss.detach(), gradients
                 with torch.no_grad():
-                    torch._foreach_add_(omega, gradients, alpha=-args.critic_learning_rate)
-            gradients = torch.autograd.grad(value_loss(agent.critic(b_obs).squeeze(-1), returns), omega)  # what is left of it
+                    for parameter, gradient in zip(omega, gradients):
+                        parameter.add_(gradient, alpha=-args.critic_learning_rate)
 
-            # ---- Training: log and checkpoint ------------------------------------------------------------------
-            direct, total, before, after = (
-                torch.cat([gradient.flatten() for gradient in each]) for each in (direct, total, first_gradients, gradients)
-            )
+            # ---- STAC training: log (shared) ---------------------------------------------------------
+            last_loss = value_loss(agent.critic(states).squeeze(-1), returns)
+            last_gradients = torch.autograd.grad(last_loss, omega)
+            direct, total = (torch.cat([gradient.flatten() for gradient in each]) for each in (direct, total))
             bilevel |= {
-                "bilevel/direct_norm": direct.norm().item(),
-                "bilevel/correction_norm": (total - direct).norm().item(),
-                "bilevel/multiplier": (total.norm() / direct.norm()).item(),
-                "bilevel/cosine": torch.cosine_similarity(total, direct, 0).item(),
-                "bilevel/weight_mean": weights.mean().item(),
-                "bilevel/weight_std": weights.std().item(),
-                "bilevel/inner_gradient_norm_before": before.norm().item(),
-                "bilevel/inner_gradient_norm_after": after.norm().item(),
+                "direct_norm": direct.norm(),
+                "correction_norm": (total - direct).norm(),
+                "multiplier": total.norm() / direct.norm(),
+                "cosine": torch.cosine_similarity(total, direct, 0),
+                "weight_mean": weights.mean(),
+                "weight_std": weights.std(),
+                "inner_gradient_norm_before": nn.utils.get_total_norm(first_gradients),
+                "inner_gradient_norm_after": nn.utils.get_total_norm(last_gradients),
             }
             predictions = values[:-1].flatten()[rows]
+            explained = float(1 - (returns - predictions).var() / returns.var())
+            now = time.perf_counter()
             losses = {
-                "losses/value_loss": first_loss,
-                "losses/policy_loss": -policy_objective(logprobs, advantages, base).item(),
+                "losses/value_loss": first_loss.item(),
+                "losses/policy_loss": -objective.item(),
                 "losses/entropy": entropy.mean().item(),
                 "losses/approx_kl": (logratio.exp() - 1 - logratio).mean().item(),
-                "losses/explained_variance": float(1 - (returns - predictions).var() / returns.var()),
-            }
-            now = time.perf_counter()
-            times = {
+                "losses/explained_variance": explained if math.isfinite(explained) else None,
                 "time/env": env_time,
                 "time/policy": update_start - rollout_start - env_time,
                 "time/update": now - update_start,
             }
-            run.log(iteration * batch_size, losses | bilevel | times, episodes)
-            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                run.save_checkpoint({"agent": agent.state_dict()})
-            if run.stop_signal:
-                run.stop()
+            for name, number in bilevel.items():
+                losses[f"bilevel/{name}"] = float(number) if math.isfinite(number) else None
+            run.log(iteration * batch_size, losses, episodes)
+            watched = {"observations": b_obs, "rewards": b_rewards}
+            watched["losses"] = torch.stack([first_loss, objective])
+            watched["weights"] = nn.utils.parameters_to_vector(agent.parameters())
+            for name, numbers in watched.items():
+                if not numbers.isfinite().all():
+                    raise Diverged(f"the {name} stopped being finite by step {iteration * batch_size:,}")
 
-        # ---- Training: model, evaluation, video ----------------------------------------------------------------
-        run.end_training()
+            # ---- Training: checkpoint ----------------------------------------------------------------
+            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
+                run.save_checkpoint({"agent_sizes": agent_sizes, "agent": agent.state_dict()})
+            if run.stop_signal:
+                sys.exit(128 + run.stop_signal)
+
+        # ---- Training: model, evaluation, film (shared) ----------------------------------------------
+        run.trained = True
         envs.close()
-        model = {"script": SCRIPT, "env_id": args.env_id, "agent": agent.cpu().state_dict(), "shape": shape_of_agent}
-        if discrete:
-            model["action_start"] = int(action_space.start)
-        else:
-            low, high = action_space.low, action_space.high
-            model |= {"action_low": torch.as_tensor(low).float(), "action_high": torch.as_tensor(high).float()}
-        path = run.folder / "model.pt"
-        if args.save_model or args.eval_episodes or args.capture_video:
-            write_atomically(path, lambda new: torch.save(model, new))
-        results = {}
+        agent.cpu()
+        if args.save_model:
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes}
+            write_atomically(run.folder / "model.pt", model | {"agent": agent.state_dict()})
+        if args.capture_video:
+            try:
+                play(agent, args, 1, run.folder / "videos")
+            except Exception as error:  # as where nothing can draw
+                say(f"no film, the run is complete: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa")
         if args.eval_episodes:
-            results["eval_returns"] = evaluate(load_policy(path), args, args.eval_episodes)
-            print(f"mean return of {args.eval_episodes} evaluation episodes: {np.mean(results['eval_returns']):.1f}")
-        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed):
-            print("the video could not be made; the run is complete without it", file=sys.stderr)
-        if not args.save_model:
-            path.unlink(missing_ok=True)
-        run.close("finished", **results)
+            run.result["eval_returns"] = play(agent, args, args.eval_episodes)
+            say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
-# ---- Entry point (shared) --------------------------------------------------------------------------------------
+# ---- Entry point (shared) ----------------------------------------------------------------------------
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a task of the user's own may lie
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
-        train(parse_args(Args))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        train(parse_args())
+    except (BadInput, Diverged) as error:
+        say(f"error: {error}")
+        sys.exit(2 if isinstance(error, BadInput) else 1)

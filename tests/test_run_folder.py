@@ -561,6 +561,13 @@ def test_damaged_csv_files_do_not_stop_a_resume_and_what_is_dropped_is_said(scri
     assert same(load_checkpoint(copy), load_checkpoint(whole))
 
 
+def test_an_infinite_argument_is_resumed(toy_envs, tmp_path):
+    folder = train(ONE, run_dir=tmp_path, max_grad_norm="inf", total_timesteps=BATCH)
+    assert read_json(folder / "args.json")["args"]["max_grad_norm"] == "Infinity"
+    resume(ONE, folder, "--total-timesteps", 2 * BATCH)
+    assert load(ONE).Args(**read_json(folder / "args.json")["args"]).max_grad_norm == math.inf
+
+
 @only_one
 def test_a_running_run_shows_no_result_of_the_past(script, broken_off, tmp_path, monkeypatch):
     copy, seen = shutil.copytree(broken_off, tmp_path / "copy"), []

@@ -5,8 +5,10 @@ import re
 from collections import defaultdict
 
 import pytest
+import tyro
 from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, SCRIPTS, load, parse
 
+EVERY = sorted(path.name for path in REPO.glob("*.py"))
 BANNER = re.compile(r"\s*# ---- (.+?) -{3,}$")
 PPO_AND_BLPO_DIFFER_IN = {"Docstring", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Optimisers", "Update"}
 CONTINUOUS_AND_DISCRETE_DIFFER_IN = {"Docstring", "Arguments", "Gaussian policy (shared)", "Categorical policy (shared)"}
@@ -107,7 +109,7 @@ def test_common_blocks_come_in_the_same_order(other):
     assert [name for name in first if name in common] == [name for name in second if name in common]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_no_script_imports_another(script):
     """Each file can be copied away on its own."""
     own = {path.stem for path in REPO.glob("*.py")} | {"benchmark", "tests"}
@@ -122,13 +124,13 @@ def test_no_script_imports_another(script):
     assert not imported & own
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_no_line_is_longer_than_110_characters(script):
     """And the code is as `ruff format --line-length 110` leaves it, so that its length is not won by packing."""
     assert [line for line in (REPO / script).read_text().splitlines() if len(line) > 110] == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_every_public_function_and_class_has_a_docstring(script):
     tree = ast.parse((REPO / script).read_text())
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -143,61 +145,55 @@ def test_every_public_function_and_class_has_a_docstring(script):
     assert ast.get_docstring(tree), f"{script} needs a docstring"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EVERY)
 def test_docstring_names_a_command_that_runs_this_script(script):
     """The command in the docstring parses, so that a reader can start from it."""
     commands = re.findall(rf"^    python {re.escape(script)}(.*)$", load(script).__doc__, re.MULTILINE)
     assert commands
     for words in commands:
-        parse(script, words.split())
+        words = words.partition("#")[0].split()
+        parse(script, words) if hasattr(load(script), "parse_args") else tyro.cli(load(script).Args, args=words)
 
 
-# ---- The other scripts: the same definitions where they fit -----------------------------------------------------
-def definitions(script: str) -> dict[str, str]:
-    """The source of the functions and classes at the top level of a script, by name."""
-    text = (REPO / script).read_text()
-    nodes = [node for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    return {node.name: ast.get_source_segment(text, node) for node in nodes}
-
-
-OWN = {"Args", "Agent", "make_envs", "evaluate", "film", "load_policy", "train"}  # what each script has in a form of its own
-OTHER_SCRIPTS = {
-    "stac.py": OWN | {"value_loss"},
-    "stac_ablations.py": OWN | {"value_loss"},
-    "stddpg.py": OWN | {"check_batch_shape"},
-    "stsac.py": OWN | {"check_batch_shape"},
-    "sobirl_rlhf.py": OWN | {"check_batch_shape"},
+# ---- All scripts -----------------------------------------------------------------------------------------------
+TABULAR = {"blpo_tabular.py", "sobirl_tabular.py", "stackelberg_toy.py"}
+RUNS = [script for script in EVERY if script not in TABULAR]  # those that train on environments
+REQUIRED = {
+    "Checked arguments (shared)": EVERY,
+    "The run: what is not the algorithm (shared)": RUNS,
+    "Training: model, evaluation, film (shared)": RUNS,
+    "Entry point (shared)": RUNS,
+    "Environments (shared)": [script for script in RUNS if "atari" not in script],
+    "Bilevel mathematics (shared)": [*BLPO_SCRIPTS, "blpo_atari.py"],
 }
 
 
-@pytest.mark.parametrize("other", OTHER_SCRIPTS)
-def test_the_other_scripts_have_the_shared_blocks_and_definitions_of_ppo_atari(other):
-    one, two = blocks("ppo_atari.py"), blocks(other)
-    shared = {name for name in two if "(shared)" in name}
-    assert shared == {"Imports (shared)", "Entry point (shared)"}
-    assert {name for name in shared if one.get(name) != two[name]} == set()
-    one, two = definitions("ppo_atari.py"), definitions(other)
-    common = one.keys() & two.keys()
-    assert {"Run", "parse_args", "check_ranges", "load_checkpoint", "film_in_child", "rng_state", "provenance"} <= common
-    assert {name for name in common if one[name] != two[name]} == OTHER_SCRIPTS[other]
+def test_blocks_of_one_name_are_identical_in_all_scripts():
+    per_script, problems = {script: blocks(script) for script in EVERY}, []
+    assert len(RUNS) == 12
+    for name in sorted({name for found in per_script.values() for name in found if "(shared)" in name}):
+        texts = {script: found[name] for script, found in per_script.items() if name in found}
+        if len(set(texts.values())) > 1:
+            problems.append(f"block {name!r} drifted apart: {drifted(texts)}")
+        if len(texts) == 1:
+            problems.append(f"block {name!r} is in {', '.join(texts)} alone")
+    problems += [f"{script} has no block {name!r}" for name, owners in REQUIRED.items() for script in owners if name not in per_script[script]]
+    assert not problems, "\n".join(problems)
 
 
-def test_the_laboratory_of_stac_differs_in_these_definitions_and_blocks_alone():
-    method, laboratory = definitions("stac.py"), definitions("stac_ablations.py")
-    different = {name for name in method.keys() | laboratory.keys() if method.get(name) != laboratory.get(name)}
-    added = {"released_weights", "timestep_weights", "controlled"}
-    assert different == {"Args", "conjugate_gradient", "train"} | added and not added & method.keys()
-    method, laboratory = blocks("stac.py"), blocks("stac_ablations.py")
-    assert [name for name in laboratory if name != "Other estimators and controls"] == list(method)
-    different = {name for name in method if method[name] != laboratory[name]}
-    assert different == {
-        "Docstring", "Arguments", "Stackelberg mathematics", "Training: set-up", "Follower: m plain gradient steps",
-        "Leader: the weight of each trajectory (Proposition 1)", "Leader: one plain gradient step", "Training: log and checkpoint",
-    }  # fmt: skip
+SIBLINGS = {
+    ("ppo_atari.py", "blpo_atari.py"): {
+        "Docstring", "Imports", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Networks and optimisers", "Update",
+    },
+    ("stac.py", "stac_ablations.py"): {
+        "Docstring", "Imports", "Arguments", "Laboratory mathematics", "Training: what the controls carry on",
+        "Leader: the weight of each trajectory (Proposition 1)", "Leader: one plain gradient step",
+        "Follower: m plain gradient steps", "Training: checkpoint",
+    },
+    ("stddpg.py", "stsac.py"): {"Docstring", "Arguments", "Policy"},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["stac.py", "stac_ablations.py"])
-def test_stac_documents_itself_and_stands_alone(script):
-    test_every_public_function_and_class_has_a_docstring(script)
-    test_docstring_names_a_command_that_runs_this_script(script)
-    test_no_script_imports_another(script)
+@pytest.mark.parametrize("pair", SIBLINGS)
+def test_siblings_differ_in_these_blocks_and_no_other(pair):
+    assert differing(*pair) == SIBLINGS[pair]

@@ -1,43 +1,47 @@
-"""stac.py as a program: what a rollout means, AC as a special case, run folder, resume, bad input."""
+"""stac.py and stac_ablations.py as programs: what a rollout means, AC as a special case, resume, divergence, bad input.
 
-import dataclasses
-import functools
-import inspect
+What the run folder, the command line and the environments promise is tested in the blocks that these scripts share with the
+on-policy ones; their mathematics is in test_stackelberg.py.
+"""
+
 import json
 import math
 import os
-import re
 import shutil
 import signal
 
+import gymnasium as gym
 import numpy as np
 import pytest
-import stac
-import stac_ablations
 import torch
 from conftest import REPO, WALK, after_iteration, read_csv, without_time
-from test_command_line import assert_one_sentence, ends, flag, numbers
 from test_semantics import Tampered
+from torch import nn
+
+import stac
+import stac_ablations
 
 SCRIPT = "stac.py"
 TINY = {
     "env_id": WALK, "num_envs": 2, "num_steps": 32, "total_timesteps": 4 * 64, "critic_steps": 2, "first_width": 8,
     "second_width": 6, "checkpoint_every": 1, "device": "cpu", "learning_rate": 0.01, "critic_learning_rate": 1e-3,
 }  # fmt: skip
-DISCRETE = "toy/DiscreteActions-v0"
+DISCRETE, CLOCK = "toy/DiscreteActions-v0", "toy_envs:toy/Clock-v0"
+POSITIVE = {"hessian": "gauss-newton", "regularisation": 0.1}
 
 
 def words(**changes) -> list[str]:
     """The command line of a tiny run."""
     argv = []
     for name, value in (TINY | changes).items():
-        argv += [flag(name) if value else flag(f"no_{name}")] if isinstance(value, bool) else [flag(name), str(value)]
+        flag = name.replace("_", "-")
+        argv += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return argv
 
 
 def train(module=stac, **changes):
     """A tiny run in this process; returns its folder."""
-    return module.train(module.parse_args(module.Args, words(**changes)))
+    return module.train(module.parse_args(words(**changes)))
 
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
@@ -48,8 +52,18 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def differ(module, tmp_path, base: dict, changes: list[dict]) -> list:
+    """The folders of tiny runs with these changes, no two of which have the same weights."""
+    folders = [train(module, run_dir=tmp_path / str(i), **base | change) for i, change in enumerate(changes)]
+    found = [weights_of(folder) for folder in folders]
+    for i, first in enumerate(found):
+        for j, second in enumerate(found[:i]):
+            assert not same(first, second), (changes[i], changes[j])
+    return folders
+
+
 # ---- Runs ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("env_id, backend", [("CartPole-v0", "envpool"), ("CartPole-v1", "gymnasium"), (WALK, "auto"),
+@pytest.mark.parametrize("env_id, backend", [("CartPole-v0", "envpool"), ("CartPole-v1", "sync"), (WALK, "auto"),
                                              ("Pendulum-v1", "envpool")])  # fmt: skip
 @pytest.mark.parametrize("stackelberg", [True, False])
 def test_a_run_of_each_kind(tmp_path, env_id, backend, stackelberg):
@@ -65,19 +79,31 @@ def test_a_run_of_each_kind(tmp_path, env_id, backend, stackelberg):
         assert all(float(row["bilevel/correction_norm"]) > 0 or float(row["bilevel/negative_curvature"]) for row in rows)
     else:
         assert all(float(row["bilevel/multiplier"]) == 1 and float(row["bilevel/correction_norm"]) == 0 for row in rows)
-    policy = stac.load_policy(folder / "model.pt")
-    envs, observation_space, action_space = stac.make_envs(env_id, 1, 0, backend)
-    action = policy(np.zeros(observation_space.shape, np.float32))
-    assert action_space.contains(action)
-    envs.close()
+        assert all(row["bilevel/ihvp_residual"] == "" for row in rows)
+    env = gym.make(env_id)
+    obs = torch.as_tensor(env.observation_space.sample() if env_id != WALK else np.ones(3, np.float32))
+    played = [stac.load_policy(folder / name) for name in ("model.pt", "checkpoint.pt")]
+    actions = [policy(obs) for policy in played]
+    assert env.action_space.contains(actions[0].numpy()[()]) and torch.equal(*actions)
+    if stackelberg:
+        exported = torch.export.export(played[0], (obs,)).module()
+        torch.testing.assert_close(exported(obs), actions[0])
 
 
 def test_infinite_regularisation_is_actor_critic(tmp_path):
     plain = train(run_dir=tmp_path / "ac", stackelberg=False)
     infinite = train(run_dir=tmp_path / "inf", regularisation=math.inf)
-    stackelberg = train(run_dir=tmp_path / "stac", hessian="gauss-newton", regularisation=0.1)
+    stackelberg = train(run_dir=tmp_path / "stac", **POSITIVE)
     assert same(weights_of(plain), weights_of(infinite))
     assert not same(weights_of(plain), weights_of(stackelberg))
+
+
+def test_weights_that_are_not_finite_make_the_step_actor_critics(tmp_path, monkeypatch):
+    plain = train(run_dir=tmp_path / "ac", stackelberg=False)
+    monkeypatch.setattr(stac, "directional_derivative", lambda critic, omega, obs, x: x.new_full((len(obs),), math.nan))
+    fallen = train(run_dir=tmp_path / "fallen", **POSITIVE)
+    assert same(weights_of(plain), weights_of(fallen))
+    assert {row["bilevel/negative_curvature"] for row in read_csv(fallen / "metrics.csv")} == {"1.0"}
 
 
 def test_a_run_repeats_bitwise_and_a_seed_matters(tmp_path):
@@ -87,70 +113,136 @@ def test_a_run_repeats_bitwise_and_a_seed_matters(tmp_path):
     assert logs[0] == logs[1] != logs[2]
 
 
+def test_the_states_of_the_leader_and_the_discount_matter(tmp_path):
+    differ(stac, tmp_path, POSITIVE, [{}, {"leader_states": "second"}, {"discount_gradient": True}])
+
+
 @pytest.mark.full
 def test_each_argument_of_the_algorithm_matters(tmp_path):
-    base = {"hessian": "gauss-newton", "regularisation": 0.1}
     changes = [
         {}, {"hessian": "full"}, {"regularisation": 1.0}, {"cg_iterations": 1}, {"critic_steps": 3}, {"gamma": 0.9},
         {"gae_lambda": 0.5}, {"norm_adv": False}, {"discount_gradient": True}, {"bootstrap_truncation": False},
-        {"learning_rate": 0.02}, {"critic_learning_rate": 2e-3}, {"stackelberg": False},
+        {"learning_rate": 0.02}, {"critic_learning_rate": 2e-3}, {"stackelberg": False}, {"leader_states": "second"},
     ]  # fmt: skip
-    found = [weights_of(train(run_dir=tmp_path / str(i), **base | change)) for i, change in enumerate(changes)]
-    for i, first in enumerate(found):
-        for j, second in enumerate(found[:i]):
-            assert not same(first, second), (changes[i], changes[j])
+    differ(stac, tmp_path, POSITIVE, changes)
 
 
-@pytest.mark.parametrize("env_id", [WALK, DISCRETE])
-def test_one_iteration_by_hand(toy_envs, tmp_path, monkeypatch, env_id):
-    """Plain gradient steps: theta by learning_rate times the gradient of the weighted objective, omega m times downhill."""
-    objectives, batches, losses = [], [], []
+def recorded_calls(monkeypatch, names) -> dict[str, list]:
+    """The arguments of the calls of these functions of stac.py from now on, tensors as copies."""
+    kept = {name: [] for name in names}
 
-    def record(name, kept):
-        original = getattr(stac, name)
-        monkeypatch.setattr(stac, name, lambda *tensors: kept.append([x.detach().clone() for x in tensors]) or original(*tensors))
+    def wrap(name, original):
+        def call(*arguments):
+            kept[name].append([x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments])
+            return original(*arguments)
 
-    def logprob(agent, obs, actions, original=stac.Agent.logprob):
-        batches.append((obs.clone(), actions.clone()))
-        return original(agent, obs, actions)
+        return call
 
-    record("policy_objective", objectives)
-    record("value_loss", losses)
-    monkeypatch.setattr(stac.Agent, "logprob", logprob)
+    for name in names:
+        owner = stac.Agent if hasattr(stac.Agent, name) else stac
+        monkeypatch.setattr(owner, name, wrap(name, getattr(owner, name)))
+    return kept
+
+
+@pytest.mark.parametrize("env_id, which", [(WALK, "all"), (WALK, "second"), (DISCRETE, "second")])
+def test_one_iteration_by_hand(toy_envs, tmp_path, monkeypatch, env_id, which):
+    """The weights of each trajectory from a loop and a dense Hessian; then plain gradient steps: theta by learning_rate times
+    the gradient of the weighted objective, omega m times downhill."""
+    calls = recorded_calls(monkeypatch, ["leader_states", "policy_objective", "value_loss", "logprob_and_entropy"])
     folder = train(env_id=env_id, run_dir=tmp_path, total_timesteps=64, hessian="gauss-newton", regularisation=0.5,
-                   discount_gradient=True, critic_steps=3)  # fmt: skip
+                   discount_gradient=True, critic_steps=3, leader_states=which)  # fmt: skip
     monkeypatch.undo()
-    obs, actions = batches[0]
-    (_, advantages, base), (_, _, weights), *_ = objectives
+    (_, advantages, base), (_, _, weights) = calls["policy_objective"]
+    _, rollout, discounts, valid = calls["leader_states"][0]
+    _, obs, actions = calls["logprob_and_entropy"][0]
+    targets = calls["value_loss"][-1][1]
+    assert discounts.unique().tolist() == pytest.approx([0, 0.99])  # gamma (1 - terminated)
     assert advantages.mean().abs() < 1e-6 and advantages.std().item() == pytest.approx(1, abs=1e-5)
-    assert base.max() == 1 and base.min() < 0.98 and not torch.allclose(weights, base)
 
     torch.manual_seed(1)
     after = weights_of(folder)
     agent = stac.Agent(obs.shape[1], after["actor.4.bias"].shape[0], env_id == DISCRETE, 8, 6)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
-    theta = agent.actor_parameters()
-    gradients = torch.autograd.grad((weights * advantages * agent.logprob(obs, actions)[0]).mean(), theta)
+    theta, omega = agent.actor_parameters(), list(agent.critic.parameters())
+
+    def slopes(states) -> torch.Tensor:
+        """grad V (n, P)."""
+        gradients = [torch.autograd.grad(agent.critic(state), omega) for state in states]
+        return torch.stack([torch.cat([each.flatten() for each in one]) for one in gradients]).double()
+
+    trajectories = []  # their rows
+    for column in range(2):
+        for t in range(32):
+            if t == 0 or not valid[t - 1, column]:
+                trajectories.append([])
+            if valid[t, column]:
+                trajectories[-1].append((t, column))
+    visited = slopes(rollout[:-1][valid.bool()])
+    b = visited.mean(0)
+    if which == "second":
+        seconds = slopes(rollout[rows[0][0] + 1, rows[0][1]] for rows in trajectories)
+        b = (torch.stack([discounts[rows[0]] for rows in trajectories])[:, None] * seconds).mean(0)
+    x = torch.linalg.solve(2 / len(visited) * visited.T @ visited + 0.5 * torch.eye(len(b), dtype=torch.float64), b)
+    expected = torch.zeros(32, 2)
+    for rows in trajectories:
+        for t, column in rows:
+            u = slopes([rollout[rows[0]]])[0] @ x
+            expected[t, column] = 0.99 ** (t - rows[0][0]) * (1 + 2 * u)
+    torch.testing.assert_close(weights, expected[valid.bool()], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(weights, base, atol=0.1)
+
+    gradients = torch.autograd.grad((weights * advantages * agent.logprob_and_entropy(obs, actions)[0]).mean(), theta)
     for parameter, gradient in zip(theta, gradients):
         parameter.data += 0.01 * gradient
     for _ in range(3):
-        loss = ((agent.critic(obs).squeeze(-1) - losses[-1][1]) ** 2).mean()
-        for parameter, gradient in zip(agent.critic.parameters(), torch.autograd.grad(loss, list(agent.critic.parameters()))):
+        loss = ((agent.critic(obs).squeeze(-1) - targets) ** 2).mean()
+        for parameter, gradient in zip(omega, torch.autograd.grad(loss, omega)):
             parameter.data -= 1e-3 * gradient
-    for name, value in agent.state_dict().items():
-        assert not torch.equal(value, before[name]), name
-        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-7)
+    for name, parameter in agent.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+        torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-4, atol=1e-7)
 
 
-def test_episodes_are_those_that_really_ended(tmp_path):
-    import toy_envs
+def test_other_networks_need_no_other_line(tmp_path, monkeypatch):
+    """Acting, learning, the critic's derivatives, saving and playing all call the modules."""
 
-    toy_envs.EPISODES.clear()
+    def network(inputs, first_width, second_width, outputs):
+        layers = [nn.Linear(inputs, 7), nn.SiLU(), nn.LayerNorm(7), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 4), nn.Tanh()]
+        return nn.Sequential(*layers, nn.Linear(4, outputs))
+
+    monkeypatch.setattr(stac, "mlp", network)
+    folder = train(run_dir=tmp_path, save_model=True, hessian="full", regularisation=500)
+    rows = read_csv(folder / "metrics.csv")
+    assert all(float(row["bilevel/correction_norm"]) > 0 and float(row["bilevel/ihvp_residual"]) < 1e-3 for row in rows)
+    agent = stac.load_policy(folder / "model.pt")
+    obs = torch.randn(5, 3)
+    torch.testing.assert_close(agent(obs), agent.actor(obs).clamp(agent.action_low, agent.action_high))
+    noise = agent.noise(5).detach()
+    logprobs, _ = agent.logprob_and_entropy(obs, agent.sample(obs, noise))
+    normal = torch.distributions.Normal(0, agent.actor_logstd.exp())
+    torch.testing.assert_close(logprobs, normal.log_prob(noise).sum(-1))
+
+
+# ---- The rollout -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def from_the_start(toy_envs, monkeypatch):
+    """The records of the toy tasks begin with the run, after the task was tried."""
+    opened = stac.Run.open
+
+    def open_and_forget(run):
+        opened(run)
+        toy_envs.EPISODES.clear()
+
+    monkeypatch.setattr(stac.Run, "open", open_and_forget)
+    return toy_envs
+
+
+def test_episodes_are_those_that_really_ended(from_the_start, tmp_path):
     folder = train(run_dir=tmp_path)
     rows = read_csv(folder / "episodes.csv")
     assert len(rows) > 20
     logged = [(float(row["episodic_return"]), int(row["episodic_length"])) for row in rows]
-    real = [(value, length) for _, value, length, _ in toy_envs.EPISODES]
+    real = [(value, length) for _, value, length, _ in from_the_start.EPISODES]
     assert len(logged) == len(real)
     np.testing.assert_allclose(sorted(logged), sorted(real), rtol=1e-5)
 
@@ -174,110 +266,47 @@ def test_the_row_after_an_episodes_end_influences_nothing(tmp_path, monkeypatch,
     folders = []
     for i, changes in enumerate(({}, tampering, {"truncated_offset": 50.0})):
         monkeypatch.setattr(stac, "make_envs", tampered(**changes))
-        folders.append(train(run_dir=tmp_path / str(i)))
+        folders.append(train(run_dir=tmp_path / str(i), leader_states="second"))
     clean, reset, truncated = (weights_of(folder) for folder in folders)
     assert same(clean, reset)
+    returns = [[row["episodic_return"] for row in read_csv(folder / "episodes.csv")] for folder in folders]
+    assert returns[0] == returns[1]
     assert not same(clean, truncated)  # the final observation of a truncated episode is a bootstrap
 
 
-def test_every_rollout_begins_with_new_episodes(tmp_path):
+def test_every_rollout_begins_with_new_episodes(from_the_start, tmp_path, monkeypatch):
     """Proposition 1 weighs a trajectory by its initial state: none may begin in the middle of an episode."""
-    import toy_envs
-
-    resets, original = [], toy_envs.Walk.reset
+    resets, original = [], from_the_start.Walk.reset
 
     def reset(env, *, seed=None, options=None):
-        resets.append(1)
+        resets.append(seed)
         return original(env, seed=seed, options=options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy_envs.Walk, "reset", reset)
-        folder = train(run_dir=tmp_path / "counted")
-    ended = len(read_csv(folder / "episodes.csv"))
-    assert len(resets) >= 2 * (4 + 1)  # each environment when it is made, and before each of the four rollouts
-    assert len(resets) <= ended + 2 * (4 + 1)  # and after an episode, unless the rollout ended with it
+    monkeypatch.setattr(from_the_start.Walk, "reset", reset)
+    folder = train(run_dir=tmp_path / "counted")
+    ended, resets = len(read_csv(folder / "episodes.csv")), len([seed for seed in resets if seed is None])
+    assert 2 * 4 < resets <= ended + 2 * 4  # before each of four rollouts, and after an episode unless the rollout ended
 
 
-# ---- Folder and resume -----------------------------------------------------------------------------------------
-def test_resume_continues_where_the_run_broke_off(tmp_path, monkeypatch):
-    def fail():
-        raise RuntimeError("pulled the plug")
-
-    after_iteration(monkeypatch, SCRIPT, 3, fail)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(run_dir=tmp_path)
-    monkeypatch.undo()
-    folder = next(tmp_path.iterdir())
-    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
-    before = read_csv(folder / "metrics.csv")
-    assert len(before) == 3 and torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == 128
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    for each in (folder, copy):
-        stac.train(stac.parse_args(stac.Args, ["--resume", str(each)]))
-    rows = read_csv(folder / "metrics.csv")
-    assert [int(row["global_step"]) for row in rows] == [64, 128, 192, 256]
-    assert rows[:2] == before[:2] and without_time(rows) == without_time(read_csv(copy / "metrics.csv"))
-    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
-    with pytest.raises(stac.BadInput, match="nothing left to do"):
-        stac.parse_args(stac.Args, ["--resume", str(folder)])
-
-
-def test_resume_refuses_another_algorithm(tmp_path, monkeypatch):
-    def fail():
-        raise RuntimeError
-
-    after_iteration(monkeypatch, SCRIPT, 2, fail)
-    with pytest.raises(RuntimeError):
-        train(run_dir=tmp_path)
-    folder = str(next(tmp_path.iterdir()))
-    with pytest.raises(stac.BadInput, match="--regularisation is 2.0, but the run to --resume has 0.0"):
-        stac.parse_args(stac.Args, ["--resume", folder, "--regularisation", "2"])
-
-
-def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch):
-    after_iteration(monkeypatch, SCRIPT, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit) as stop:
-        train(run_dir=tmp_path, checkpoint_every=1000)
-    folder = next(tmp_path.iterdir())
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == 128
-
-
-# ---- Bad input -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stac", [stac, stac_ablations])
-def test_every_number_states_its_interval_and_is_refused_outside(monkeypatch, stac):
-    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-    found = numbers(stac.SCRIPT)
-    stac.check_ranges(stac.Args())
-    assert {"regularisation", "critic_steps", "cg_iterations", "gamma"} <= found.keys()
-    for name, (annotation, interval) in found.items():
-        assert interval is not None, name
-        outside, inside = ends(annotation, interval)
-        for value in [*outside, math.nan]:
-            with pytest.raises(stac.BadInput, match=re.escape(f"{flag(name)} is {value}, it must be in")):
-                stac.check_ranges(dataclasses.replace(stac.Args(), **{name: value}))
-        for value in inside:
-            stac.check_ranges(dataclasses.replace(stac.Args(), **{name: value}))
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    [({"env_id": "CartPol-v0"}, "CartPole-v0"), ({"env_id": "toy/MultiDiscreteActions-v0"}, "MultiDiscrete"),
-     ({"env_id": "toy/MatrixActions-v0"}, "action space"), ({"env_id": "toy/SequenceObs-v0"}, "--env-id"),
-     ({"total_timesteps": 10}, "at least 64"), ({"env_backend": "envpool"}, "--env-backend envpool"),
-     ({"regularisation": -1}, "--regularisation is -1.0"), ({"critic_steps": 0}, "--critic-steps is 0")],
-)  # fmt: skip
-def test_bad_input_is_one_sentence_and_leaves_nothing_behind(command_line, toy_envs, tmp_path, changes, named):
-    status, _, err = command_line(SCRIPT, *words(run_dir=tmp_path / "runs", **changes))
-    assert_one_sentence(status, err, named)
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("backend", ["envpool", "sync"])
+def test_a_reset_right_after_an_episodes_end_leaves_no_second_one(backend):
+    """A rollout may end with the end of an episode; the next rollout's first step must then be a transition."""
+    envs, *_ = stac.make_envs(stac.Args(num_envs=1, env_backend=backend), 3)
+    envs.reset()
+    ended = np.array([False])
+    while not ended[0]:
+        _, _, terminated, truncated, _ = envs.step(np.array([1]))
+        ended = terminated | truncated
+    first, _ = envs.reset()
+    first = np.array(first)
+    second, reward, *_ = envs.step(np.array([1]))
+    assert reward[0] == 1
+    np.testing.assert_allclose(second[0, 0], first[0, 0] + 0.02 * first[0, 1], rtol=1e-4, atol=1e-6)  # x + dt v
+    envs.close()
 
 
 def test_discrete_actions_of_any_first_number(toy_envs, tmp_path):
     """A task whose actions are 5, 6, 7 gets those."""
-    import gymnasium as gym
-
     seen = []
 
     class Shifted(toy_envs.Spaces):
@@ -293,23 +322,98 @@ def test_discrete_actions_of_any_first_number(toy_envs, tmp_path):
     gym.registry.pop("toy/Shifted-v0")
 
 
+# ---- Resume, divergence, bad input -----------------------------------------------------------------------------
+@pytest.mark.parametrize("module", [stac, stac_ablations])
+def test_a_resumed_run_is_the_one_left_alone(toy_envs, tmp_path, monkeypatch, module):
+    """Also one that is extended, and played. In this task every rollout begins alike, whatever the seed."""
+    changes = {"env_id": CLOCK, "save_model": True}
+    changes |= {} if module is stac else {"control": "mean-multiplier", "gradient_noise": 0.01, **POSITIVE}
+    alone = train(module, run_dir=tmp_path / "alone", **changes)
+
+    def fail():
+        raise RuntimeError("pulled the plug")
+
+    with monkeypatch.context() as patch:
+        after_iteration(patch, f"{module.__name__}.py", 3, fail)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            train(module, run_dir=tmp_path / "broken", **changes)
+    (folder,) = (tmp_path / "broken").iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == 128
+    module.train(module.parse_args(["--resume", str(folder)]))
+    short = train(module, run_dir=tmp_path / "short", **changes, total_timesteps=128)
+    module.train(module.parse_args(["--resume", str(short), "--total-timesteps", "256"]))
+    for other in (folder, short):
+        assert same(weights_of(alone), weights_of(other))
+        assert without_time(read_csv(alone / "metrics.csv")) == without_time(read_csv(other / "metrics.csv"))
+        assert json.loads((other / "result.json").read_text())["status"] == "finished"
+    module.train(module.parse_args(["--resume", str(short), "--eval-episodes", "2"]))
+    assert len(json.loads((short / "result.json").read_text())["eval_returns"]) == 2
+    assert same(weights_of(alone), weights_of(short))
+
+
+def test_resume_with_other_networks_is_refused(toy_envs, tmp_path):
+    folder = train(run_dir=tmp_path)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(stac.BadInput, match="networks have another shape"):
+        stac.train(stac.parse_args(["--resume", str(copy), "--first-width", "9", "--total-timesteps", "512"]))
+    assert same(weights_of(folder), weights_of(copy))
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch):
+    after_iteration(monkeypatch, SCRIPT, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        train(run_dir=tmp_path, checkpoint_every=1000)
+    folder = next(tmp_path.iterdir())
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == 128
+
+
+@pytest.mark.parametrize(
+    "size, what, step", [({"critic_learning_rate": 1e30}, "weights", 64), ({"learning_rate": 1e38}, "losses", 128)]
+)
+def test_a_run_that_diverges_stops_with_one_sentence(command_line, tmp_path, size, what, step):
+    """What is not finite is logged and in no checkpoint."""
+    status, _, err = command_line(SCRIPT, *words(run_dir=tmp_path, **size))
+    assert status == 1 and err.endswith(f"error: the {what} stopped being finite by step {step}\n")
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "diverged"
+    assert len(read_csv(folder / "metrics.csv")) == step / 64
+    if step > 64:
+        assert all(x.isfinite().all() for x in weights_of(folder).values())
+    else:
+        assert not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [({"env_id": "CartPol-v0"}, "CartPol"), ({"env_id": "toy/MultiDiscreteActions-v0"}, "MultiDiscrete"),
+     ({"env_id": "toy/MatrixActions-v0"}, "action space"), ({"total_timesteps": 10}, "less than one rollout of 64"),
+     ({"regularisation": -1}, "--regularisation is"), ({"regularisation": math.nan}, "--regularisation is"),
+     ({"critic_steps": 0}, "--critic-steps is"), ({"leader_states": "third"}, "--leader-states")],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(command_line, toy_envs, tmp_path, changes, named):
+    status, _, err = command_line(SCRIPT, *words(run_dir=tmp_path / "runs", **changes))
+    assert status == 2 and named in err and "Traceback" not in err
+    assert err.startswith("error: ") and err.count("\n") == 1 or "leader_states" in changes  # tyro's own frame
+    assert not (tmp_path / "runs").exists()
+
+
 # ---- The laboratory --------------------------------------------------------------------------------------------
 def test_the_laboratory_is_by_default_the_method(tmp_path):
     method, laboratory = train(run_dir=tmp_path / "1"), train(stac_ablations, run_dir=tmp_path / "2")
     assert same(weights_of(method), weights_of(laboratory))
+    names = [list(module.Args.model_fields) for module in (stac, stac_ablations)]
+    assert names[1][: len(names[0])] == names[0] and set(stac.METRICS) < set(stac_ablations.METRICS)
 
 
 def test_each_flag_of_the_laboratory_matters(tmp_path):
-    base = {"regularisation": 0.1, "hessian": "gauss-newton"}
     changes = [
         {}, {"estimator": "released"}, {"estimator": "timestep"}, {"control": "step-length"}, {"control": "mean-multiplier"},
         {"gradient_noise": 0.05},
     ]  # fmt: skip
-    folders = [train(stac_ablations, run_dir=tmp_path / str(i), **base | change) for i, change in enumerate(changes)]
-    found = [weights_of(folder) for folder in folders]
-    for i, first in enumerate(found):
-        for j, second in enumerate(found[:i]):
-            assert not same(first, second), (changes[i], changes[j])
+    folders = differ(stac_ablations, tmp_path, POSITIVE, changes)
     for row in read_csv(folders[1] / "metrics.csv"):  # the released step is parallel to AC's
         assert abs(float(row["bilevel/cosine"])) > 1 - 1e-6 and float(row["bilevel/weight_std"]) < 1e-6
 
@@ -321,47 +425,15 @@ def test_without_the_guard_an_indefinite_hessian_gives_another_run(tmp_path):
     assert not same(weights_of(folders[0]), weights_of(folders[1]))
 
 
-def test_resume_keeps_the_mean_multiplier(tmp_path, monkeypatch):
-    def fail():
-        raise RuntimeError
-
-    after_iteration(monkeypatch, "stac_ablations.py", 3, fail)
-    with pytest.raises(RuntimeError):
-        train(stac_ablations, run_dir=tmp_path, control="mean-multiplier")
-    monkeypatch.undo()
-    folder = next(tmp_path.iterdir())
-    stac_ablations.train(stac_ablations.parse_args(stac_ablations.Args, ["--resume", str(folder)]))
-    rows = read_csv(folder / "metrics.csv")
-    multipliers = [float(row["bilevel/multiplier"]) for row in rows]
-    assert len(rows) == 4 and float(rows[-1]["bilevel/mean_multiplier"]) == pytest.approx(np.mean(multipliers), rel=1e-4)
-
-
 # ---- Learning --------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [["--stackelberg"], ["--no-stackelberg", "--learning-rate", "0.2"]])
 def test_learns_to_balance_the_pole(tmp_path, algorithm):
     """A random policy has a return of 20. AC has twice the step size, about the multiplier of STAC."""
-    words = ["--env-id", "CartPole-v0", "--critic-steps", "80", "--total-timesteps", "200000", "--device", "cpu"]
-    folder = stac.train(stac.parse_args(stac.Args, [*words, "--run-dir", str(tmp_path), *algorithm]))
+    argv = ["--env-id", "CartPole-v0", "--critic-steps", "80", "--total-timesteps", "200000", "--device", "cpu"]
+    folder = stac.train(stac.parse_args([*argv, "--run-dir", str(tmp_path), *algorithm]))
     assert json.loads((folder / "result.json").read_text())["final_return"] > 60
 
 
 def test_the_script_is_where_the_tests_look():
     assert (REPO / SCRIPT).samefile(stac.__file__)
-
-
-@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
-def test_a_reset_right_after_an_episodes_end_leaves_no_second_one(backend):
-    """A rollout may end with the end of an episode; the next rollout's first step must then be a transition."""
-    envs, *_ = stac.make_envs("CartPole-v0", 1, 3, backend)
-    envs.reset()
-    ended = np.array([False])
-    while not ended[0]:
-        _, _, terminated, truncated, _ = envs.step(np.array([1]))
-        ended = terminated | truncated
-    first, _ = envs.reset()
-    first = np.array(first)
-    second, reward, *_ = envs.step(np.array([1]))
-    assert reward[0] == 1
-    np.testing.assert_allclose(second[0, 0], first[0, 0] + 0.02 * first[0, 1], rtol=1e-4, atol=1e-6)  # x + dt v
-    envs.close()

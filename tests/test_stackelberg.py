@@ -1,15 +1,18 @@
 """The mathematics of Stackelberg actor-critic in float64: total derivatives against re-solved followers, the paper's
 theorems by enumeration of all trajectories, the Hessian products against dense ones, the solver's guard."""
 
+import copy
+import functools
 import math
 
 import numpy as np
 import pytest
+import torch
+from torch.func import grad, hessian, jacrev
+
 import stac
 import stac_ablations
-import torch
 from stackelberg_toy import equilibrium_conditions, is_equilibrium, total_gradient
-from torch.func import grad, hessian, jacrev
 
 F64 = torch.float64
 
@@ -117,8 +120,8 @@ def test_total_derivative_of_a_one_step_task_with_a_gaussian_policy():
 
     def score(theta, fixed):  # E [Q d log pi] with the actions of a fixed policy, as the scripts estimate d_theta J
         def surrogate(s, a):
-            noise = (a - theta[0] * s - theta[1]) / theta[2].exp()
-            return (features(a) @ w) * stac.gaussian_logprob(noise[..., None], theta[2:])
+            normal = torch.distributions.Normal(theta[0] * s + theta[1], theta[2].exp())
+            return (features(a) @ w) * normal.log_prob(a)
 
         return mean(surrogate, fixed)
 
@@ -358,7 +361,7 @@ def start_loss(task, critic):
 
 def float64_critic(seed: int, obs_dim: int = 4):
     torch.manual_seed(seed)
-    critic = stac.mlp(obs_dim, (5, 3), 1).double()
+    critic = stac.mlp(obs_dim, 5, 3, 1).double()
     return critic, torch.cat([parameter.detach().flatten() for parameter in critic.parameters()])
 
 
@@ -464,7 +467,7 @@ def test_the_step_is_that_of_the_double_backward_form(discrete, gamma):
     slopes[rows] = stac.directional_derivative(agent.critic, omega, obs[rows], x)
     base = stac.discount_weights(starts, gamma).flatten()[rows]
     weights = stac.trajectory_weights(starts, slopes.view(12, 3)).flatten()[rows]
-    logprobs, _ = agent.logprob(obs[rows], actions[rows])
+    logprobs, _ = agent.logprob_and_entropy(obs[rows], actions[rows])
     direct, total = (
         flat(torch.autograd.grad(stac.policy_objective(logprobs, advantages[rows], w), theta, retain_graph=True))
         for w in (base, base * weights)
@@ -474,7 +477,7 @@ def test_the_step_is_that_of_the_double_backward_form(discrete, gamma):
     variable, surrogate = omega.clone().requires_grad_(), 0.0
     for first, last, column in TRAJECTORIES:
         index = torch.arange(first, last + 1) * 3 + column
-        scores, _ = agent.logprob(obs[index], actions[index])
+        scores, _ = agent.logprob_and_entropy(obs[index], actions[index])
         residual = returns[index[:1]] - stac.critic_values(agent.critic, variable, obs[index[:1]])
         surrogate = surrogate + 2 * residual * (gamma ** torch.arange(len(index), dtype=F64) * scores * advantages[index]).sum()
     by_omega = torch.autograd.grad(surrogate.squeeze() / len(rows), variable, create_graph=True)[0]
@@ -488,10 +491,10 @@ def test_the_released_step_is_a_multiple_of_the_plain_one_and_this_step_is_not()
     mixed term factors: whatever the solve gives, only the length of the step changes."""
     agent, valid, obs, actions, advantages, returns, omega, _ = batch(True)
     theta = agent.actor_parameters()
-    b = grad(stac.mean_value, argnums=1)(agent.critic, omega, obs)
+    b = grad(stac.mean_value, argnums=1)(agent.critic, omega, obs, torch.ones(36, dtype=F64))
     product = stac.curvature(agent.critic, omega, obs, returns, gauss_newton=True)
     x, _ = stac.conjugate_gradient(lambda v: product(v) + 0.1 * v, b, 10)
-    logprobs, _ = agent.logprob(obs, actions)
+    logprobs, _ = agent.logprob_and_entropy(obs, actions)
     objective = stac.policy_objective(logprobs, advantages, torch.ones_like(advantages))
     direct = flat(torch.autograd.grad(objective, theta, retain_graph=True))
     variable = omega.clone().requires_grad_()
@@ -520,7 +523,7 @@ def test_timestep_weights_give_the_step_of_their_surrogate():
     slopes[rows] = stac_ablations.directional_derivative(agent.critic, omega, obs[rows], x)
     starts = stac_ablations.episode_starts(valid)
     weights = stac_ablations.timestep_weights(starts, slopes.view(12, 3), gamma).flatten()[rows]
-    logprobs, _ = agent.logprob(obs[rows], actions[rows])
+    logprobs, _ = agent.logprob_and_entropy(obs[rows], actions[rows])
     direct, total = (
         flat(torch.autograd.grad(stac.policy_objective(logprobs, advantages[rows], w), theta, retain_graph=True))
         for w in (torch.ones_like(weights), weights)
@@ -531,7 +534,7 @@ def test_timestep_weights_give_the_step_of_their_surrogate():
         residual = returns[index] - stac.critic_values(agent.critic, variable, obs[index])
         for k in range(len(index)):
             e = sum(gamma ** (k - t) * residual[t] for t in range(k + 1))
-            score, _ = agent.logprob(obs[index[k : k + 1]], actions[index[k : k + 1]])
+            score, _ = agent.logprob_and_entropy(obs[index[k : k + 1]], actions[index[k : k + 1]])
             surrogate = surrogate + 2 * score[0] * advantages[index[k]] * e
     by_omega = torch.autograd.grad(surrogate / len(rows), variable, create_graph=True)[0]
     mixed = flat(torch.autograd.grad(by_omega @ x, theta))
@@ -557,6 +560,151 @@ def test_episode_starts_and_discounts():
     assert got.T.tolist() == [[1, 0.5, 0.25, 1, 0.5, 0.25], [1, 0.5, 0.25, 0.125, 1, 0.5]]
 
 
+# ---- The whole step against an oracle that knows the task ------------------------------------------------------
+class Dice:
+    """A task of at most 3 steps whose every chance is a die: the 2048 equally likely throws make a rollout in which each
+    trajectory has exactly its probability. Two states, two actions, and an end (state 2) that may come early."""
+
+    T, GAMMA = 3, 0.9
+    START = torch.tensor([0.5, 0.5], dtype=F64)
+    POLICY = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=F64)
+    SUCCESSORS = torch.tensor([[[0, 0, 1, 2], [1, 1, 0, 2]], [[0, 1, 1, 2], [0, 0, 0, 1]]])  # of each face of a die
+
+    def __init__(self):
+        self.obs, self.rewards = randn(3, 4, seed=61), randn(2, 2, seed=62)
+        self.transition = torch.stack([(self.SUCCESSORS == s).to(F64).mean(-1) for s in (0, 1)], -1)  # (S, A, S)
+        self.theta = self.POLICY.log().flatten()
+        throws = torch.cartesian_prod(torch.arange(2), *[torch.arange(4)] * 5).T
+        self.states, self.actions = [throws[0]], []
+        for action_die, state_die in ((1, 2), (3, 4), (5, 5)):  # what follows the last step does not matter
+            s = self.states[-1].clamp(max=1)
+            a = (throws[action_die] >= 4 * self.POLICY[s, 0]).long()
+            after = torch.where(self.states[-1] == 2, 2, self.SUCCESSORS[s, a, throws[state_die]])
+            self.actions.append(a)
+            self.states.append(after)
+        self.states, self.actions = torch.stack(self.states), torch.stack(self.actions)
+        self.valid = (self.states[:-1] < 2).to(F64)
+
+    def policy(self, theta):
+        return torch.softmax(theta.view(2, 2), 1)
+
+    def values(self, theta) -> list[torch.Tensor]:
+        """V^pi (S,) of each step."""
+        value, values = torch.zeros(2, dtype=F64), []
+        for _ in range(self.T):
+            value = (self.policy(theta) * (self.rewards + self.GAMMA * self.transition @ value)).sum(1)
+            values.insert(0, value)
+        return values
+
+    def law(self) -> list[torch.Tensor]:
+        """The probability (S,) of being in each state at each step."""
+        laws = [self.START]
+        for _ in range(self.T - 1):
+            laws.append(torch.einsum("s,sa,sat->t", laws[-1], self.POLICY, self.transition))
+        return laws
+
+    def leader(self, which: str, values: torch.Tensor) -> torch.Tensor:
+        """J, up to what does not depend on the critic's values (3,) of the states."""
+        if which == "second":
+            return self.GAMMA * torch.einsum("s,sa,sat,t->", self.START, self.POLICY, self.transition, values[:2])
+        laws = torch.stack(self.law())
+        return (laws @ values[:2]).sum() / laws.sum()
+
+
+@functools.cache
+def dice_step(which: str, discounted: bool, damping: float = 1.0):
+    """The mixed term's part, and all, of the leader's step on the rollout of `Dice`, as `stac.train` composes it (without
+    standardised advantages), times B / N; and by the oracle: finite differences of functions of the task's own laws."""
+    task, (critic, _) = Dice(), float64_critic(3)
+    laws, targets = torch.stack(task.law()), torch.stack(task.values(task.theta))
+    optimiser = torch.optim.Adam(critic.parameters(), lr=0.02)
+    for _ in range(300):  # near its answer, where the Hessian is nearly positive semidefinite
+        optimiser.zero_grad()
+        (laws * (critic(task.obs[:2]).squeeze(-1) - targets) ** 2).sum().backward()
+        optimiser.step()
+    omega = torch.nn.utils.parameters_to_vector(critic.parameters()).detach()
+
+    def values_at(omega):
+        moved = copy.deepcopy(critic)
+        torch.nn.utils.vector_to_parameters(omega, moved.parameters())
+        return moved(task.obs).squeeze(-1)
+
+    # The script, with Monte Carlo advantages.
+    obs, valid = task.obs[task.states], task.valid
+    terminated = torch.cat([(task.states[1:-1] == 2).to(F64), torch.ones(1, 2048, dtype=F64)])
+    discounts, rewards = task.GAMMA * (1 - terminated), task.rewards[task.states[:-1].clamp(max=1), task.actions]
+    values = critic(obs).squeeze(-1).detach()
+    advantages = stac.gae(rewards, values, discounts, discounts)
+    rows, starts = valid.bool(), stac.episode_starts(valid)
+    returns = (advantages + values[:-1])[rows]
+    b = grad(stac.mean_value, argnums=1)(critic, omega, *stac.leader_states(which, obs, discounts, valid))
+    hessian_product = stac.curvature(critic, omega, obs[:-1][rows], returns, False)
+    x, stopped = stac.conjugate_gradient(lambda v: hessian_product(v) + damping * v, b, 200, tolerance=1e-14)
+    assert not stopped
+    slopes = stac.directional_derivative(critic, omega, obs[:-1].flatten(0, 1), x).view(valid.shape)
+    weights = stac.trajectory_weights(starts, slopes)[rows]
+    base = stac.discount_weights(starts, task.GAMMA if discounted else 1.0)[rows]
+
+    def step(weights):
+        def objective(theta):
+            logprobs = task.policy(theta).log()[task.states[:-1].clamp(max=1), task.actions]
+            return stac.policy_objective(logprobs[rows], advantages[rows], weights)
+
+        return grad(objective)(task.theta) * len(returns) / 2048
+
+    total = step(base * weights)
+    mixed = step(base) - total
+
+    # The oracle.
+    def loss_gradient(omega):
+        point = omega.clone().requires_grad_()
+        loss = (laws * (stac.critic_values(critic, point, task.obs)[:2] - targets) ** 2).sum() / laws.sum()
+        return torch.autograd.grad(loss, point)[0]
+
+    units = 1e-5 * torch.eye(len(omega), dtype=F64)
+    H = torch.stack([(loss_gradient(omega + unit) - loss_gradient(omega - unit)) / 2e-5 for unit in units])
+    with torch.no_grad():
+        right = central_differences(lambda omega: task.leader(which, values_at(omega)), omega)
+        solved = torch.linalg.solve(H + damping * torch.eye(len(omega), dtype=F64), right)
+        moved = [values_at(omega + sign * 1e-4 * solved)[:2] for sign in (1, -1)]
+
+        def slope_of_loss(theta):  # along x, of E_s0 (V(s0) - V^pi(s0))^2
+            ahead, behind = (task.START @ (values - task.values(theta)[0]) ** 2 for values in moved)
+            return (ahead - behind) / 2e-4
+
+        true_mixed = central_differences(slope_of_loss, task.theta)
+        individual = central_differences(lambda theta: task.START @ task.values(theta)[0], task.theta)
+    assert relative(b, right) < 1e-8 and relative(x, solved) < 1e-6
+    return mixed, total, true_mixed, individual - true_mixed
+
+
+@pytest.mark.parametrize("which", ["second", "all"])
+def test_the_step_is_the_total_derivative_of_the_task(which):
+    mixed, total, true_mixed, true_total = dice_step(which, discounted=True)
+    assert relative(true_total, true_total + true_mixed) > 0.1  # the correction matters
+    assert relative(mixed, true_mixed) < 1e-6 and relative(total, true_total) < 1e-6
+
+
+def test_what_the_defaults_change_in_the_task():
+    """The figures of the first lines of stac.py: no gamma^t, and b of all visited states instead of the second ones."""
+    second, every = (dice_step(which, discounted=True)[0] for which in ("second", "all"))
+    without, _, true_mixed, _ = dice_step("all", discounted=False)
+    assert relative(without, true_mixed) == pytest.approx(0.108, abs=1e-3)
+    assert relative(every, second) == pytest.approx(0.368, abs=1e-3)
+    assert "0.11 of its norm" in " ".join(stac.__doc__.split()) and "0.37 of its norm" in " ".join(stac.__doc__.split())
+
+
+def test_leader_states():
+    """A trajectory's second state is the row after its first, also where that is the last one of the rollout; a reset row
+    begins none."""
+    valid = torch.tensor([[1, 1], [1, 1], [0, 1], [1, 0], [1, 1], [0, 1]], dtype=F64)
+    obs, discounts = torch.arange(14.0).view(7, 2, 1), torch.arange(12.0).view(6, 2)
+    states, factors = stac.leader_states("second", obs, discounts, valid)
+    assert sorted(zip(states.flatten().tolist(), factors.tolist())) == [(2, 0), (3, 1), (8, 6), (11, 9)]
+    states, factors = stac.leader_states("all", obs, discounts, valid)
+    assert states.flatten().tolist() == [0, 1, 2, 3, 5, 6, 8, 9, 11] and factors.tolist() == [1] * 9
+
+
 # ---- The Hessian -----------------------------------------------------------------------------------------------
 def test_products_with_the_hessian_against_dense_ones():
     critic, omega = float64_critic(5)
@@ -569,8 +717,8 @@ def test_products_with_the_hessian_against_dense_ones():
     assert relative(stac.curvature(critic, omega, obs, returns, gauss_newton=True)(v), gauss_newton @ v) < 1e-12
     assert torch.linalg.eigvalsh(dense).min() < -1e-3 < -1e-10 < torch.linalg.eigvalsh(gauss_newton).min()
     assert relative(stac.directional_derivative(critic, omega, obs, v), jacobian @ v) < 1e-12
-    b = grad(stac.mean_value, argnums=1)(critic, omega, obs)
-    assert relative(b, jacobian.mean(0)) < 1e-12
+    b = grad(stac.mean_value, argnums=1)(critic, omega, obs, returns)
+    assert relative(b, returns @ jacobian / 20) < 1e-12
 
 
 def test_the_two_hessians_agree_where_the_residual_is_zero():
@@ -637,12 +785,11 @@ def test_guard_keeps_the_iterate_before_the_direction_of_negative_curvature():
 
 def test_without_its_guard_the_solver_goes_on_to_the_saddle_point():
     A, b = torch.diag(torch.tensor([4.0, 1.0, -0.5], dtype=F64)), torch.tensor([1.0, 1.0, 1.0], dtype=F64)
-    x, met = stac_ablations.conjugate_gradient(A.__matmul__, b, 10, guard=False)
+    x, met = stac_ablations.unguarded_conjugate_gradient(A.__matmul__, b, 10)
     assert met and relative(x, torch.linalg.solve(A, b)) < 1e-12
-    x, met = stac_ablations.conjugate_gradient(A.abs().__matmul__, b, 10, guard=False)
+    x, met = stac_ablations.unguarded_conjugate_gradient(A.abs().__matmul__, b, 10)
     assert not met and relative(x, torch.linalg.solve(A.abs(), b)) < 1e-12
-    guarded = stac_ablations.conjugate_gradient(A.__matmul__, b, 10)
-    assert guarded[1] and torch.equal(guarded[0], stac.conjugate_gradient(A.__matmul__, b, 10)[0])
+    assert relative(x, stac.conjugate_gradient(A.abs().__matmul__, b, 10)[0]) < 1e-12
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -663,10 +810,9 @@ def test_categorical_policy_samples_what_it_says():
     torch.manual_seed(0)
     agent = stac.Agent(3, 4, True, 5, 5)
     obs = torch.randn(1, 3)
-    output = stac.numpy_mlp(agent.actor)(obs.numpy())
-    actions = agent.act(output, agent.draw_noise(40_000))
-    logprobs, entropy = agent.logprob(obs.expand(4, 3), torch.arange(4))
-    frequencies = torch.bincount(torch.from_numpy(actions), minlength=4) / 40_000
+    actions = agent.sample(obs, agent.noise(40_000))
+    logprobs, entropy = agent.logprob_and_entropy(obs.expand(4, 3), torch.arange(4))
+    frequencies = torch.bincount(actions, minlength=4) / 40_000
     assert (frequencies - logprobs.detach().exp()).abs().max() < 0.01
     assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-6)
     assert entropy[0].item() == pytest.approx(-(logprobs.exp() @ logprobs).item(), rel=1e-5)
@@ -677,9 +823,9 @@ def test_gaussian_policy_samples_what_it_says():
     agent = stac.Agent(3, 2, False, 5, 5)
     assert agent.actor_logstd.tolist() == [-0.5, -0.5]
     obs = torch.randn(1, 3)
-    actions = torch.from_numpy(agent.act(stac.numpy_mlp(agent.actor)(obs.numpy()), agent.draw_noise(40_000)))
+    actions = agent.sample(obs, agent.noise(40_000)).detach()
     normal = torch.distributions.Normal(agent.actor(obs)[0], agent.actor_logstd.exp())
-    logprobs, entropy = agent.logprob(obs.expand(40_000, 3), actions)
+    logprobs, entropy = agent.logprob_and_entropy(obs.expand(40_000, 3), actions)
     torch.testing.assert_close(logprobs, normal.log_prob(actions).sum(-1), rtol=1e-4, atol=1e-5)
     assert entropy[0].item() == pytest.approx(normal.entropy().sum().item(), rel=1e-6)
     assert (actions.mean(0) - normal.mean).abs().max() < 0.02 and (actions.std(0) - normal.stddev).abs().max() < 0.02

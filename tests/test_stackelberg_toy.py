@@ -234,7 +234,7 @@ def test_the_command_draws_the_figures_and_writes_the_tables(command_line, tmp_p
 
 @pytest.mark.parametrize(
     "words, named",
-    [(["--updates", "0"], "--updates is 0, it must be in [1, 10000000]"), (["--damping", "0"], "--damping is 0.0"),
+    [(["--updates", "0"], "--updates is 0: "), (["--damping", "0"], "--damping is 0.0"),
      (["--damping", "nan"], "--damping is nan"), (["--seed", "-1"], "--seed is -1"), (["--step-size", "2"], "--step-size is 2.0"),
      (["--sac-seeds", "0"], "--sac-seeds is 0"), (["--step-size", "1", "--ent-coef", "1e300"], "diverge"),
      (["--output-dir", "{file}/toy"], "--output-dir")],
@@ -277,4 +277,4 @@ def test_committed_table_is_what_the_script_computes(paths):
             else:
                 assert row[name] == ("" if value is None else str(value))
     made = json.loads((RESULTS / "provenance.json").read_text())
-    assert made["args"]["updates"] == UPDATES and made["commit"] and not made["script_changed_since"]
+    assert made["args"]["updates"] == UPDATES and "dirty" not in made["commit"] and not made.get("script_changed_since")
