@@ -42,6 +42,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.wrappers.utils import RunningMeanStd
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -121,7 +122,7 @@ class Args(CheckedArgs):
     """W&B team"""
     save_model: bool = False
     """write model.pt (the policy with its normaliser) at the end"""
-    eval_episodes: NonNegativeInt = 0
+    eval_episodes: Annotated[int, Field(ge=0, le=10_000)] = 0
     """episodes played with the mean action at the end, through Gymnasium"""
     capture_video: bool = False
     """film one such episode"""
@@ -133,11 +134,11 @@ class Args(CheckedArgs):
     env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
     """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
     where it has the task, else sync"""
-    env_threads: NonNegativeInt = 0
+    env_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """EnvPool threads; 0: one for each usable core, at most num_envs"""
     total_timesteps: PositiveInt = 1_000_000
     """environment steps in all, rounded down to whole rollouts"""
-    num_envs: PositiveInt = 8
+    num_envs: Annotated[int, Field(ge=1, le=65536)] = 8
     """parallel environments"""
 
     num_steps: Annotated[int, Field(ge=2)] = 256
@@ -170,7 +171,7 @@ class Args(CheckedArgs):
     """H: the Hessian of L without the term in its residuals, or the whole of it"""
     damping: PositiveFloat = 1.0
     """alpha, added to the curvature of the critic's loss"""
-    nystrom_rank: PositiveInt = 10
+    nystrom_rank: Width = 10
     """q, directions in the Nystrom approximation; more than critic_width + 1 add nothing"""
     cg_iterations: PositiveInt = 10
     """conjugate gradient steps"""
@@ -227,10 +228,10 @@ def task_errors(env_id: str):
         yield
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        frame = [each for each in frames if os.path.exists(each.filename)][-1]
+        own = [f for f in frames[1:] if not re.search("-packages|importlib", f.filename)]  # the task's
         text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
-        where = f"{frame.filename}, line {frame.lineno}"
-        raise BadInput(f"--env-id {env_id!r} cannot be made: {text} ({where})") from error
+        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text}{where}") from error
 
 
 def leave_interrupts(env: gym.Env) -> gym.Env:
@@ -264,7 +265,7 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
             # Pinned threads take a quarter to a third less time a step. They are pinned only where they
             # fill all the cores of this process, so that several small runs never crowd on the same ones.
             pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
-            kwargs |= {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1}
+            kwargs = {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1} | kwargs
             envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
         else:
@@ -729,11 +730,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
     folder = parser.parse_known_args(argv)[0].resume
     if folder:
         try:
-            saved = Args(**json.loads((folder / "args.json").read_text())["args"] | {"resume": folder})
+            made = json.loads((folder / "args.json").read_text())
+            if made["script"] != Path(__file__).name:
+                raise ValueError(f"it was made by {made['script']}")
+            saved = Args(**made["args"] | {"resume": folder})
         except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
             raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
-    summary = sys.modules[Args.__module__].__doc__.split("\n\n")[0]
-    args = tyro.cli(Args, args=argv, default=saved, description=summary)
+    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
     for name, value in saved or ():
         if getattr(args, name) != value:
             say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
@@ -796,31 +799,23 @@ class Run:
         except filelock.Timeout:
             raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
-            reason = f"checkpoint.pt is damaged: {type(error).__name__}: {error}".splitlines()[0]
+            reason = f"checkpoint.pt cannot be used: {type(error).__name__}: {error}".splitlines()[0]
             raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
         return self
 
     def open(self) -> None:
         """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
         args, resumed = self.args, self.checkpoint is not None
-        if not resumed:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-            self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
-            while self.folder.exists():  # a run of the same second
-                self.folder = self.folder.with_name(self.folder.name + "_")
-        if args.track:
-            try:
-                import wandb
-
-                names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-                config = args.model_dump(mode="json")  # the parts of a run that was continued are one group
-                self.wandb = wandb.init(**names, group=self.folder.name, config=config, sync_tensorboard=True)
-            except Exception as error:
-                raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
         try:
             if not resumed:
+                name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+                self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+                while self.folder.exists():  # a run of the same second
+                    self.folder = self.folder.with_name(self.folder.name + "_")
                 self.folder.mkdir(parents=True)
                 self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            if args.track:
+                self.start_wandb()
             made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
             saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
             self.write_json("args.json", made | {"args": saved})
@@ -838,6 +833,19 @@ class Run:
                 self.handlers[number] = signal.signal(number, self.on_signal)
         self.opened, self.started = True, time.perf_counter() - self.wall_time
 
+    def start_wandb(self) -> None:
+        """Send what TensorBoard gets to W&B as well; the parts of a run that was continued are one group."""
+        names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+        names |= {"group": self.folder.name, "name": f"{self.folder.name}-{self.global_step}"}
+        try:
+            import wandb
+
+            self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
+        except Exception as error:
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder)
+            raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
+
     def on_signal(self, number: int, frame) -> None:
         """Ask the loop to stop; at once if it was asked before or has ended."""
         at_once, self.stop_signal = self.stop_signal or self.trained, number
@@ -853,7 +861,8 @@ class Run:
                 row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
                 if int(row["global_step"]) <= self.global_step:
                     kept.append(line)
-                    self.returns += [(row["global_step"], row["episodic_return"])] if name[0] == "e" else []
+                    if columns is EPISODES:
+                        self.returns.append((row["global_step"], row["episodic_return"]))
             except (ValueError, OverflowError):
                 damaged += line != kept[0]
         if damaged:
@@ -902,18 +911,20 @@ class Run:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             status = "finished" if error is None else "failed"
-            if self.stop_signal or isinstance(error, KeyboardInterrupt):
-                status = "interrupted"
-            elif isinstance(error, Diverged):
+            if isinstance(error, Diverged):
                 status = "diverged"
+            elif isinstance(error, SystemExit if self.stop_signal else KeyboardInterrupt):
+                status = "interrupted"
             last = [value for step, value in self.returns if step > 0.9 * self.end]
             result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
             result |= {"final_return": float(np.mean(last or math.nan))}
-            result |= self.result if error is None else {"error": f"{kind.__name__}: {error}"}
+            failed = status in ("failed", "diverged")
+            result |= {"error": f"{kind.__name__}: {error}"} if failed else self.result
             for each in (self.bar, self.tensorboard, *self.files):
                 with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
                     each.close()
-            self.write_json("result.json", result)
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self.write_json("result.json", result)
             say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
             if status == "interrupted":
                 say(f"continue with --resume {self.folder}")
@@ -921,6 +932,8 @@ class Run:
                 self.wandb.finish(exit_code=0 if error is None else 1)
         if self.lock is not None:
             self.lock.release()
+        if self.opened and status == "failed" and isinstance(error, SystemExit):
+            raise RuntimeError("the task tried to end the process") from error
 
 
 def load_policy(path: str | Path) -> Agent:
@@ -934,8 +947,8 @@ def load_policy(path: str | Path) -> Agent:
 
 def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
     """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
-    long; with a folder they are filmed. Raises BadInput if Gymnasium cannot make the task; without
-    episodes it only tries."""
+    long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
+    task; without episodes it only tries."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
@@ -978,7 +991,6 @@ def train(args: Args) -> Path:
         obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
         agent_sizes = obs_dim, action_dim, args.actor_width, args.critic_width
         agent = Agent(*agent_sizes)
-        agent.set_action_space(action_space)
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
 
         # ---- Optimisers ------------------------------------------------------------------------------
@@ -1004,13 +1016,15 @@ def train(args: Args) -> Path:
                 agent.load_state_dict(checkpoint["agent"])
                 for each, state in zip(optimisers, checkpoint["optimisers"]):
                     each.load_state_dict(state)
-                for each, state in zip((obs_stats, return_stats), checkpoint["stats"]):
+                for each, state in zip((obs_stats, return_stats), checkpoint["normalisers"]):
                     each.mean, each.var, each.count = (number.numpy() for number in state)
                 torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
             except (RuntimeError, ValueError, KeyError) as error:
-                wrong = "its networks have another shape; leave out the widths and the task"
+                wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
             groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
+
+        agent.set_action_space(action_space)
 
         def normalise(raw: np.ndarray) -> np.ndarray:
             """Observations in units of their running standard deviation, clipped to +-10."""
@@ -1084,9 +1098,10 @@ def train(args: Args) -> Path:
             rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; a reset is none
             b_states, b_targets = b_obs[:-1].flatten(0, 1)[rows], returns.flatten()[rows]
             norm_before = inner_gradient_norm(agent.critic, b_states, b_targets)
-            steps = b_actions, logprobs, b_rewards, returns, advantages, b_discounts, b_ended, b_valid
-            c_steps = [x.flatten(0, 1)[chunks[:, :-1]] for x in steps]
-            operators = [gae_operator(*c_steps[-2:], decay) for decay in (gamma_lambda, kappa)]
+            steps = b_actions, logprobs, b_rewards, returns, advantages, b_discounts, b_valid
+            c_steps = [x.flatten(0, 1)[chunks[:, :-1]] for x in steps]  # (C, L, ...)
+            c_ended, c_valid = b_ended.flatten()[chunks[:, :-1]], c_steps[-1]
+            operators = [gae_operator(c_ended, c_valid, decay) for decay in (gamma_lambda, kappa)]
             # The observations (C, L + 1, D) hold the one that a chunk bootstraps from.
             arrays = [b_obs.flatten(0, 1)[chunks], *c_steps, *operators]
             fallbacks, nested_time, response_time = torch.zeros((), device=device), 0.0, 0.0
@@ -1102,7 +1117,7 @@ def train(args: Args) -> Path:
                 order = torch.randperm(len(chunks)).to(device)
                 for minibatch in zip(*(array[order].chunk(args.num_minibatches) for array in arrays)):
                     mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_advantages = minibatch[:6]
-                    mb_discounts, _, mb_valid, mb_operator, mb_mixed_operator = minibatch[6:]
+                    mb_discounts, mb_valid, mb_operator, mb_mixed_operator = minibatch[6:]
                     states, all_states = mb_obs[:, :-1].flatten(0, 1), mb_obs.flatten(0, 1)
                     weights = mb_valid / mb_valid.sum()  # mean over the transitions
 
@@ -1208,7 +1223,7 @@ def train(args: Args) -> Path:
                 state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
                 state["optimisers"] = [each.state_dict() for each in optimisers]
                 stats = [(each.mean, each.var, each.count) for each in (obs_stats, return_stats)]
-                state["stats"] = [[torch.as_tensor(x, dtype=torch.float64) for x in each] for each in stats]
+                state["normalisers"] = [[torch.as_tensor(np.float64(x)) for x in each] for each in stats]
                 run.save_checkpoint(state)
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)

@@ -781,6 +781,7 @@ def test_the_parts_of_a_run_are_wandb_runs_of_one_group(broken_off_one, tmp_path
     resume(ONE, first, "--total-timesteps", 2 * BATCH)
     assert {each["group"] for each in settings} == {first.name} and [each["exit_code"] for each in settings] == [0, 0]
     assert all(each["sync_tensorboard"] and not {"id", "resume"} & each.keys() for each in settings)
+    assert [each["name"] for each in settings] == [f"{first.name}-{step}" for step in (0, BATCH)]
     settings.clear()
     resume(ONE, folder, "--track")
     assert settings[0]["config"]["seed"] == 5

@@ -183,7 +183,8 @@ def test_blocks_of_one_name_are_identical_in_all_scripts():
 
 SIBLINGS = {
     ("ppo_atari.py", "blpo_atari.py"): {
-        "Docstring", "Imports", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Networks and optimisers", "Update",
+        "Docstring", "Imports", "Arguments", "PPO's value loss", "Bilevel mathematics (shared)", "Follower",
+        "Networks and optimisers", "Update",
     },
     ("stac.py", "stac_ablations.py"): {
         "Docstring", "Imports", "Arguments", "Laboratory mathematics", "Training: what the controls carry on",
