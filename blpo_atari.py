@@ -1,96 +1,118 @@
-"""BLPO for Atari games from pixels: bilevel policy optimisation (Prakash et al. 2025, arXiv:2505.11714v1) with an exact
-hypergradient. The follower omega is the last layers of the critic (`--follower`), the leader theta is the actor:
+"""BLPO for Atari games from pixels: bilevel policy optimisation (Prakash et al. 2025, arXiv:2505.11714v1).
+Two players, the actor theta (leader) and the last layers omega of the critic (follower) of one agent:
 
-    maximise J(theta, omega*(theta))   subject to   omega*(theta) in argmin_omega L_theta(omega)               eq. (4)
+    maximise J(theta, omega*(theta))  subject to  omega*(theta) = argmin_omega L_theta(omega)      eq. (4)
 
-Algorithm 1, on each minibatch of whole chunks of consecutive steps:
+J, L and the hypergradient are those of `blpo_continuous.py`, where they are explained. Algorithm 1, on each
+minibatch of whole chunks of consecutive steps, with G', A' the targets of the rollout and their advantages
+and A those of the critic that has just answered:
 
-    K times   omega <- omega - eta_omega grad_omega L                                     the nested critic
-    b = grad_omega J            = J_V^T u,  u = (dG/dV)^T slope             -> lambda_returns_vjp, CriticJacobian.vjp
-    v = (H + alpha I)^-1 b        H ~ grad^2_omega L, damped                -> exact_ihvp | nystrom_ihvp | cg_ihvp
-    g = grad_theta J - (grad_theta,omega L) v                               -> the weights 1 + 2 z, z = J_V v
-    theta <- theta + eta_theta g                                                          the hypergradient step
-    phi <- phi - eta_phi grad_phi L                                         the critic's layers below the follower
+    K times   omega <- omega - eta_omega grad_omega L            the follower       -> follower_step
+    b = grad_omega J = J_V^T u,   u = (dG/dV)^T dJ/dG            -> lambda_returns_vjp, CriticJacobian.vjp
+    v = (H + alpha I)^-1 b,       H ~ grad^2_omega L, damped     -> exact_ihvp | nystrom_ihvp | cg_ihvp
+    z = J_V v,   e = W^T z,   W_tk = kappa^(k-t)                 -> CriticJacobian.jvp, gae_operator
+    theta <- theta + eta_theta (grad_theta J - (grad_theta,omega L) v),
+        (grad_theta,omega L) v = -2 mean_t z_t sum_{k >= t} kappa^(k-t) A'_k grad log pi_k
+                               = -2 mean_k e_k A'_k grad log pi_k
+    phi <- phi - eta_phi grad_phi L                              the critic's layers below the follower
 
-    J = mean_t min(r_t A_t, clip(r_t) A_t),  A_t = G_t(omega) - stopgrad V(s_t),  G the lambda-return: omega enters J
-        through the values that G bootstraps from;
-    L = mean_t (G_t - V_omega(s_t))^2 with the targets G fixed for a rollout. As in `blpo_continuous.py`, the mixed term
-        is what a target owes to its first action: -2 mean_t z_t A_t grad log pi(a_t|s_t).
+So the hypergradient is a policy gradient with the row weights 1 + 2 e, its direct part with the advantages
+A, the other with A'. --mixed-discount sets kappa, gamma lambda by default; 0 makes each state its own start.
 
-With `--follower head` V is linear in omega, the setting of the paper's theorem: H is the Hessian itself, and since phi is
-fixed while omega answers, the convolutions are evaluated once for K steps, the solve and the step on phi. `--ihvp none`
-(z = 0) is the nested control, `ppo_atari.py --separate-trunks` the baseline, which has shuffled transitions, one step size and
-clipped gradients and values; this script has chunks, a larger step for the follower, refreshed advantages and no such clipping.
-The paper has no Atari experiments: the split of the critic, its step sizes and the damping are this project's choice.
+With `--follower head` V is linear in omega, the setting of the paper's theorem: H is the Hessian itself,
+and since phi is fixed while omega answers, the convolutions are evaluated once for K steps, the solve and
+the step on phi. `--ihvp none` (e = 0) is the nested control, `ppo_atari.py --separate-trunks` the baseline.
+The paper has no Atari experiments: the split of the critic, its step sizes and the damping are this
+project's choice (docs/blpo.md).
 
     python blpo_atari.py --env-id Breakout-v5
 """
 
-# ---- Imports (shared) ------------------------------------------------------------------------------------------
-import ast
+# ---- Imports -----------------------------------------------------------------------------------------
+import argparse
 import contextlib
+import copy
 import csv
-import ctypes
-import difflib
 import functools
 import importlib.metadata
-import importlib.util
-import inspect
-import itertools
 import json
 import math
-import multiprocessing
 import os
-import platform
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
-import threadpoolctl
+import pydantic
 import torch
 import torch.nn as nn
 import tyro
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import envpool
-except ImportError:  # no wheel for this platform: Gymnasium serves
-    envpool = None
+
+# ---- Checked arguments (shared) ----------------------------------------------------------------------
+class BadInput(Exception):
+    """One sentence that names the argument, what is wrong and what would be right; exit status 2."""
 
 
-# ---- Arguments -------------------------------------------------------------------------------------------------
-@dataclass
-class Args:
-    """Every number must lie in the interval that its line states."""
+class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings"):
+    """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
 
-    exp_name: str | None = None
-    """name of the experiment; default: the name of this file"""
-    seed: int = 1
-    """seed of the games, the initial weights, the actions and the minibatches, in [0, 2147483647]"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run repeats bitwise, on CPUs of the same kind)"""
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadInput for the first argument that is out of its range."""
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
+
+
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
+class Args(CheckedArgs):
+    """The run, the game, then BLPO."""
+
+    exp_name: str = Path(__file__).stem
+    """name of the experiment"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """seed of the games, the initial weights, the actions and the minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
+    torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """PyTorch's threads on a CPU; 0: one for each usable core, far too many where other programs keep these
+    busy; the number changes rounding"""
     run_dir: Path = Path("runs")
-    """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    """the run's own folder is made in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
-    """continue the run in this folder, with its arguments, from its last checkpoint"""
-    checkpoint_every: int = 50
-    """iterations between two checkpoints, in [1, inf)"""
+    """continue, extend or replay the run in this folder, with its arguments; those given again win"""
+    checkpoint_every: PositiveInt = 50
+    """iterations between two checkpoints"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "bilevel-actor-critic"
@@ -98,171 +120,243 @@ class Args:
     wandb_entity: str | None = None
     """W&B team"""
     save_model: bool = False
-    """write model.pt (weights) at the end"""
-    eval_episodes: int = 0
-    """games played with actions drawn from the policy after training, in [0, 10000]"""
+    """write model.pt (the policy) at the end"""
+    eval_episodes: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """games played at the end with actions drawn from the policy"""
     capture_video: bool = False
     """film one such game"""
-    torch_threads: int = 0
-    """PyTorch's threads on a CPU, in [0, 1024]; 0: one for each usable core, far too many where other programs keep these
-    busy; the number changes rounding"""
-    compile: bool = False
-    """compile the convolutional networks with torch.compile (a minute at the start)"""
-    bf16: bool = False
-    """the convolutional networks compute in bfloat16 (autocast; CUDA only)"""
 
-    # Algorithm
     env_id: str = "Breakout-v5"
     """an Atari game by its name in EnvPool; ALE/Breakout-v5 and BreakoutNoFrameskip-v4 mean the same game"""
-    env_threads: int = 0
-    """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
+    env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
+    """more options of EnvPool's Atari games, as JSON: '{"max_episode_steps": 5000}'"""
+    env_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """EnvPool threads; 0: one for each usable core, at most num_envs"""
     episodic_life: bool = True
     """a lost life is a termination for the learner; logged returns are of whole games all the same"""
     clip_reward: bool = True
     """learn from the sign of the points; logged returns are points all the same"""
-    repeat_action_probability: float = 0.0
-    """probability that the game takes the last action again (sticky actions), in [0, 1)"""
-    total_timesteps: int = 10000000
-    """environment steps of 4 frames in all, in [1, inf); rounded down to whole rollouts"""
-    num_envs: int = 8
-    """parallel games, in [1, 65536]"""
-    num_steps: int = 128
-    """steps of each game in a rollout, in [2, inf)"""
-    learning_rate: float = 2.5e-4
-    """Adam step size of the actor (leader), in (0, inf)"""
-    critic_learning_rate: float = 1e-3
-    """Adam step size of the critic's last layers (follower), in (0, inf)"""
-    trunk_learning_rate: float = 2.5e-4
-    """Adam step size of the critic's layers below the follower, in (0, inf)"""
+    repeat_action_probability: Fraction = 0.0
+    """probability that the game takes the last action again (sticky actions)"""
+    total_timesteps: PositiveInt = 10_000_000
+    """environment steps of 4 frames in all, rounded down to whole rollouts"""
+    num_envs: Annotated[int, Field(ge=1, le=65536)] = 8
+    """parallel games"""
+
+    num_steps: Annotated[int, Field(ge=2)] = 128
+    """steps of each game in a rollout"""
+    learning_rate: PositiveFloat = 2.5e-4
+    """Adam step size of the actor (leader)"""
+    critic_learning_rate: PositiveFloat = 1e-3
+    """Adam step size of the critic's last layers (follower)"""
+    trunk_learning_rate: PositiveFloat = 2.5e-4
+    """Adam step size of the critic's layers below the follower"""
     anneal_lr: bool = True
     """lower the step sizes linearly to 0"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """lambda of the advantages and of the critic's targets, in [0, 1]"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    gae_lambda: Fraction = 0.95
+    """lambda of the advantages and of the critic's targets"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    chunk_length: int = 64
-    """consecutive steps of one game that stay together; the lambda-return bootstraps at their end, in [2, inf)"""
-    num_minibatches: int = 4
-    """minibatches of whole chunks in an epoch, in [1, inf)"""
-    update_epochs: int = 4
-    """passes over a rollout, in [1, inf)"""
-    nested_updates: int = 3
-    """K, critic steps before each actor step, in [1, inf)"""
+    chunk_length: Annotated[int, Field(ge=2)] = 64
+    """consecutive steps of one game that stay together; the lambda-return bootstraps at their end"""
+    num_minibatches: PositiveInt = 4
+    """minibatches of whole chunks in an epoch"""
+    update_epochs: PositiveInt = 4
+    """passes over a rollout"""
+    nested_updates: PositiveInt = 3
+    """K, critic steps before each actor step"""
     follower: Literal["head", "last-two", "full"] = "head"
-    """the critic's layers that the leader counts on: the linear head, the last two layers or all; what is below them takes
-    one step on the same loss"""
+    """the critic's layers that the leader counts on: the linear head, the last two layers or all; what is
+    below them takes one step on the same loss"""
     ihvp: Literal["exact", "nystrom", "cg", "none"] = "exact"
     """solver of the damped system; none: the nested control, without the hypergradient"""
-    damping: float = 1.0
-    """alpha, added to the curvature of the critic's loss, in (0, inf)"""
-    nystrom_rank: int = 10
-    """q, directions in the Nystrom approximation, in [1, inf); 12 bytes each for every parameter of the follower; more than
-    513 add nothing"""
-    cg_iterations: int = 10
-    """conjugate gradient steps, in [1, inf)"""
+    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    """H: the Hessian of L without the term in its residuals, or the whole of it"""
+    damping: PositiveFloat = 1.0
+    """alpha, added to the curvature of the critic's loss"""
+    nystrom_rank: PositiveInt = 10
+    """q, directions in the Nystrom approximation; 12 bytes each for every parameter of the follower; more
+    than 513 add nothing"""
+    cg_iterations: PositiveInt = 10
+    """conjugate gradient steps"""
+    mixed_discount: Fraction | None = None
+    """kappa, how far an action answers for the targets of earlier states; default: gamma * gae_lambda"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
-    clip_coef: float = 0.1
-    """eps of the clipped ratio, in (0, inf)"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus, in [0, inf)"""
+    clip_coef: PositiveFloat = 0.1
+    """eps of the clipped ratio"""
+    ent_coef: NonNegativeFloat = 0.01
+    """weight of the entropy bonus"""
+
+    @pydantic.model_validator(mode="after")
+    def check_shapes(self):
+        """Raise BadInput unless there is a whole rollout, of whole chunks, which the minibatches divide."""
+        rows = self.num_envs * self.num_steps
+        if rows > 500_000:
+            raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 500,000 rows of 28 KB")
+        if self.total_timesteps < rows:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        if self.num_steps % self.chunk_length:
+            raise BadInput(f"--chunk-length {self.chunk_length} must divide --num-steps {self.num_steps}")
+        if rows // self.chunk_length % self.num_minibatches:
+            chunks = f"the {rows // self.chunk_length} chunks of a rollout"
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide {chunks}")
+        if self.ihvp == "exact" and self.curvature == "hessian":
+            raise BadInput("--ihvp exact needs --curvature gauss-newton; for the Hessian use --ihvp cg")
+        return self
 
 
-# ---- Atari games (shared) --------------------------------------------------------------------------------------
+DIAGNOSTICS = (
+    "direct_norm", "correction_norm", "norm_ratio", "cosine", "weight_mean", "weight_std", "ihvp_residual",
+    "ihvp_cosine", "inner_gradient_norm_before", "inner_gradient_norm_after", "fallbacks",
+)  # fmt: skip
+METRICS = (
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl",
+    "losses/clipfrac", *(f"bilevel/{name}" for name in DIAGNOSTICS), "time/nested_critic", "time/response",
+    "losses/explained_variance", "charts/learning_rate", "time/env", "time/policy", "time/update",
+)  # fmt: skip
+
+
+# ---- Atari games (shared) ----------------------------------------------------------------------------
+@contextlib.contextmanager
+def task_errors(env_id: str):
+    """Turn whatever a task raises while it is made into one sentence that says where: BadInput."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames[1:] if not re.search("-packages|importlib", f.filename)]  # the task's
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text}{where}") from error
+
+
 def game_name(env_id: str) -> str:
-    """The game's name in EnvPool: Pong-v5 for ALE/Pong-v5, PongNoFrameskip-v4, PongDeterministic-v0 and Pong-v4 as well."""
+    """The game's name in EnvPool: Pong-v5 also for ALE/Pong-v5, PongNoFrameskip-v4 and Pong-v4."""
     old = re.fullmatch(r"(?:ALE/)?(\w+?)(?:NoFrameskip|Deterministic)?-v[0-5]", env_id)
     return f"{old.group(1)}-v5" if old else env_id
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, threads: int = 1, episodic_life: bool = True, clip_reward: bool = True,
-    repeat_action_probability: float = 0.0, **options,
-) -> tuple[gym.vector.VectorEnv, int]:  # fmt: skip
-    """Parallel games, preprocessed by EnvPool: 1 to 30 frames without an action at the start, the last with FIRE in games that
-    have it; an action lasts 4 frames, of the last two the brighter pixels count; 84 x 84 grey pixels; the last 4 images are
-    an observation.
+def usable_cores() -> list[int]:
+    """The cores that this process may use, in order."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else [*range(os.cpu_count())]
 
-    They reset on the step after an end (Gymnasium's NEXT_STEP mode). What a row of `step` means, by its flags:
-    terminated without info["terminated"]  a lost life (with episodic_life); the game goes on after its reset row
-    terminated with info["terminated"]     the game is over
-    truncated                              the game is cut off after 27,000 steps
-    The row after any of these is a reset: its action is ignored, reward and info["reward"] (the points, not clipped) are 0.
-    In the reset after a lost life the game goes on for 1 to 30 such frames.
 
-    Returns the games, already seeded, and the number of actions. Raises BadInput if there is no such game.
+def make_envs(args, num_envs: int, seed: int, **options) -> gym.vector.VectorEnv:
+    """Parallel games, preprocessed by EnvPool: 1 to 30 frames without an action at the start, the last with
+    FIRE in games that have it; an action lasts 4 frames, of the last two the brighter pixels count; 84 x 84
+    grey pixels; the last 4 images are an observation (4, 84, 84).
+
+    They reset on the step after an end (Gymnasium's NEXT_STEP mode). What the flags of `step` mean:
+        terminated without info["terminated"]  a lost life (with episodic_life); the game goes on after it
+        terminated with info["terminated"]     the game is over
+        truncated                              the game is cut off after 27,000 steps
+    The row after any of these is a reset: its action is ignored, reward and info["reward"] (the points, not
+    clipped) are 0. In the reset after a lost life the game goes on for 1 to 30 such frames.
+
+    Raises BadInput if there is no such game or option.
     """
-    if envpool is None:
-        raise BadInput(f"--env-id {env_id!r} needs EnvPool, which is not installed: pip install envpool")
-    name, specs = game_name(env_id), envpool.registration.registry.specs
-    games = [each for each in envpool.list_all_envs() if specs[each][0] == "envpool.atari"]
-    if name not in games:
-        near = difflib.get_close_matches(name, games, n=3)
-        hint = f"the nearest known names are {', '.join(near)}" if near else "one is Pong-v5"
-        raise BadInput(f"--env-id {env_id!r} is no Atari game of EnvPool; {hint}")
-    envs = envpool.make(
-        name, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads, episodic_life=episodic_life,
-        reward_clip=clip_reward, repeat_action_probability=repeat_action_probability,
-        thread_affinity_offset=first_core(threads), **options,
-    )  # fmt: skip
-    return envs, int(envs.action_space.n)
+    cores = usable_cores()
+    threads = args.env_threads or min(len(cores), num_envs)
+    # Pinned threads take a quarter to a third less time a step. They are pinned only where they fill all the
+    # cores of this process, so that several small runs never crowd on the same ones.
+    pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
+    kwargs = {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1}
+    kwargs |= {"episodic_life": args.episodic_life, "reward_clip": args.clip_reward}
+    kwargs |= {"repeat_action_probability": args.repeat_action_probability}
+    kwargs |= json.loads(args.env_kwargs) | options
+    with task_errors(args.env_id):
+        import envpool  # there is no other backend; where it is not installed, the sentence says so
+
+        envs = envpool.make_gymnasium(game_name(args.env_id), num_envs=num_envs, seed=seed, **kwargs)
+    if envs.observation_space.shape != (4, 84, 84):
+        needs = f"has observations {envs.observation_space.shape}; this script needs (4, 84, 84)"
+        raise BadInput(f"--env-id {args.env_id!r} {needs}")
+    return envs
 
 
-def first_core(threads: int) -> int:
-    """The core of EnvPool's first thread, the others following; -1: the system moves them about.
+class Game(gym.Env):
+    """One game as Gymnasium has environments, for `play`: a reward is the points won, and only the end of
+    the game ends it. A lost life is what it is in training."""
 
-    Pinned threads take a quarter to a third less time a step where PyTorch works between the steps. They are pinned only
-    if they fill all the cores that this process may use, so that several small runs never crowd on the same ones.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return cores[0] if cores and threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # steps of 4 frames
 
+    def __init__(self, args, render_mode: str | None = None, **kwargs):
+        self.render_mode = render_mode
+        drawn = {"render_mode": render_mode} if render_mode else {}
+        self.make = functools.partial(make_envs, args, 1, **kwargs | drawn)
+        self.envs = self.make(seed=0)
+        self.observation_space, self.action_space = self.envs.observation_space, self.envs.action_space
 
-# ---- Atari networks (shared) -----------------------------------------------------------------------------------
-def pixels(obs: Tensor) -> Tensor:
-    """Grey values 0..255 (n, H, W, frames) -> floats (n, frames, H, W) in [0, 1], channels last in memory: there the
-    convolutions and their gradients take three quarters of the time."""
-    return (obs * (1 / 255)).permute(0, 3, 1, 2)
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """EnvPool takes a seed when it is made."""
+        self.envs = self.envs if seed is None else self.make(seed=seed)
+        return self.envs.reset()[0][0], {}
 
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """The reward is not clipped."""
+        images, _, _, truncated, info = self.envs.step(np.array([action]))
+        return images[0], float(info["reward"][0]), bool(info["terminated"][0]), bool(truncated[0]), {}
 
-def nature_cnn(size: int = 84, channels: tuple[int, int, int] = (32, 64, 64), width: int = 512) -> nn.Sequential:
-    """The network of Mnih et al. 2015 up to its last hidden layer: images (n, 4, size, size) -> features (n, width).
-
-    Orthogonal weights (gain sqrt 2), zero biases.
-    """
-    first, second, third = channels
-    side = ((size - 8) // 4 + 1 - 4) // 2 + 1 - 2  # of the last image
-    layers = [
-        nn.Conv2d(4, first, 8, stride=4), nn.ReLU(),
-        nn.Conv2d(first, second, 4, stride=2), nn.ReLU(),
-        nn.Conv2d(second, third, 3), nn.ReLU(), nn.Flatten(),
-        nn.Linear(third * side * side, width), nn.ReLU(),
-    ]  # fmt: skip
-    return nn.Sequential(*(orthogonal(layer, math.sqrt(2)) for layer in layers))
+    def render(self) -> np.ndarray:
+        """The screen in colour (210, 160, 3)."""
+        return self.envs.render()[0]
 
 
-def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """The layer with orthogonal weights and zero biases, if it has any."""
-    if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
+# ---- Atari networks (shared) -------------------------------------------------------------------------
+def layer_init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """The layer with orthogonal weights and zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
-class Agent(nn.Module):
-    """Categorical actor, the softmax of its logits, and critic: linear heads on one convolutional trunk or on two."""
+def nature_cnn(channels: tuple[int, int, int] = (32, 64, 64), width: int = 512) -> nn.Sequential:
+    """The network of Mnih et al. 2015 up to its last hidden layer: images (n, 4, 84, 84) in [0, 1] ->
+    features (n, width)."""
+    first, second, third = channels
+    return nn.Sequential(
+        layer_init(nn.Conv2d(4, first, 8, stride=4)),
+        nn.ReLU(),
+        layer_init(nn.Conv2d(first, second, 4, stride=2)),
+        nn.ReLU(),
+        layer_init(nn.Conv2d(second, third, 3)),
+        nn.ReLU(),
+        nn.Flatten(),
+        layer_init(nn.Linear(third * 7 * 7, width)),
+        nn.ReLU(),
+    )
 
-    def __init__(self, num_actions: int, separate_trunks: bool, bf16: bool = False, **shape):
-        """`shape` goes to `nature_cnn`."""
+
+def pixels(obs: Tensor) -> Tensor:
+    """Grey values 0..255 (n, 4, 84, 84) as floats in [0, 1], channels last in memory: there the convolutions
+    and their gradients take three quarters of the time."""
+    return obs.contiguous(memory_format=torch.channels_last) * (1 / 255)
+
+
+def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) of actions (...) under logits (..., A); the entropy in nats; both (...)."""
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(-1, actions[..., None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+class Agent(nn.Module):
+    """Categorical actor, the softmax of its logits, and critic: linear heads on one trunk or on two.
+
+    A trunk may be any nn.Sequential from images (n, 4, 84, 84) to features (n, F). Called with raw
+    observations, the agent is the policy as it is played.
+    """
+
+    def __init__(self, num_actions: int, separate_trunks: bool = False):
         super().__init__()
-        self.bf16 = bf16
-        self.actor_trunk = nature_cnn(**shape)
-        self.critic_trunk = nature_cnn(**shape) if separate_trunks else self.actor_trunk
-        width = self.actor_trunk[-2].out_features
-        self.actor_head = orthogonal(nn.Linear(width, num_actions), 0.01)
-        self.critic_head = orthogonal(nn.Linear(width, 1), 1.0)
+        self.actor_trunk = nature_cnn()
+        self.critic_trunk = nature_cnn() if separate_trunks else self.actor_trunk
+        width = self.actor_trunk(torch.zeros(1, 4, 84, 84)).shape[1]
+        self.actor_head = layer_init(nn.Linear(width, num_actions), gain=0.01)
+        self.critic_head = layer_init(nn.Linear(width, 1), gain=1.0)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """theta: the actor's trunk, which a critic may share, and its head."""
@@ -273,112 +367,39 @@ class Agent(nn.Module):
         shared = self.critic_trunk is self.actor_trunk
         return [*(() if shared else self.critic_trunk.parameters()), *self.critic_head.parameters()]
 
-    def encode(self, trunk: nn.Module, images: Tensor) -> Tensor:
-        """The features (n, width) of images (n, 4, H, W), float32 also where the trunk computes in bfloat16."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            features = trunk(images)
-        return features if features.dtype == images.dtype else features.to(images.dtype)
+    def logits(self, obs: Tensor) -> Tensor:
+        """The actor's logits (n, A) at observations (n, 4, 84, 84)."""
+        return self.actor_head(self.actor_trunk(pixels(obs)))
 
-    def logprob_and_entropy(
-        self, features: Tensor, actions: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) (n,) of actions (n,) at the actor's features (n, width), and the mean entropy in nats (scalar)
-        under weights (n,) that sum to 1; by default all rows weigh the same."""
-        logprobs = self.actor_head(features).log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        chosen = logprobs.gather(-1, actions[:, None]).squeeze(-1)
-        return chosen, entropy.mean() if weights is None else (weights * entropy).sum()
+    def logits_and_values(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, A) and values (n,) at observations (n, 4, 84, 84); a shared trunk sees them once."""
+        images = pixels(obs)
+        features = self.actor_trunk(images)
+        shared = self.critic_trunk is self.actor_trunk
+        critic_features = features if shared else self.critic_trunk(images)
+        return self.actor_head(features), self.critic_head(critic_features).squeeze(-1)
+
+    def forward(self, raw_obs: Tensor) -> Tensor:
+        """The policy as it is played: raw observations (..., 4, 84, 84), or flat ones (..., 28224) ->
+        actions (...), drawn: the most probable ones get stuck in a game that waits for FIRE."""
+        obs = torch.as_tensor(raw_obs)
+        shape = obs.shape[:-3] if obs.shape[-1] == 84 else obs.shape[:-1]
+        probabilities = self.logits(obs.reshape(-1, 4, 84, 84)).softmax(-1)
+        return torch.multinomial(probabilities, 1).view(shape)
 
 
-class BehaviourPolicy:
-    """pi_old, the agent's policy as it is while a rollout is collected; the noise of all its steps is drawn at once.
+# ---- PPO mathematics (shared) ------------------------------------------------------------------------
+def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
+    """Generalised advantage estimates A (T, N) of a rollout (Schulman et al. 2016, eq. 16).
 
-    The action with the largest sum of logit and Gumbel noise is a sample of the softmax (Gumbel-max trick,
-    Maddison et al. 2014). Values of a trunk that actor and critic share are kept, so that no image is seen twice.
-    On a CUDA device a step is a graph, captured once: one launch in place of some twenty small kernels.
+    delta_t = r_t + discount_t V_{t+1} - V_t and A_t = delta_t + decay_t A_{t+1}, with rewards, discounts =
+    gamma (1 - terminated) and decay = gamma lambda (1 - ended) (T, N), ended = terminated or truncated, and
+    values (T+1, N). The row after an ended one is a reset: its own A means nothing, and no other A depends
+    on it (but for V_{t+1} of a truncated row t).
     """
-
-    def __init__(self, agent: Agent, obs: Tensor):
-        """For rollouts whose observations are put into the buffer obs (steps + 1, games, H, W, 4)."""
-        self.agent, self.obs, self.shared = agent, obs, agent.critic_trunk is agent.actor_trunk
-        device, num_actions, shape = obs.device, agent.actor_head.out_features, (len(obs) - 1, obs.shape[1])
-        self.noise = torch.zeros(*shape, num_actions, device=device)
-        self.logits = torch.zeros_like(self.noise)
-        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.known = torch.zeros(shape if self.shared else (0, shape[1]), device=device)
-        self.graph, self.clock = None, torch.zeros(1, dtype=torch.int64, device=device)  # the step that the graph is at
-        if device.type == "cuda":
-            self.capture()
-
-    def begin(self) -> None:
-        """A new rollout: draw its noise, standard Gumbel, on the CPU, so that a seed means the same on every device."""
-        self.noise.copy_(-torch.empty(self.noise.shape).exponential_().log_())
-        self.clock.zero_()
-
-    def step(self, t: int | Tensor) -> None:
-        """Choose the actions of step t, a number or a tensor of one."""
-        features = self.agent.encode(self.agent.actor_trunk, pixels(self.obs[t].view(self.obs.shape[1:])))
-        logits = self.agent.actor_head(features)
-        self.logits[t], self.actions[t] = logits, (logits + self.noise[t]).argmax(-1)
-        if self.shared:
-            self.known[t] = self.agent.critic_head(features).squeeze(-1)
-
-    @torch.inference_mode()
-    def capture(self) -> None:
-        """Make the graph of one step. It reads the agent's parameters where they lie, so it stays right when they change."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries allocate and choose kernels in the first calls, which no graph may hold
-            for _ in range(3):
-                self.step(self.clock)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step(self.clock)
-            self.clock += 1
-
-    @torch.inference_mode()
-    def act(self, t: int) -> np.ndarray:
-        """The actions (N,) of step t; the steps of a rollout come in order, after `begin`."""
-        if self.graph is None:
-            self.step(t)
-        else:
-            self.graph.replay()
-        return self.actions[t].cpu().numpy()
-
-    def logprobs(self) -> Tensor:
-        """log pi_old(a|s) of the rollout (T, N), from the logits that were kept."""
-        return self.logits.log_softmax(-1).gather(-1, self.actions[..., None]).squeeze(-1)
-
-    @torch.no_grad()
-    def values(self) -> Tensor:
-        """V_old (T + 1, N) at the rollout's observations."""
-        rest, agent = self.obs[len(self.known) :], self.agent
-        batches = [agent.encode(agent.critic_trunk, pixels(part)) for part in rest.flatten(0, 1).split(256)]
-        values = torch.cat([agent.critic_head(features).squeeze(-1) for features in batches])
-        return torch.cat([self.known, values.view(len(rest), -1)])
-
-
-# ---- PPO mathematics (shared) ----------------------------------------------------------------------------------
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) of a rollout.
-
-    rewards, terminated, ended (T, N) with flags as 0/1 floats, ended = terminated or truncated; values (T+1, N).
-    delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t and A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}.
-    Returns A (T, N). The row after an ended one is a reset: its own A means nothing, and no other A depends on it
-    (but for V_{t+1} of a truncated row t).
-
-    The recursion is solved by doubling: after pass i, A_t holds its first 2^i terms. log2(T) tensor operations
-    replace a loop of T.
-    """
-    advantages = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    decay = gamma * gae_lambda * (1 - ended)
-    span = 1
-    while span < len(rewards):
-        advantages[:-span] += decay[:-span] * advantages[span:]
-        decay = decay[:-span] * decay[span:]
-        span *= 2
-        decay = torch.cat([decay, decay.new_zeros(len(rewards) - len(decay), *decay.shape[1:])])
+    advantages = rewards + discounts * values[1:] - values[:-1]
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
@@ -387,7 +408,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
-# ---- Bilevel mathematics on Atari ------------------------------------------------------------------------------
+# ---- Bilevel mathematics (shared) --------------------------------------------------------------------
 def chunk_indices(num_steps: int, num_envs: int, chunk_length: int) -> Tensor:
     """Rows of a flattened rollout (num_steps + 1, num_envs, ...) that make its chunks of consecutive steps.
 
@@ -397,22 +418,21 @@ def chunk_indices(num_steps: int, num_envs: int, chunk_length: int) -> Tensor:
     return starts.reshape(-1, 1) + torch.arange(chunk_length + 1) * num_envs
 
 
-def gae_operator(ended: Tensor, valid: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """The matrices W (C, L, L) with A = W delta for C chunks of L steps: GAE as a linear operator.
+def gae_operator(ended: Tensor, valid: Tensor, decay: float) -> Tensor:
+    """The matrices W (C, L, L) of C chunks of L steps: with decay = gamma lambda, A = W delta is GAE.
 
-    ended, valid (C, L) as 0/1 floats. W[t, k] = (gamma lambda)^(k-t) for k >= t in the same episode, else 0; the row
+    ended, valid (C, L) as 0/1 floats. W[t, k] = decay^(k-t) for k >= t in the same episode, else 0; the row
     and the column of a step that is no transition are 0, so nothing of it reaches another step.
     """
-    length = ended.shape[-1]
-    step = torch.arange(length, device=ended.device)
-    powers = torch.tril((gamma * gae_lambda) ** (step[:, None] - step[None, :]).clamp(min=0).to(ended.dtype)).T
+    step = torch.arange(ended.shape[-1], device=ended.device)
+    powers = torch.tril(decay ** (step[:, None] - step[None, :]).clamp(min=0).to(ended.dtype)).T
     episode = torch.cumsum(ended, -1) - ended  # a step that ends an episode still belongs to it
     rows, columns = (torch.where(valid > 0, episode, nowhere) for nowhere in (-1.0, -2.0))
     return powers * (rows[:, :, None] == columns[:, None, :])
 
 
 def lambda_returns(values: Tensor, rewards: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
-    """G = V + W delta with delta_t = r_t + discount_t V_{t+1} - V_t: the lambda-return as an affine map of the values.
+    """G = V + W delta with delta_t = r_t + discount_t V_{t+1} - V_t: the lambda-return, affine in the values.
 
     values (C, L+1), rewards and discounts = gamma (1 - terminated) (C, L), operator (C, L, L) -> G (C, L).
     """
@@ -420,151 +440,147 @@ def lambda_returns(values: Tensor, rewards: Tensor, discounts: Tensor, operator:
     return values[:, :-1] + (operator @ delta[:, :, None])[:, :, 0]
 
 
+def transposed(operator: Tensor, x: Tensor) -> Tensor:
+    """W^T x for each chunk: operator (C, L, L), x (C, L) -> (C, L)."""
+    return (x[:, None, :] @ operator)[:, 0, :]
+
+
 def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
     """(dG/dV)^T slopes, the transpose of `lambda_returns`: slopes (C, L) -> u (C, L+1)."""
-    through_delta = (slopes[:, None, :] @ operator)[:, 0, :]
-    u = torch.zeros(len(slopes), slopes.shape[1] + 1, dtype=slopes.dtype, device=slopes.device)
-    u[:, :-1] = slopes - through_delta
-    u[:, 1:] += discounts * through_delta
-    return u
-
-
-def split_critic(agent: Agent, follower: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """The critic's layers below the follower (none for "full") and the follower, both made of the agent's own layers."""
-    layers = [*agent.critic_trunk, agent.critic_head]
-    cut = {"head": -1, "last-two": -3, "full": 0}[follower]  # in between are the ReLUs
-    return nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:])
+    back = transposed(operator, slopes)  # by delta
+    return nn.functional.pad(slopes - back, (0, 1)) + nn.functional.pad(discounts * back, (1, 0))
 
 
 class CriticJacobian:
-    """J = d V / d omega (n, P) of a follower of Conv2d, Linear and ReLU layers at n rows, as products with it.
+    """J = dV / d omega (n, P) of any critic at n observations, as products with it.
 
-    V is one number a row, so its gradient in the weight matrix of a linear layer is the outer product of two vectors: the
-    derivative of V by the layer's outputs (`deltas`) and the layer's inputs (`inputs`). In a convolution it is a sum of
-    such products over the positions, and kept whole (`gradients`): of the full critic's 1.7 million parameters only 78
-    thousand are in convolutions. All products with J, J^T and J J^T are matrix multiplications; tests/ holds the
-    torch.func versions. Vectors in parameter space are flat, in the order of `follower.parameters()`; q of them are
-    rows of (q, P).
+    V is one number a row, so its gradient in the weights of a linear layer is the outer product of delta,
+    the derivative of V by the layer's outputs, and the layer's inputs h. One torch.func.vjp by zeros that
+    are added to the outputs of all layers gives every delta, whatever lies between the layers. Other
+    parameters, such as those of a layer norm, have their Jacobian in full. Vectors in parameter space are
+    flat, in the order of `critic.parameters()`; q of them are (q, P).
     """
 
-    def __init__(self, follower: nn.Sequential, inputs: Tensor):
-        """One forward pass at the follower's inputs (n, ...); keeps the values (n,) and what each layer takes and gives."""
-        self.layers, self.inputs, self.outputs, x = [], [], [], inputs.detach()
-        with torch.enable_grad():
-            for layer in follower:
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    self.layers.append(layer)
-                    self.inputs.append(x.detach())
-                    self.outputs.append(layer(x))
-                    x = self.outputs[-1]
-                else:
-                    x = layer(x)
-        self.values = x.detach().squeeze(-1)
+    def __init__(self, critic: nn.Module, obs: Tensor):
+        """Forward and backward pass at obs (n, D); keeps the values (n,) and the factors of J."""
+        layers = [module for module in critic.modules() if type(module) is nn.Linear]
 
-    @functools.cached_property
-    def deltas(self) -> list[Tensor]:
-        """The derivative of V by the outputs of each layer (n, outputs, ...): one backward pass, rows being independent."""
-        return list(torch.autograd.grad(self.outputs[-1].sum(), self.outputs))
+        def shifted_values(shifts: list[Tensor]) -> tuple[Tensor, dict[nn.Linear, Tensor]]:
+            inputs = {}
 
-    @functools.cached_property
-    def gradients(self) -> list[tuple[Tensor, Tensor] | None]:
-        """Each row's gradient in a convolution's weights (n, outputs * inputs * k * k) and biases (n, outputs); None for a
-        linear layer."""
-        found = []
-        for layer, inputs, deltas in zip(self.layers, self.inputs, self.deltas):
-            if isinstance(layer, nn.Linear):
-                found.append(None)
-            else:
-                patches = nn.functional.unfold(inputs, layer.kernel_size, stride=layer.stride)  # (n, inputs * k * k, positions)
-                found.append(((deltas.flatten(2) @ patches.mT).flatten(1), deltas.sum((2, 3))))
-        return found
+            def shift(layer, arguments, outputs):
+                inputs[layer] = arguments[0]
+                return outputs + shifts[layers.index(layer)]
+
+            with contextlib.ExitStack() as hooks:
+                for layer in layers:
+                    hooks.enter_context(layer.register_forward_hook(shift))
+                return critic(obs).squeeze(-1), inputs
+
+        with torch.no_grad():
+            zeros = [obs.new_zeros(len(obs), layer.out_features) for layer in layers]
+            self.values, slopes, inputs = torch.func.vjp(shifted_values, zeros, has_aux=True)
+            (deltas,) = slopes(torch.ones_like(self.values))
+        blocks = {}  # of each parameter: (delta, h) for weights, (J,) for all else
+        for layer, delta in zip(layers, deltas):
+            if layer in inputs:
+                blocks |= {layer.weight: (delta, inputs[layer]), layer.bias: (delta,)}
+        rest = {name: p.detach() for name, p in critic.named_parameters() if p not in blocks}
+        if rest:
+
+            def value(rest: dict[str, Tensor], row: Tensor) -> Tensor:
+                return torch.func.functional_call(critic, rest, (row[None],)).squeeze()
+
+            with torch.no_grad():
+                dense = torch.func.vmap(torch.func.grad(value), (None, 0))(rest, obs)
+            blocks |= {p: (dense[name].flatten(1),) for name, p in critic.named_parameters() if name in rest}
+        self.blocks = [blocks[p] for p in critic.parameters()]
+        self.sizes = [p.numel() for p in critic.parameters()]
+        self.last_inputs = [*inputs.values()][-1] if inputs else obs
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u for q vectors at once: (q, n) -> (q, P)."""
-        parts = []
-        for inputs, deltas, gradients in zip(self.inputs, self.deltas, self.gradients):
-            if gradients is None:
-                parts += [((u[:, :, None] * deltas).mT @ inputs).flatten(1), u @ deltas]
+        parts, columns = [], u.T.contiguous()[:, :, None]
+        for delta, *inputs in self.blocks:
+            if not inputs:
+                parts.append(u @ delta)
+            elif delta.shape[1] <= inputs[0].shape[1]:  # u goes with the smaller factor
+                parts.append(((columns * delta[:, None, :]).flatten(1).T @ inputs[0]).view(len(u), -1))
             else:
-                parts += [u @ gradient for gradient in gradients]
+                outer = (columns * inputs[0][:, None, :]).flatten(1).T @ delta
+                parts.append(outer.view(len(u), -1, delta.shape[1]).mT.flatten(1))
         return torch.cat(parts, 1)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v for q vectors: (q, P) -> (q, n)."""
-        result, start = self.values.new_zeros(len(v), len(self.values)), 0
-        for layer, inputs, deltas, gradients in zip(self.layers, self.inputs, self.deltas, self.gradients):
-            sizes = layer.weight.numel(), layer.bias.numel()
-            weight, bias = v[:, start : start + sum(sizes)].split(sizes, 1)
-            if gradients is None:
-                moved = weight.view(len(v), *layer.weight.shape) @ inputs.T + bias[:, :, None]  # (q, outputs, n)
-                result += (moved * deltas.T).sum(1)
-            else:
-                result += weight @ gradients[0].T + bias @ gradients[1].T
-            start += sum(sizes)
+        """J v for a vector: (P,) -> (n,)."""
+        result = torch.zeros_like(self.values)
+        for (delta, *inputs), part in zip(self.blocks, v.split(self.sizes)):
+            result += (inputs[0] @ part.view(delta.shape[1], -1).T * delta).sum(1) if inputs else delta @ part
         return result
 
     def kernel(self) -> Tensor:
-        """J J^T (n, n), layer by layer."""
-        return sum(
-            (inputs @ inputs.T + 1) * (deltas @ deltas.T)
-            if gradients is None
-            else sum(gradient @ gradient.T for gradient in gradients)
-            for inputs, deltas, gradients in zip(self.inputs, self.deltas, self.gradients)
-        )
-
-
-def hypergradient_memory(follower: nn.Sequential, rows: int, rank: int, size: int = 84) -> tuple[int, int]:
-    """Bytes that one hypergradient takes at most, for `rank` Nystrom columns and for the convolutions of `rows` rows.
-
-    A column is one number a parameter, held in float32 and in float64 (`nystrom_solver`). A convolution keeps the
-    gradient of every row and, while it is formed, the patches of the images (n, 4, size, size).
-    """
-    parameters, width = sum(parameter.numel() for parameter in follower.parameters()), follower[-1].in_features
-    kept, patches = 0, [0]
-    for layer in follower:
-        if isinstance(layer, nn.Conv2d):
-            kernel, size = layer.weight[0].numel(), (size - layer.kernel_size[0]) // layer.stride[0] + 1
-            kept, patches = kept + layer.weight.numel(), [*patches, kernel * size * size]
-    return 12 * min(rank, width + 1) * parameters, 4 * rows * (kept + max(patches))
+        """J J^T (n, n), parameter by parameter."""
+        return sum(math.prod(factor @ factor.T for factor in block) for block in self.blocks)
 
 
 class GaussNewton:
     """H = 2 sum_t w_t grad V_t grad V_t^T = R^T R, the Gauss-Newton matrix of L = sum_t w_t (G_t - V_t)^2.
 
-    R = diag(sqrt(2 w)) J with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without the term
-    in the residuals G - V: positive semidefinite, and equal to it for a critic that is linear in omega.
+    R = diag(sqrt(2 w)) J with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without
+    the term in the residuals G - V: positive semidefinite, and equal to it for a critic linear in omega.
     """
 
     def __init__(self, jacobian: CriticJacobian, weights: Tensor):
         self.jacobian, self.root = jacobian, torch.sqrt(2 * weights)
 
-    @functools.cached_property
-    def features(self) -> Tensor:
-        """The columns of R that belong to the last layer (n, width + 1): its inputs and 1, scaled."""
-        last = self.jacobian.inputs[-1]
-        return torch.cat([last, torch.ones_like(last[:, :1])], 1) * self.root[:, None]
+    def product(self, v: Tensor) -> Tensor:
+        """H v: (P,) -> (P,)."""
+        return self.jacobian.vjp((self.jacobian.jvp(v) * self.root**2)[None])[0]
 
-    def down(self, v: Tensor) -> Tensor:
-        """R v: (q, P) -> (q, n)."""
-        return self.jacobian.jvp(v) * self.root
-
-    def up(self, u: Tensor) -> Tensor:
-        """R^T u: (q, n) -> (q, P)."""
-        return self.jacobian.vjp(u * self.root)
-
-    def product(self, v: Tensor, damping: float) -> Tensor:
-        """(H + damping I) v for a vector (P,)."""
-        return self.up(self.down(v[None]))[0] + damping * v
+    def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """b = J^T u (P,), H P (q, P) and P^T H P (q, q) for directions P (F, q) in the last layer, whose
+        features are (n, F). R P = features P costs next to nothing, so one product with J^T for q + 1
+        vectors gives b and all of H P."""
+        images = (features @ directions).T
+        products = self.jacobian.vjp(torch.cat([u[None], images * self.root]))
+        return products[0], products[1:], images @ images.T
 
 
-def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """b -> (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (poster of Prakash et al. 2025).
+class Hessian(GaussNewton):
+    """H = grad^2_omega L of L = sum_t w_t (G_t - V_t)^2 in full, by torch.func.jvp of torch.func.grad; it
+    can be indefinite. critic V, obs (n, D), targets G (n,)."""
 
-    columns C^T = (H P)^T (q, n_params) and core M = P^T H P (q, q) for directions P; P = some columns of the identity
-    gives the poster's C = H[:, Q] and M = H[Q, Q]. The poster's Woodbury formula
+    def __init__(self, jacobian: CriticJacobian, weights: Tensor, critic, obs: Tensor, targets: Tensor):
+        super().__init__(jacobian, weights)
+        self.omega = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+
+        def loss(omega: dict[str, Tensor]) -> Tensor:
+            values = torch.func.functional_call(critic, omega, (obs,)).squeeze(-1)
+            return (weights * (targets - values) ** 2).sum()
+
+        self.gradient = torch.func.grad(loss)
+
+    def product(self, v: Tensor) -> Tensor:
+        """H v: (P,) -> (P,)."""
+        parts = [part.view_as(p) for part, p in zip(v.split(self.jacobian.sizes), self.omega.values())]
+        tangent = torch.func.jvp(self.gradient, (self.omega,), (dict(zip(self.omega, parts)),))[1]
+        return torch.cat([part.flatten() for part in tangent.values()])
+
+    def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """b, H P and P^T H P as in `GaussNewton`; the last layer's parameters are the last of omega."""
+        padded = nn.functional.pad(directions.T, (sum(self.jacobian.sizes) - len(directions), 0))
+        columns = torch.func.vmap(self.product)(padded)
+        return self.jacobian.vjp(u[None])[0], columns, padded @ columns.T
+
+
+def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> Tensor:
+    """v = (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (Prakash et al.'s poster).
+
+    columns C^T = (H P)^T (q, P) and core M = P^T H P (q, q) for directions P; P = some columns of the
+    identity gives the poster's C = H[:, Q] and M = H[Q, Q]. The poster's Woodbury formula
         v = b / alpha - C (M + C^T C / alpha)^-1 C^T b / alpha^2
-    breaks down where M is singular or slightly indefinite, so M is symmetrised and its eigenvalues below 1e-8 (in
-    float32: 1e-6) of the largest are dropped: H_q = F F^T with F = C E D^-1/2, and
+    breaks down where M is singular or slightly indefinite, so M is symmetrised and its eigenvalues below
+    1e-8 (in float32: 1e-6) of the largest are dropped: H_q = F F^T with F = C E D^-1/2, and
         v = (b - F (alpha I + F^T F)^-1 F^T b) / alpha,   0 < v.b <= |b|^2 / alpha.
     The small system is solved in float64. v is nan where anything in the system is not finite.
     """
@@ -572,53 +588,38 @@ def nystrom_solver(columns: Tensor, core: Tensor, damping: float) -> Callable[[T
     try:
         eigenvalues, vectors = torch.linalg.eigh((core + core.T).double() / 2)
     except torch.linalg.LinAlgError:  # M is not finite
-        return lambda b: b * math.nan
+        return b * math.nan
     smallest = floor * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    basis = vectors * torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # E D^-1/2, 0 where dropped
-    columns = columns.double()
+    basis = vectors * torch.where(eigenvalues <= smallest, math.inf, eigenvalues).rsqrt()  # E D^-1/2
+    columns, right = columns.double(), b.double()
     inner = basis.T @ (columns @ columns.T) @ basis  # F^T F
     inner.diagonal().add_(damping)
-    cholesky = torch.linalg.cholesky_ex(inner)[0]
-
-    def solve(b: Tensor) -> Tensor:
-        right = b.double()
-        small = basis @ torch.cholesky_solve(basis.T @ (columns @ right)[:, None], cholesky)
-        return torch.addmv(right, columns.T, small[:, 0], alpha=-1).div_(damping).to(b.dtype)
-
-    return solve
-
-
-def feature_directions(curvature: GaussNewton, rank: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal directions (width + 1, q) in the weights of the critic's last layer, along its leading features.
-
-    With the features Phi (n, width + 1) of that layer (hidden units and 1), scaled as R, they are orth(S^2 Omega) for
-    S = Phi^T Phi, the curvature in the last layer, and a Gaussian Omega (width + 1, rank): subspace iteration (Halko
-    et al. 2011, alg. 4.4). q is rank, or width + 1 if that is less.
-    """
-    features = curvature.features
-    gaussian = torch.randn(rank, features.shape[1], generator=generator).to(features)
-    for _ in range(2):
-        gaussian = (gaussian @ features.T) @ features
-    return torch.linalg.qr(gaussian.T)[0]
+    small = torch.cholesky_solve(basis.T @ (columns @ right)[:, None], torch.linalg.cholesky_ex(inner)[0])
+    return ((right - columns.T @ (basis @ small)[:, 0]) / damping).to(b.dtype)
 
 
 def nystrom_ihvp(
     curvature: GaussNewton, u: Tensor, damping: float, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H_q + damping I)^-1 b on the directions P of `feature_directions`: u (n,) -> b, v (P,).
+    """b = J^T u and v = (H_q + damping I)^-1 b: u (n,) -> b, v (P,), for a critic whose last layer is linear.
 
-    R P = Phi P costs next to nothing, so one backward pass for rank + 1 vectors gives b and all columns H P = R^T (R P).
+    The directions P lie in that layer, along its leading features Phi (n, width + 1), its inputs and 1 scaled
+    as R: P = orth(S^2 Omega), S = Phi^T Phi, Omega Gaussian: subspace iteration (Halko et al. 2011).
     """
-    images = feature_directions(curvature, rank, generator).T @ curvature.features.T
-    products = curvature.jacobian.vjp(torch.cat([u[None], images * curvature.root]))
-    return products[0], nystrom_solver(products[1:], images @ images.T, damping)(products[0])
+    last = curvature.jacobian.last_inputs
+    features = torch.cat([last, torch.ones_like(last[:, :1])], 1) * curvature.root[:, None]
+    omega = torch.randn(rank, features.shape[1], generator=generator).to(features)
+    for _ in range(2):
+        omega = (omega @ features.T) @ features
+    b, columns, core = curvature.sketch(u, torch.linalg.qr(omega.T)[0], features)
+    return b, nystrom_solve(columns, core, damping, b)
 
 
-def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Solve A x = b for a symmetric A given as `product`, from x = 0 (Hestenes and Stiefel 1952): b (P,) -> x (P,).
+def conjugate_gradient(product, b: Tensor, iterations: int) -> Tensor:
+    """Solve A x = b, b and x (P,), for a symmetric A given as product(v) = A v (Hestenes and Stiefel 1952).
 
-    Guarded: it stops improving x for good where p.A p <= 0 (A is not positive definite there) or where the residual
-    has fallen to 1e-6 of b, below which float32 directions are noise. No value is read back to Python.
+    Guarded: it stops improving x for good where p.A p <= 0 (A is not positive definite there) or where the
+    residual has fallen to 1e-6 of b, below which float32 directions are noise. Nothing is read back.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     energy = b @ b
@@ -638,506 +639,151 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 
 def cg_ihvp(curvature: GaussNewton, u: Tensor, damping: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H + damping I)^-1 b by conjugate gradients: u (n,) -> b, v (P,), one JVP and one VJP an iteration."""
+    """b = J^T u and v = (H + damping I)^-1 b by conjugate gradients: u (n,) -> b, v (P,)."""
     b = curvature.jacobian.vjp(u[None])[0]
-    return b, conjugate_gradient(lambda v: curvature.product(v, damping), b, iterations)
+    return b, conjugate_gradient(lambda v: curvature.product(v) + damping * v, b, iterations)
 
 
 def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
 
-    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel and its Cholesky factor, in float64; n is the
-    number of rows of the minibatch. R is a float32 number: where the damping is too small beside its rounding (below
+    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel of the minibatch's n rows and its
+    Cholesky factor, in float64. R is rounded to float32: where the damping is too small beside that (below
     1e-6 of the largest eigenvalue or so) the factor may not exist, and v is nan.
     """
-    b = curvature.jacobian.vjp(u[None])[0]
-    kernel = (curvature.jacobian.kernel() * curvature.root[:, None] * curvature.root).double()
+    jacobian, root = curvature.jacobian, curvature.root
+    b = jacobian.vjp(u[None])[0]
+    kernel = (jacobian.kernel() * root[:, None] * root).double()
     kernel.diagonal().add_(damping)
-    right = curvature.down(b[None]).double()
     factor, failed = torch.linalg.cholesky_ex(kernel)
-    inner = torch.where(failed == 0, torch.cholesky_solve(right.T, factor).T, math.nan)
-    return b, (b - curvature.up(inner.to(b.dtype))[0]) / damping
+    inner = torch.cholesky_solve((root * jacobian.jvp(b)).double()[:, None], factor)[:, 0]
+    inner = torch.where(failed == 0, inner, math.nan).to(b.dtype)
+    return b, (b - jacobian.vjp((root * inner)[None])[0]) / damping
 
 
 def surrogate_slope(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """The derivative of `clipped_surrogate` by the advantages: the ratio of the branch that is the minimum."""
+    """The derivative of `clipped_surrogate` by the advantages: the ratio of the smaller branch."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
 
 
-def normalised(x: Tensor, weights: Tensor) -> Tensor:
-    """x minus its mean, over its standard deviation, both under weights that sum to 1."""
-    centred = x - (weights * x).sum()
-    return centred / ((weights * centred * centred).sum().sqrt() + 1e-8)
+def follower_step(critic: nn.Module, optimiser, obs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """One step of the follower on L = sum_t w_t (G_t - V(s_t))^2; obs (n, D), targets and weights (n,).
+    Returns L before it."""
+    loss = (weights * (targets - critic(obs).squeeze(-1)) ** 2).sum()
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    return loss.detach()
 
 
-DIAGNOSTICS = (
-    "direct_norm", "correction_norm", "norm_ratio", "cosine", "weight_mean", "weight_std", "ihvp_residual",
-    "ihvp_cosine", "inner_gradient_norm_before", "inner_gradient_norm_after",
-)  # fmt: skip
+def inner_gradient_norm(critic: nn.Module, obs: Tensor, targets: Tensor) -> Tensor:
+    """|grad_omega L| of L = mean_t (G_t - V(s_t))^2, 0 where the critic has answered in full; obs (n, D),
+    targets (n,)."""
+    loss = ((targets - critic(obs).squeeze(-1)) ** 2).mean()
+    gradient = torch.autograd.grad(loss, [*critic.parameters()])
+    return nn.utils.get_total_norm(gradient)
 
 
 def leader_diagnostics(
-    theta: list[nn.Parameter], direct: Tensor, correction: Tensor, weights: Tensor, z: Tensor
+    theta: list[nn.Parameter], direct: Tensor, correction: Tensor, weights: Tensor, e: Tensor
 ) -> dict[str, Tensor]:
-    """The gradients in theta of J and of the correction, and the weights 1 + 2 z (C, L), in numbers."""
+    """The gradients in theta of J and of the correction, and the row weights 1 + 2 e (C, L), in numbers."""
 
     def gradient(objective: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(objective, theta, retain_graph=True)])
 
     direct, correction = gradient(direct), gradient(correction)
-    mean = (weights * (1 + 2 * z)).sum()
+    mean = (weights * (1 + 2 * e)).sum()
     return {
         "direct_norm": direct.norm(),
         "correction_norm": correction.norm(),
         "norm_ratio": correction.norm() / direct.norm(),
         "cosine": torch.cosine_similarity(direct, correction, dim=0),
         "weight_mean": mean,
-        "weight_std": (weights * (1 + 2 * z - mean) ** 2).sum().sqrt(),
+        "weight_std": (weights * (1 + 2 * e - mean) ** 2).sum().sqrt(),
     }
 
 
-def solver_diagnostics(curvature: GaussNewton, b: Tensor, v: Tensor, damping: float) -> dict[str, Tensor]:
-    """|(H + damping I) v - b| / |b|, where v = 0 scores 1, and the cosine of v and b."""
-    residual = (curvature.product(v, damping) - b).norm() / b.norm()
-    return {"ihvp_residual": residual, "ihvp_cosine": torch.cosine_similarity(v, b, dim=0)}
+def check_critic(critic: nn.Module, obs_dim: int, needs_linear_output: bool) -> None:
+    """Raise BadInput if `CriticJacobian` does not hold for this critic, as with a layer that is used twice,
+    or, where the solver needs it, if its last layer is not nn.Linear(..., 1) with a bias."""
+    critic, generator = copy.deepcopy(critic).cpu().double(), torch.Generator().manual_seed(0)
+    for parameter in critic.parameters():  # a last layer of zeros would hide all others
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    obs = torch.randn(8, obs_dim, generator=generator).double()
+    try:
+        jacobian, values = CriticJacobian(critic, obs), critic(obs).squeeze(-1)
+        gradient = torch.autograd.grad(values.square().sum(), [*critic.parameters()])
+        expected = torch.cat([g.flatten() for g in gradient])
+        holds = torch.allclose(jacobian.vjp(2 * values.detach()[None])[0], expected, rtol=1e-6, atol=1e-9)
+    except RuntimeError:  # torch.func does not take some layers, such as a batch norm
+        holds = False
+    if not holds:
+        wrong = "the critic's derivatives do not hold: use each linear layer once, on rows (n, d)"
+        raise BadInput(f"{wrong} that do not depend on each other, without dropout")
+    last = torch.cat([jacobian.last_inputs, torch.ones(8, 1)], 1)
+    dense = jacobian.vjp(torch.eye(8).double())[:, -last.shape[1] :]
+    if needs_linear_output and not (dense.shape == last.shape and torch.allclose(dense, last)):
+        wrong = "--ihvp nystrom needs a critic whose last layer is nn.Linear(..., 1) with a bias"
+        raise BadInput(f"{wrong}; use --ihvp cg or exact")
 
 
-def inner_gradient_norm(jacobian: CriticJacobian, weights: Tensor, targets: Tensor) -> Tensor:
-    """|grad_omega L|, 0 where the critic has answered in full: weights, targets (C, L), jacobian at (C, L + 1) rows."""
-    errors = jacobian.values.view(len(weights), -1)[:, :-1] - targets
-    return jacobian.vjp(nn.functional.pad(2 * weights * errors, (0, 1)).view(1, -1)).norm()
+# ---- Follower ----------------------------------------------------------------------------------------
+def split_critic(agent: Agent, follower: str) -> tuple[nn.Sequential, nn.Sequential]:
+    """The critic's layers below the follower (none for "full") and the follower, made of the agent's own."""
+    critic = nn.Sequential(*agent.critic_trunk, agent.critic_head)
+    layers = [index for index, layer in enumerate(critic) if [*layer.parameters()]]
+    start = {"head": layers[-1], "last-two": layers[-2], "full": 0}[follower]
+    return critic[:start], critic[start:]
 
 
-# ---- The run of an Atari script: what is not the algorithm (shared) --------------------------------------------
-SCRIPT = Path(__file__).name
-ANY_TIME = {"resume", "track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
-ANY_TIME |= {"checkpoint_every", "env_threads"}  # arguments that --resume may change: they leave the result as it is
+# ---- The run: what is not the algorithm (shared) -----------------------------------------------------
+EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
 
 
-class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+class Diverged(Exception):
+    """One sentence: which numbers stopped being finite, and when; exit status 1."""
 
 
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's text, without its full stop."""
-    return re.split(r"[.?!]\s|\n", str(error))[0].rstrip(".")
+def say(text: str) -> None:
+    """Print a line on stderr, above the progress bar. A reader that went away never changes a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file=sys.stderr)
 
 
-def check_ranges(args) -> None:
-    """Raise BadInput for the first number of `args` outside the interval that its line in Args states."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(type(args)))).body[0].body
-    for field, doc in zip(body, body[1:]):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(doc, ast.Expr):
-            continue
-        interval = re.search(r"in ([\[(])([^\s,]+), ([^\s,]+)([\])])", doc.value.value)
-        value = getattr(args, field.target.id)
-        if interval is None or value is None:
-            continue
-        left, low, high, right = interval.groups()
-        above = value >= float(low) if left == "[" else value > float(low)
-        below = value <= float(high) if right == "]" else value < float(high)
-        if not (above and below):
-            raise BadInput(f"--{field.target.id.replace('_', '-')} is {value}, it must be {interval.group()}")
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
-
-def nearest_divisors(number: int, near: int) -> str:
-    """The divisors of `number` on both sides of `near`, in words."""
-    divisors = {d for i in range(1, math.isqrt(number) + 1) if number % i == 0 for d in (i, number // i)}
-    below, above = max(d for d in divisors if d <= near), min(d for d in divisors if d >= min(near, number))
-    return " or ".join(str(d) for d in sorted({below, above}))
-
-
-def parse_args(cls, argv: list[str] | None = None):
-    """The command line as an instance of `cls`, checked. With --resume, the arguments of that run; one given again
-    must agree unless it is in ANY_TIME. Raises BadInput; tyro itself exits with status 2 on words it cannot parse."""
-    args = tyro.cli(cls, args=argv, description=inspect.getmodule(cls).__doc__)
-    if args.resume is not None:
+    Raises BadInput; tyro itself exits with status 2 on words that it cannot parse.
+    """
+    saved, parser = None, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
         try:
-            saved = json.loads((args.resume / "args.json").read_text())
-            result = args.resume / "result.json"
-            finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
-            made_by, old = saved["script"], dict(saved["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {args.resume} is not a run folder: {error}") from error
-        if made_by != SCRIPT:
-            raise BadInput(f"--resume {args.resume} is a run of {made_by}, not of {SCRIPT}")
-        if finished:
-            raise BadInput(f"--resume {args.resume} has nothing left to do: that run has finished")
-        known = {field.name: field.type for field in fields(cls)}
-        old = {name: value for name, value in old.items() if name in known}
-        old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
-        args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
-        if args.device == "auto":
-            args.device = old.get("device", "auto")
-        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
-            if getattr(args, name) != old.get(name, getattr(args, name)):
-                raise BadInput(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
-                    "leave it out or start a new run"
-                )
-    check_ranges(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise BadInput("--track needs the package wandb: pip install wandb")
-    args.exp_name = args.exp_name or Path(SCRIPT).stem
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.env_threads == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.env_threads = min(cores, args.num_envs)
+            made = json.loads((folder / "args.json").read_text())
+            if made["script"] != Path(__file__).name:
+                raise ValueError(f"it was made by {made['script']}")
+            saved = Args(**made["args"] | {"resume": folder})
+        except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
+            raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
+    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    for name, value in saved or ():
+        if getattr(args, name) != value:
+            say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
     return args
 
 
 def provenance() -> dict:
-    """What made a run: command, commit, versions, machine."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
-    except OSError:  # no git on this machine
-        commit, dirty = None, None
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return {
-        "script": SCRIPT,
-        "argv": sys.argv,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco")},
-        "cpu": model.group(1) if model else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-    }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
-    new = path.with_name(path.name + ".new")
-    try:
-        write(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:  # a full disk should not stay full of half a file
-        new.unlink(missing_ok=True)
-        raise
-
-
-def make_folder(path: Path) -> Path:
-    """Create `path`, or path_1, path_2, ... if it is taken: mkdir is atomic, so two runs never share a folder."""
-    for copy in itertools.count():
-        folder = path if copy == 0 else path.with_name(f"{path.name}_{copy}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
-    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
-    if importlib.util.find_spec("fcntl") is None:  # as on Windows
-        return None
-    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def rng_state() -> dict:
-    """The states of the random generators of python, numpy and torch, as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """The inverse of `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-        torch.cuda.set_rng_state(cuda_state, device)
-
-
-def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint.pt of a run folder. Raises BadInput if it is missing, damaged or of another script."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT:
-            raise BadInput(f"--resume {folder}: its checkpoint.pt is one of {checkpoint['script']}, not of {SCRIPT}")
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume {folder} has no checkpoint.pt yet, so it cannot continue; start a new run") from error
-    except (BadInput, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        raise BadInput(f"--resume {folder}: its checkpoint.pt is truncated or damaged, so it cannot continue") from error
-    return checkpoint
-
-
-class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
-
-    A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
-    Raises BadInput if the folder cannot be written or another process writes it.
-    """
-
-    def __init__(self, args, checkpoint: dict | None):
-        self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
-        self.trained, self.closed = False, False
-        self.global_step = checkpoint["global_step"] if checkpoint else 0
-        self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
-        if checkpoint is None:
-            name = re.sub(r"[/:\\\s]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-            try:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                self.folder = make_folder(args.run_dir / name)
-                saved = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-                self.write_json("args.json", {"args": saved} | provenance())
-            except OSError as error:
-                raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
-        else:
-            self.folder = args.resume
-        self.lock = lock_folder(self.folder)
-        if checkpoint is not None:
-            try:
-                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-                for csv_name in ("metrics.csv", "episodes.csv"):
-                    self.cut_csv(csv_name, self.global_step)
-            except OSError as error:
-                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            try:  # W&B links the event file into its own folder; inside run_dir TensorBoard and W&B would read it again
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    dir=os.environ.get("WANDB_DIR") or self.folder.resolve().parent.parent,
-                    id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
-                )  # fmt: skip
-            except Exception as error:
-                if checkpoint is None:
-                    shutil.rmtree(self.folder)
-                reason = first_sentence(error)
-                raise BadInput(f"--track: W&B does not start: {reason}; log in, set WANDB_MODE=offline or leave it out") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if checkpoint else None)
-        self.csv_files = {name: open(self.folder / name, "a", newline="") for name in ("metrics.csv", "episodes.csv")}
-        if self.csv_files["episodes.csv"].tell() == 0:
-            self.write_rows(
-                "episodes.csv", [("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")]
-            )
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True)
-
-    def __enter__(self):
-        def ask_to_stop(number, frame):
-            if self.stop_signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.stop_signal = number
-            if self.trained and not self.closed:
-                self.stop()
-
-        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.started = time.perf_counter() - self.wall_time
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error is not None and not isinstance(error, SystemExit):
-            with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
-                self.close("failed", error=f"{kind.__name__}: {error}")
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def end_training(self) -> None:
-        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
-        self.trained = True
-        if self.stop_signal:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
-        self.close("interrupted", signal=self.stop_signal)
-        sys.exit(128 + self.stop_signal)
-
-    def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder."""
-        write_atomically(self.folder / name, lambda new: new.write_text(json.dumps(content, indent=1, default=str) + "\n"))
-
-    def write_rows(self, name: str, rows: list) -> None:
-        """Append rows to a csv file of the folder, past Python's buffer."""
-        csv.writer(self.csv_files[name]).writerows(rows)
-        self.csv_files[name].flush()
-
-    def cut_csv(self, name: str, last_step: int) -> None:
-        """Drop the rows after `last_step`, and a last line that a kill cut short."""
-        path = self.folder / name
-        header, *rows = [*csv.reader(path.read_text().splitlines() if path.exists() else [])] or [[]]
-        rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= last_step]
-        if name == "episodes.csv":
-            self.episodes = [(int(row[0]), float(row[3])) for row in rows]
-        text = "".join(",".join(row) + "\r\n" for row in [header, *rows] if row)
-        write_atomically(path, lambda new: new.write_text(text, newline=""))
-
-    def log(self, global_step: int, metrics: dict[str, float], episodes: list[tuple]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration:
-        (global_step, wall_time_s, env_index, return, length)."""
-        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        self.episodes += [(row[0], row[3]) for row in episodes]
-        if episodes:
-            self.write_rows("episodes.csv", episodes)
-        returns, lengths = [row[3] for row in episodes], [row[4] for row in episodes]
-        metrics = {
-            "charts/episodic_return": float(np.mean(returns)) if returns else math.nan,
-            "charts/episodic_length": float(np.mean(lengths)) if lengths else math.nan,
-            "charts/SPS": global_step / self.wall_time,
-        } | metrics
-        if self.csv_files["metrics.csv"].tell() == 0:
-            self.write_rows("metrics.csv", [("global_step", "wall_time_s", *metrics)])
-        row = ["" if math.isnan(value) else value for value in metrics.values()]
-        self.write_rows("metrics.csv", [(global_step, self.wall_time, *row)])
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.tensorboard.add_scalar(name, value, global_step)
-        recent = np.mean([episode[1] for episode in self.episodes[-20:]]) if self.episodes else math.nan
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
-            self.bar.update(global_step - self.bar.n)
-        elif self.wall_time - self.last_print > 10:
-            self.last_print = self.wall_time
-            speed = metrics["charts/SPS"]
-            print(f"{global_step:>10,} steps  return {recent:8.1f}  {speed:8,.0f} steps/s  {self.folder}", flush=True)
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and all random states; loads with weights_only=True."""
-        self.tensorboard.flush()
-        state |= {"script": SCRIPT, "global_step": self.global_step, "wall_time": self.wall_time, "rng": rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
-
-    def close(self, status: str, **extra) -> None:
-        """Write result.json, last and atomically."""
-        self.closed = True
-        batch_size = self.args.num_envs * self.args.num_steps
-        end = self.args.total_timesteps // batch_size * batch_size
-        last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in (*self.csv_files.values(), self.tensorboard):
-            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
-                file.close()
-        if self.bar is not None:
-            self.bar.close()
-        result = {
-            "status": status,
-            "global_step": self.global_step,
-            "wall_time_s": self.wall_time,
-            "final_return": float(np.mean(last)) if last else None,
-        }
-        self.write_json("result.json", result | extra)
-        mean = "" if result["final_return"] is None else f", final return {result['final_return']:.1f}"
-        print(f"{status} after {self.global_step:,} steps{mean}: {self.folder}", flush=True)
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if status == "finished" else 1)
-
-
-def load_policy(path: str | Path) -> Callable[..., np.ndarray]:
-    """The trained policy in a model.pt: observations of `make_envs` (n, 4, 84, 84) -> actions (n,), drawn from the
-    policy, or with greedy=True the most probable ones (these can get stuck in a game that waits for FIRE)."""
-    model = torch.load(path, weights_only=True)
-    agent = Agent(model["num_actions"], model["separate_trunks"]).to(memory_format=torch.channels_last)
-    agent.load_state_dict(model["agent"])
-
-    @torch.inference_mode()
-    def policy(obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-        images = pixels(torch.from_numpy(obs).permute(0, 2, 3, 1))
-        logits = agent.actor_head(agent.encode(agent.actor_trunk, images))
-        noise = 0.0 if greedy else -torch.empty_like(logits).exponential_().log_()
-        return (logits + noise).argmax(-1).numpy()
-
-    return policy
-
-
-def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
-    """Points of one game in each of `episodes` fresh environments (seeds unlike the training's), started as in training."""
-    seed = derived_seed(args.seed, 2**40)
-    envs, _ = make_envs(
-        args.env_id, episodes, seed, args.env_threads, args.episodic_life, args.clip_reward, args.repeat_action_probability
-    )
-    obs, _ = envs.reset()
-    points, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    while running.any():  # a game is cut off after 27,000 steps
-        obs, _, _, cut, info = envs.step(policy(obs))
-        points += np.where(running, info["reward"], 0.0)
-        running &= ~((info["terminated"] != 0) | cut)
-    envs.close()
-    return points.tolist()
-
-
-def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
-    """Film one game into `folder`; without a model, only draw one frame. For a child process, as drawing may kill."""
-    if model is None:  # the caller says in one sentence what failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    envs, _ = make_envs(env_id, 1, seed, render_mode="rgb_array")
-    obs, _ = envs.reset()
-    frame = envs.render()[0]
-    if model is None:
-        os._exit(0)
-    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-    folder.mkdir(exist_ok=True)
-    policy, over = load_policy(model), False
-    with FFMPEG_VideoWriter(str(folder / "game.mp4"), frame.shape[1::-1], fps=15) as video:  # 15 steps of 4 frames a second
-        while not over:
-            video.write_frame(np.ascontiguousarray(envs.render()[0]))
-            obs, _, _, cut, info = envs.step(policy(obs))
-            over = info["terminated"][0] != 0 or cut[0]
-    envs.close()
-
-
-def film_in_child(*arguments) -> bool:
-    """Whether `film(*arguments)` ran to its end in a process of its own."""
-    child = multiprocessing.get_context("spawn").Process(target=film, args=arguments)
-    child.start()
-    child.join()
-    return child.exitcode == 0
+    """What makes a run: command, commit, versions."""
+    wanted = {"torch", "numpy", "gymnasium", "envpool", "mujoco"}
+    versions = {each.name: each.version for each in importlib.metadata.distributions() if each.name in wanted}
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions |= {"python": sys.version.split()[0]}
+    script, commit = Path(__file__).name, git.stdout.strip() or None
+    return {"script": script, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -1145,320 +791,489 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be had where the networks live; no limit where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text()).group(1)) if meminfo.exists() else sys.maxsize
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Replace `path` by bytes or by what torch saves: after a crash the old or the new content is there."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk should not stay full of half a file
 
 
-def check_machine(args) -> None:
-    """Raise BadInput for what this machine cannot do: bfloat16 without CUDA, compiling without a compiler, a rollout that
-    is larger than its memory."""
-    if args.bf16 and args.device != "cuda":
-        raise BadInput("--bf16 speeds up CUDA devices alone, but the networks live on the CPU; leave it out")
-    compilers = (os.environ.get("CXX", ""), "g++", "clang++", "cl")
-    if args.compile and args.device == "cpu" and not any(map(shutil.which, compilers)):
-        raise BadInput("--compile needs a C++ compiler, and there is none on the PATH; leave it out or install g++")
-    size = 2 * (args.num_steps + 1) * args.num_envs * 84 * 84 * 4  # the update gathers them once more
-    free = available_memory(torch.device(args.device))
-    if size > free:
-        raise BadInput(
-            f"--num-steps {args.num_steps} of --num-envs {args.num_envs} are {size / 1e9:.1f} GB of images, but "
-            f"{free / 1e9:.1f} GB of memory are free; ask for fewer"
-        )
+class Run:
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals.
+
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever
+    the end is. `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which
+    the loop reads at the end of its iteration; a second one, or one after training, stops at once.
+    """
+
+    def __init__(self, args: Args):
+        self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
+        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+        self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
+
+    def __enter__(self):
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if it cannot."""
+        if self.folder is None:
+            return self
+        if not (self.folder / "checkpoint.pt").exists():
+            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run")
+        try:
+            self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+        except filelock.Timeout:
+            raise BadInput(f"--resume {self.folder} is still running in another process") from None
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            reason = f"checkpoint.pt cannot be used: {type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
+        return self
+
+    def open(self) -> None:
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
+        args, resumed = self.args, self.checkpoint is not None
+        try:
+            if not resumed:
+                name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+                self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+                while self.folder.exists():  # a run of the same second
+                    self.folder = self.folder.with_name(self.folder.name + "_")
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            if args.track:
+                self.start_wandb()
+            made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            self.write_json("args.json", made | {"args": saved})
+            self.metrics = self.open_csv("metrics.csv", METRICS)
+            self.episodes = self.open_csv("episodes.csv", EPISODES)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+        except OSError as error:
+            raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
+        bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(**bar, mininterval=seconds, delay=0.1)  # delay: nothing is printed here
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        self.opened, self.started = True, time.perf_counter() - self.wall_time
+
+    def start_wandb(self) -> None:
+        """Send what TensorBoard gets to W&B as well; the parts of a run that was continued are one group."""
+        names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+        names |= {"group": self.folder.name, "name": f"{self.folder.name}-{self.global_step}"}
+        try:
+            import wandb
+
+            self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
+        except Exception as error:
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder)
+            raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ask the loop to stop; at once if it was asked before or has ended."""
+        at_once, self.stop_signal = self.stop_signal or self.trained, number
+        if at_once:
+            sys.exit(128 + number)
+
+    def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
+        it are dropped, and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [",".join(columns)], 0
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
+                if int(row["global_step"]) <= self.global_step:
+                    kept.append(line)
+                    if columns is EPISODES:
+                        self.returns.append((row["global_step"], row["episodic_return"]))
+            except (ValueError, OverflowError):
+                damaged += line != kept[0]
+        if damaged:
+            say(f"{path}: {damaged} lines could not be read and are dropped")
+        write_atomically(path, "\r\n".join([*kept, ""]).encode())
+        self.files.append(open(path, "a", newline=""))
+        return csv.DictWriter(self.files[-1], columns)
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
+        strict = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        write_atomically(self.folder / name, (json.dumps(strict, indent=1) + "\n").encode())
+
+    def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this
+        iteration; None is a number that does not exist."""
+        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time}
+        metrics["charts/SPS"] = global_step / self.wall_time
+        for name in ("episodic_return", "episodic_length"):
+            metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
+        self.metrics.writerow(metrics)
+        self.episodes.writerows(episodes)
+        for file in self.files:
+            file.flush()
+        for name in METRICS[2:]:
+            if metrics.get(name) is not None:
+                self.tensorboard.add_scalar(name, metrics[name], global_step)
+        self.returns += [(row["global_step"], row["episodic_return"]) for row in episodes]
+        with contextlib.suppress(OSError, ValueError):
+            recent = np.mean([value for _, value in self.returns[-20:]] or math.nan)
+            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+            self.bar.update(global_step - self.bar.n)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the
+        disk before."""
+        for file in self.files:
+            os.fsync(file.fileno())
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        write_atomically(self.folder / "checkpoint.pt", state)
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Write result.json, last and atomically, and let go of everything."""
+        if self.opened:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            status = "finished" if error is None else "failed"
+            if isinstance(error, Diverged):
+                status = "diverged"
+            elif isinstance(error, SystemExit if self.stop_signal else KeyboardInterrupt):
+                status = "interrupted"
+            last = [value for step, value in self.returns if step > 0.9 * self.end]
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
+            result |= {"final_return": float(np.mean(last or math.nan))}
+            failed = status in ("failed", "diverged")
+            result |= {"error": f"{kind.__name__}: {error}"} if failed else self.result
+            for each in (self.bar, self.tensorboard, *self.files):
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
+                    each.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self.write_json("result.json", result)
+            say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
+            if status == "interrupted":
+                say(f"continue with --resume {self.folder}")
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+        if self.lock is not None:
+            self.lock.release()
+        if self.opened and status == "failed" and isinstance(error, SystemExit):
+            raise RuntimeError("the task tried to end the process") from error
 
 
-# ---- Batch shape -----------------------------------------------------------------------------------------------
-def check_batch_shape(args: Args) -> None:
-    """Raise BadInput unless chunks divide a rollout and minibatches divide the chunks."""
-    if args.num_steps % args.chunk_length:
-        raise BadInput(
-            f"--chunk-length {args.chunk_length} does not divide num-steps = {args.num_steps}; "
-            f"{nearest_divisors(args.num_steps, args.chunk_length)} would"
-        )
-    chunks = args.num_envs * args.num_steps // args.chunk_length
-    if chunks % args.num_minibatches:
-        raise BadInput(
-            f"--num-minibatches {args.num_minibatches} does not divide the {chunks} chunks of a rollout "
-            f"(num-envs x num-steps / chunk-length); {nearest_divisors(chunks, args.num_minibatches)} would"
-        )
+def load_policy(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt: called with raw observations (..., D), it gives the
+    actions that are played, as the task takes them."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    agent = Agent(*saved["agent_sizes"])
+    agent.load_state_dict(saved["agent"])
+    return agent.eval().requires_grad_(False)
 
 
-# ---- Training on Atari: set-up (shared) ------------------------------------------------------------------------
+def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
+    long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
+    task; without episodes it only tries."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        drawn = {"render_mode": "rgb_array"} if film_folder else {}
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
+        if film_folder:
+            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
+        env = gym.wrappers.TimeLimit(gym.wrappers.FlattenObservation(env), 5_000 if film_folder else 100_000)
+    returns = [0.0] * episodes
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
+        ended = False
+        while not ended:
+            with torch.no_grad():
+                action = agent(obs).numpy()[()]
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            ended = terminated or truncated
+    env.close()
+    return returns
+
+
+# ---- Training on Atari: set-up (shared) --------------------------------------------------------------
 def train(args: Args) -> Path:
-    """Train and return the run folder. Raises BadInput before anything is created."""
-    batch_size = args.num_envs * args.num_steps
-    if args.total_timesteps < batch_size:
-        raise BadInput(
-            f"--total-timesteps {args.total_timesteps} is less than one rollout of num-envs x num-steps = "
-            f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
-        )
-    check_batch_shape(args)
-    check_machine(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device(args.device)
-    if args.device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.torch_threads = args.torch_threads or cores
-        torch.set_num_threads(args.torch_threads)
-        keep_freed_memory()
+    """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
+    with Run(args) as run:
+        checkpoint, start, batch_size = run.checkpoint, run.global_step, args.num_envs * args.num_steps
+        if start % batch_size or start > args.total_timesteps:
+            needs = "--total-timesteps must be at least that, and --num-envs x --num-steps must divide it"
+            raise BadInput(f"--resume {args.resume} has made {start} steps: {needs}")
+        torch.manual_seed(args.seed)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.deterministic = True  # so that a run on a CUDA device repeats bitwise, too
+        if device.type == "cpu":
+            torch.set_num_threads(args.torch_threads or len(usable_cores()))
+        envs = make_envs(args, args.num_envs, derived_seed(args.seed, start))
+        game = gym.envs.registration.EnvSpec(args.env_id, functools.partial(Game, args))
+        gym.registry[args.env_id] = game  # `play` makes its environments by their names
+        if args.eval_episodes or args.capture_video:
+            play(None, args, episodes=0)
+        num_actions = int(envs.action_space.n)
 
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    start = checkpoint["global_step"] if checkpoint else 0
-    envs, num_actions = make_envs(
-        args.env_id, args.num_envs, derived_seed(args.seed, start), args.env_threads, args.episodic_life,
-        args.clip_reward, args.repeat_action_probability,
-    )  # fmt: skip
-    if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
-        raise BadInput(f"--capture-video: EnvPool cannot draw {args.env_id} here; leave it out")
+        # ---- Networks and optimisers -----------------------------------------------------------------
+        agent_sizes = num_actions, True
+        agent = Agent(*agent_sizes).to(device, memory_format=torch.channels_last).eval()
+        below, follower = split_critic(agent, args.follower)
+        with torch.no_grad():
+            shape = below(pixels(torch.zeros(1, 4, 84, 84, device=device))).shape[1:]
+        rows_as_images = nn.Sequential(nn.Unflatten(1, shape), *follower)  # rows (n, D) are what is checked
+        check_critic(rows_as_images, math.prod(shape), needs_linear_output=args.ihvp == "nystrom")
+        if args.follower == "full":  # products with its Jacobian need all of float32
+            torch.backends.cudnn.allow_tf32 = False
+        options = {"eps": 1e-5, "fused": True}
+        actor_optimiser = torch.optim.Adam(agent.actor_parameters(), args.learning_rate, **options)
+        critic_optimiser = torch.optim.Adam(follower.parameters(), args.critic_learning_rate, **options)
+        optimisers = [actor_optimiser, critic_optimiser]
+        if args.follower != "full":
+            below_optimiser = torch.optim.Adam(below.parameters(), args.trunk_learning_rate, **options)
+            optimisers.append(below_optimiser)
+        chunks = chunk_indices(args.num_steps, args.num_envs, args.chunk_length).to(device)
+        gamma_lambda = args.gamma * args.gae_lambda
+        kappa = gamma_lambda if args.mixed_discount is None else args.mixed_discount
+        sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
 
-    # ---- Networks and optimisers -------------------------------------------------------------------------------
-    agent = Agent(num_actions, separate_trunks=True, bf16=args.bf16).to(device, memory_format=torch.channels_last)
-    below, follower = split_critic(agent, args.follower)
-    parameters = sum(parameter.numel() for parameter in follower.parameters())
-    if args.ihvp == "nystrom" and args.nystrom_rank > parameters:
-        raise BadInput(
-            f"--nystrom-rank {args.nystrom_rank} is more than the {parameters} parameters of the follower; ask for at most that"
-        )
-    rows = batch_size // args.num_minibatches * (args.chunk_length + 1) // args.chunk_length
-    columns, convolutions = hypergradient_memory(follower, rows, args.nystrom_rank if args.ihvp == "nystrom" else 0)
-    kernel = 20 * rows**2 if args.ihvp == "exact" else 0  # one in float32, two in float64
-    free = available_memory(device)
-    if columns + convolutions + kernel > free:
-        raise BadInput(
-            f"--nystrom-rank {args.nystrom_rank} with --follower {args.follower} takes rank x {parameters} parameters x 12 "
-            f"bytes = {columns / 1e9:.2f} GB, {convolutions / 1e9:.2f} GB for the convolutions of {rows} rows and "
-            f"{kernel / 1e9:.2f} GB for their kernel, but {free / 1e9:.2f} GB of memory are free; lower the rank, raise "
-            "num-minibatches or use --follower head"
-        )
-    if args.follower == "full":  # products with J need all of float32
-        torch.backends.cudnn.allow_tf32 = False
-    if args.compile:
-        for trunk in (agent.actor_trunk, below):
-            trunk.forward = torch.compile(trunk.forward)
-    actor_optimiser = torch.optim.Adam(agent.actor_parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    critic_optimiser = torch.optim.Adam(follower.parameters(), lr=args.critic_learning_rate, eps=1e-5, fused=True)
-    optimisers = [actor_optimiser, critic_optimiser]
-    if args.follower != "full":
-        below_optimiser = torch.optim.Adam(below.parameters(), lr=args.trunk_learning_rate, eps=1e-5, fused=True)
-        optimisers.append(below_optimiser)
-    chunks = chunk_indices(args.num_steps, args.num_envs, args.chunk_length).to(device)
-    sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
+        # ---- Training on Atari: buffers and the loop (shared) ----------------------------------------
+        groups = [group for each in optimisers for group in each.param_groups]
+        step_sizes = [group["lr"] for group in groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+                for each, state in zip(optimisers, checkpoint["optimisers"], strict=True):
+                    each.load_state_dict(state)
+                torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
+            except (RuntimeError, ValueError, KeyError) as error:
+                wrong = "another version made it, or networks of another shape; leave out what shapes them"
+                raise BadInput(f"--resume {args.resume}: {wrong}") from error
+            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
 
-    # ---- Training on Atari: buffers and the loop (shared) ------------------------------------------------------
-    step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for each, state in zip(optimisers, checkpoint["optimisers"]):
-            each.load_state_dict(state)
-        set_rng_state(checkpoint["rng"])
-
-    # The images live in bytes, where the networks live: (time, game, height, width, frame). The rest is in numpy arrays.
-    # Row num_steps of obs is the next rollout's first.
-    shape = (args.num_steps, args.num_envs)
-    obs = torch.zeros(args.num_steps + 1, args.num_envs, 84, 84, 4, dtype=torch.uint8, device=device)
-    behaviour = BehaviourPolicy(agent, obs)
-    rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-    ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended a life or a game: the next row is a reset
-    game_points, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-
-    with Run(args, checkpoint) as run:
-        obs[-1] = torch.from_numpy(envs.reset()[0]).to(device).permute(0, 2, 3, 1)
+        # The rollout: arrays (time, game, ...); row num_steps of obs is the next rollout's first. The images
+        # stay bytes, and what the networks see and say is where they live.
+        shape = (args.num_steps, args.num_envs)
+        obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 84, 84, dtype=torch.uint8, device=device)
+        logits = torch.zeros(*shape, num_actions, device=device)
+        values = torch.zeros(args.num_steps + 1, args.num_envs, device=device)
+        actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
+        ended = np.zeros(args.num_envs, dtype=bool)  # a life or a game, in the last step; a reset follows
+        game_points, game_lengths = np.zeros((2, args.num_envs))
+        run.open()
+        obs[-1] = torch.from_numpy(envs.reset()[0])
         num_iterations = args.total_timesteps // batch_size
         for iteration in range(start // batch_size + 1, num_iterations + 1):
-            for each, sizes in zip(optimisers, step_sizes):
-                for group, size in zip(each.param_groups, sizes):
-                    group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
+            for group, size in zip(groups, step_sizes):
+                group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
 
-            # ---- Training on Atari: collect a rollout (shared) -------------------------------------------------
+            # ---- Training on Atari: collect a rollout (shared) ---------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
-            behaviour.begin()
+            # The largest sum of logit and Gumbel noise is a sample of the softmax (Maddison et al. 2014).
+            noise = (-torch.empty(*shape, num_actions).exponential_().log_()).to(device)
             for t in range(args.num_steps):
-                actions = behaviour.act(t)
+                with torch.no_grad():
+                    logits[t], values[t] = agent.logits_and_values(obs[t])
+                    actions[t] = (logits[t] + noise[t]).argmax(-1)
+                game_actions = actions[t].cpu().numpy()
                 env_start = time.perf_counter()
-                images, reward, ends, cut, info = envs.step(actions)
+                images, reward, ends, cut, info = envs.step(game_actions)
                 env_time += time.perf_counter() - env_start
+                obs[t + 1] = torch.from_numpy(images)
                 transition, ended = ~ended, ends | cut
                 rewards[t], terminated[t], truncated[t], valid[t] = reward, ends, cut, transition
-                obs[t + 1] = torch.from_numpy(images).to(device).permute(0, 2, 3, 1)
                 game_points += np.where(transition, info["reward"], 0.0)
                 game_lengths += transition
-                over = (info["terminated"] != 0) | cut  # the game, not only a life
-                if over.any():
+                for index in ((info["terminated"] != 0) | cut).nonzero()[0].tolist():  # games, not lives
                     step = (iteration - 1) * batch_size + (t + 1) * args.num_envs
-                    wall_time = time.perf_counter() - run.started
-                    for index in over.nonzero()[0].tolist():
-                        episodes.append((step, wall_time, index, float(game_points[index]), int(game_lengths[index])))
-                    game_points[over], game_lengths[over] = 0.0, 0
+                    seconds, length = time.perf_counter() - run.started, int(game_lengths[index])
+                    episode = step, seconds, index, float(game_points[index]), length
+                    episodes.append(dict(zip(EPISODES, episode)))
+                    game_points[index] = game_lengths[index] = 0
 
-            # ---- Training on Atari: values, advantages and targets of the rollout (shared) ---------------------
+            # ---- Training on Atari: values, advantages and targets of the rollout (shared) -----------
             update_start = time.perf_counter()
-            b_actions, logprobs, values = behaviour.actions, behaviour.logprobs(), behaviour.values()
-            b_rewards, b_terminated, b_truncated, b_valid = (
-                torch.from_numpy(array).to(device) for array in (rewards, terminated, truncated, valid)
-            )
-            b_ended = torch.max(b_terminated, b_truncated)
-            if not args.bootstrap_truncation:
-                b_terminated = b_ended
-            advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
+            ending = np.maximum(terminated, truncated)
+            discounts = args.gamma * (1 - (terminated if args.bootstrap_truncation else ending))
+            arrays = rewards, discounts, ending, valid
+            b_rewards, b_discounts, b_ended, b_valid = (torch.tensor(x, device=device) for x in arrays)
+            with torch.no_grad():
+                values[-1] = agent.logits_and_values(obs[-1])[1]
+                logprobs, _ = logprob_and_entropy(logits, actions)
+            advantages = gae(b_rewards, values, b_discounts, args.gamma * args.gae_lambda * (1 - b_ended))
             returns = advantages + values[:-1]
 
-            # ---- Update ----------------------------------------------------------------------------------------
+            # ---- Update ------------------------------------------------------------------------------
             sketch_generator.manual_seed(derived_seed(args.seed, iteration))
-            rows = chunks[:, :-1]
-            chunk_valid, chunk_ended, chunk_terminated = (x.flatten()[rows] for x in (b_valid, b_ended, b_terminated))
-            arrays = [
-                obs.flatten(0, 1).index_select(0, chunks.flatten()).view(*chunks.shape, *obs.shape[2:]),  # (C, L + 1, H, W, 4)
-                *(x.flatten(0, 1)[rows] for x in (b_actions, logprobs, b_rewards, returns)),
-                chunk_valid,
-                args.gamma * (1 - chunk_terminated),
-                gae_operator(chunk_ended, chunk_valid, args.gamma, args.gae_lambda),
-            ]
+            steps = actions, logprobs, b_rewards, returns, advantages, b_discounts, b_ended, b_valid
+            c_steps = [x.flatten(0, 1)[chunks[:, :-1]] for x in steps]
+            operators = [gae_operator(*c_steps[-2:], decay) for decay in (gamma_lambda, kappa)]
+            # The observations (C, L + 1, 4, 84, 84) hold the one that a chunk bootstraps from.
+            arrays = [obs.flatten(0, 1)[chunks], *c_steps, *operators]
             fallbacks, nested_time, response_time = torch.zeros((), device=device), 0.0, 0.0
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                for indices in torch.randperm(len(chunks)).to(device).chunk(args.num_minibatches):
-                    mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_valid, mb_discounts, mb_operator = (
-                        array.index_select(0, indices) for array in arrays
-                    )
-                    nested_start = time.perf_counter()
+                for part in torch.randperm(len(chunks)).to(device).chunk(args.num_minibatches):
+                    minibatch = [array[part] for array in arrays]
+                    mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_advantages = minibatch[:6]
+                    mb_discounts, _, mb_valid, mb_operator, mb_mixed_operator = minibatch[6:]
                     weights = mb_valid / mb_valid.sum()  # mean over the transitions
-                    row_weights = nn.functional.pad(weights, (0, 1)).flatten()
+                    last = epoch == args.update_epochs - 1 and len(statistics) == args.num_minibatches - 1
 
-                    # What the follower sees of all rows (C (L + 1), ...), with those that chunks bootstrap from: the layers
-                    # below it are evaluated once, and the graph is kept for their own step.
-                    inputs = agent.encode(below, pixels(mb_obs.flatten(0, 1)))
+                    # The follower's inputs at all rows: the layers below it are evaluated once, and the graph
+                    # is kept for their own step. An observation that a chunk bootstraps from has no weight.
+                    nested_start = time.perf_counter()
+                    inputs = below(pixels(mb_obs.flatten(0, 1)))
                     fixed = inputs.detach()
-                    if epoch == args.update_epochs - 1 and len(statistics) == args.num_minibatches - 1:
-                        gradient_norm_before = inner_gradient_norm(CriticJacobian(follower, fixed), weights, mb_returns)
+                    padded = (nn.functional.pad(x, (0, 1)).flatten() for x in (mb_returns, weights))
+                    targets, row_weights = padded
+                    known = row_weights > 0
+                    if last:
+                        norm_before = inner_gradient_norm(follower, fixed[known], targets[known])
 
-                    # The follower: K steps on L = mean (G - V)^2.
-                    targets, error_weights = mb_returns.flatten(), 2 * weights.flatten()
-                    seen = fixed.unflatten(0, (len(mb_obs), -1))[:, :-1].flatten(0, 1)  # (C L, ...), chunk after chunk
+                    # The follower: K steps on L = mean (G' - V)^2.
                     for _ in range(args.nested_updates):
-                        errors = follower(seen).squeeze(-1) - targets
-                        critic_optimiser.zero_grad()
-                        errors.backward(error_weights * errors.detach())  # dL / d errors
-                        critic_optimiser.step()
-                    leader_start = time.perf_counter()
+                        critic_loss = follower_step(follower, critic_optimiser, fixed, targets, row_weights)
+                    nested_time += time.perf_counter() - nested_start
 
-                    # The leader's objective, with the advantages of the critic that has just answered.
-                    features = agent.encode(agent.actor_trunk, pixels(mb_obs[:, :-1].flatten(0, 1)))
-                    new_logprobs, entropy = agent.logprob_and_entropy(features, mb_actions.flatten(), weights.flatten())
-                    logratio = new_logprobs.view_as(mb_logprobs) - mb_logprobs
+                    # The leader, with the advantages of the critic that has just answered.
+                    new_logits = agent.logits(mb_obs[:, :-1].flatten(0, 1))
+                    new_logprobs, entropies = logprob_and_entropy(new_logits, mb_actions.flatten())
+                    entropy = weights.flatten() @ entropies
+                    logratio = new_logprobs.view_as(weights) - mb_logprobs
                     ratio = logratio.exp()
                     response_start = time.perf_counter()
                     jacobian = CriticJacobian(follower, fixed)
                     new_values = jacobian.values.view(len(mb_obs), -1)
-                    advantages = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator) - new_values[:, :-1]
+                    refreshed = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator)
+                    refreshed = refreshed - new_values[:, :-1]
                     if args.norm_adv:
-                        advantages = normalised(advantages, weights)
-                    surrogate = clipped_surrogate(ratio, advantages, args.clip_coef)
+                        refreshed = refreshed - (weights * refreshed).sum()
+                        mb_advantages = mb_advantages - (weights * mb_advantages).sum()
+                        std = (weights * refreshed**2).sum().sqrt() + 1e-8
+                        refreshed, mb_advantages = refreshed / std, mb_advantages / std
 
-                    # The follower's response to the leader: z = J_V (H + alpha I)^-1 grad_omega J.
-                    z = torch.zeros_like(weights)
+                    # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
+                    e = torch.zeros_like(weights)
                     if args.ihvp != "none":
-                        slopes = weights * surrogate_slope(ratio.detach(), advantages, args.clip_coef)
+                        slopes = weights * surrogate_slope(ratio.detach(), refreshed, args.clip_coef)
                         u = lambda_returns_vjp(slopes, mb_discounts, mb_operator).flatten()  # b = J_V^T u
                         curvature = GaussNewton(jacobian, row_weights)
+                        if args.curvature == "hessian":
+                            curvature = Hessian(jacobian, row_weights, follower, fixed, targets)
+                        system = curvature, u, args.damping
                         if args.ihvp == "nystrom":
-                            b, v = nystrom_ihvp(curvature, u, args.damping, args.nystrom_rank, sketch_generator)
+                            b, v = nystrom_ihvp(*system, args.nystrom_rank, sketch_generator)
                         elif args.ihvp == "cg":
-                            b, v = cg_ihvp(curvature, u, args.damping, args.cg_iterations)
+                            b, v = cg_ihvp(*system, args.cg_iterations)
                         else:
-                            b, v = exact_ihvp(curvature, u, args.damping)
-                        response = jacobian.jvp(v[None]).view(len(mb_obs), -1)
-                        finite = response.sum().isfinite()  # if not, this step falls back to the direct gradient
-                        z = torch.where(finite, response[:, :-1], 0.0)
+                            b, v = exact_ihvp(*system)
+                        z = jacobian.jvp(v).view(len(mb_obs), -1)[:, :-1]
+                        finite = z.sum().isfinite()  # if not, this step falls back to the direct gradient
+                        e = torch.where(finite, transposed(mb_mixed_operator, z), 0.0)
                         fallbacks += ~finite
-                    actor_start = time.perf_counter()
+                    response_time += time.perf_counter() - response_start
 
-                    # The leader's step along the hypergradient.
-                    loss = -(weights * (1 + 2 * z) * surrogate).sum() - args.ent_coef * entropy
+                    # The leader's step: the correction's gradient is -(grad_theta,omega L) v.
+                    both = torch.stack([refreshed, mb_advantages])
+                    objectives = torch.stack([weights, 2 * weights * e])
+                    objectives = objectives * clipped_surrogate(ratio, both, args.clip_coef)
+                    direct, correction = objectives.sum((1, 2))
+                    loss = -(direct + correction) - args.ent_coef * entropy
                     if epoch == args.update_epochs - 1:
                         with torch.no_grad():
                             clipped = (weights * ((ratio - 1).abs() > args.clip_coef)).sum()
-                            kl, old_kl = (weights * ((ratio - 1) - logratio)).sum(), -(weights * logratio).sum()
-                            policy_loss, critic_loss = -(weights * surrogate).sum(), weights.flatten() @ errors**2
-                            statistics.append(torch.stack([critic_loss, policy_loss, entropy, old_kl, kl, clipped]))
-                        if len(statistics) == args.num_minibatches:  # the last minibatch of the rollout
-                            direct = (weights * surrogate).sum()  # J
-                            correction = (weights * 2 * z * surrogate).sum()  # its gradient: -(grad_theta,omega L) v
-                            diagnostics = leader_diagnostics(agent.actor_parameters(), direct, correction, weights, z)
-                            diagnostics["inner_gradient_norm_before"] = gradient_norm_before
-                            diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(jacobian, weights, mb_returns)
-                            if args.ihvp != "none":
-                                diagnostics |= solver_diagnostics(curvature, b, v, args.damping)
+                            old_kl = -(weights * logratio).sum()
+                            kl = (weights * (ratio - 1)).sum() + old_kl
+                            numbers = critic_loss, -direct, entropy, old_kl, kl, clipped
+                            statistics.append(torch.stack(numbers))
+                    if last:
+                        theta = agent.actor_parameters()
+                        diagnostics = leader_diagnostics(theta, direct, correction, weights, e)
+                        norm_after = inner_gradient_norm(follower, fixed[known], targets[known])
+                        if args.ihvp != "none":
+                            residual = curvature.product(v) + args.damping * v - b
+                            diagnostics["ihvp_residual"] = residual.norm() / b.norm()
+                            diagnostics["ihvp_cosine"] = torch.cosine_similarity(v, b, dim=0)
                     actor_optimiser.zero_grad()
                     loss.backward()
                     actor_optimiser.step()
 
-                    # The critic's layers below the follower: one step on L, under the follower that has answered.
+                    # The layers below the follower: one step on L, through the follower that has answered.
                     if args.follower != "full":
-                        errors = follower(inputs.unflatten(0, (len(mb_obs), -1))[:, :-1].flatten(0, 1)).squeeze(-1) - targets
-                        below_optimiser.zero_grad()
-                        errors.backward(error_weights * errors.detach(), inputs=list(below.parameters()))
-                        below_optimiser.step()
-                    nested_time += leader_start - nested_start
-                    response_time += actor_start - response_start
-            names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+                        follower_step(follower, below_optimiser, inputs, targets, row_weights)
+            names = "value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"
             losses = dict(zip((f"losses/{name}" for name in names), torch.stack(statistics).mean(0).tolist()))
-            losses |= {f"bilevel/{name}": float(diagnostics.get(name, math.nan)) for name in DIAGNOSTICS}
-            losses |= {"bilevel/fallbacks": float(fallbacks)}
+            diagnostics["inner_gradient_norm_before"] = norm_before
+            diagnostics["inner_gradient_norm_after"] = norm_after
+            diagnostics["fallbacks"] = fallbacks
+            for name, number in diagnostics.items():
+                losses[f"bilevel/{name}"] = float(number) if math.isfinite(number) else None
             losses |= {"time/nested_critic": nested_time, "time/response": response_time}
 
-            # ---- Training on Atari: log and checkpoint (shared) ------------------------------------------------
+            # ---- Training on Atari: log and checkpoint (shared) --------------------------------------
             targets, predictions = (x[b_valid.bool()] for x in (returns, values[:-1]))
-            losses["losses/explained_variance"] = float(1 - (targets - predictions).var() / targets.var())
+            explained = float(1 - (targets - predictions).var() / targets.var())
             now = time.perf_counter()
-            times = {
-                "charts/learning_rate": optimisers[0].param_groups[0]["lr"],
+            losses |= {
+                "losses/explained_variance": explained if math.isfinite(explained) else None,
+                "charts/learning_rate": groups[0]["lr"],
                 "time/env": env_time,
                 "time/policy": update_start - rollout_start - env_time,
                 "time/update": now - update_start,
             }
-            run.log(iteration * batch_size, losses | times, episodes)
+            run.log(iteration * batch_size, losses, episodes)
+            weights = torch.stack([weight.sum() for weight in agent.parameters()])
+            watched = {"rewards": b_rewards, "losses": torch.stack(statistics), "weights": weights}
+            for name, numbers in watched.items():
+                if not numbers.isfinite().all():
+                    raise Diverged(f"the {name} stopped being finite by step {iteration * batch_size:,}")
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                state = {"agent": agent.state_dict(), "optimisers": [each.state_dict() for each in optimisers]}
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
+                state["optimisers"] = [each.state_dict() for each in optimisers]
                 run.save_checkpoint(state)
             if run.stop_signal:
-                run.stop()
+                sys.exit(128 + run.stop_signal)
 
-        # ---- Training on Atari: model, evaluation, video (shared) ----------------------------------------------
-        run.end_training()
+        # ---- Training: model, evaluation, film (shared) ----------------------------------------------
+        run.trained = True
         envs.close()
-        model = {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "num_actions": num_actions,
-            "separate_trunks": agent.critic_trunk is not agent.actor_trunk,
-            "agent": {name: tensor.cpu() for name, tensor in agent.state_dict().items()},
-        }
-        path = run.folder / "model.pt"
-        if args.save_model or args.eval_episodes or args.capture_video:
-            write_atomically(path, lambda new: torch.save(model, new))
-        results = {}
+        agent.cpu()
+        if args.save_model:
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes}
+            write_atomically(run.folder / "model.pt", model | {"agent": agent.state_dict()})
+        if args.capture_video:
+            try:
+                play(agent, args, 1, run.folder / "videos")
+            except Exception as error:  # as where nothing can draw
+                say(f"no film, the run is complete: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa")
         if args.eval_episodes:
-            results["eval_returns"] = evaluate(load_policy(path), args, args.eval_episodes)
-            print(f"mean return of {args.eval_episodes} evaluation games: {np.mean(results['eval_returns']):.1f}")
-        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed):
-            print("the video could not be made; the run is complete without it", file=sys.stderr)
-        if not args.save_model:
-            path.unlink(missing_ok=True)
-        run.close("finished", **results)
+            run.result["eval_returns"] = play(agent, args, args.eval_episodes)
+            say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
-# ---- Entry point (shared) --------------------------------------------------------------------------------------
+# ---- Entry point (shared) ----------------------------------------------------------------------------
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a task of the user's own may lie
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
-        train(parse_args(Args))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        train(parse_args())
+    except (BadInput, Diverged) as error:
+        say(f"error: {error}")
+        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -1,88 +1,108 @@
 """PPO for Atari games from pixels (Schulman et al. 2017, arXiv:1707.06347), the baseline of `blpo_atari.py`.
 
-Actor theta and critic omega, two heads on one convolutional network (Mnih et al. 2015) or, with `--separate-trunks`, on
-two, are improved at the same time on minibatches of the last rollout:
+Actor theta and critic omega, two heads on one convolutional network (Mnih et al. 2015) or, with
+`--separate-trunks`, on two, are improved at the same time on minibatches of the last rollout:
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)                 r_t the sign of the points won
-    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k      up to the end of the life      GAE, eq. (11)   -> gae
+    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)       r_t the sign of the points won
+    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k   to the end of the life      GAE, eq. (11) -> gae
     r_t     = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
-    J       = mean_t min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t)                               eq. (7)    -> clipped_surrogate
-    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)                     eq. (9)    -> value_loss
+    J       = mean_t min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t)                   eq. (7) -> clipped_surrogate
+    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)         eq. (9) -> value_loss
     theta, omega  <-  Adam on  -J + vf_coef L - ent_coef H
 
-Settings and preprocessing are those of CleanRL's `ppo_atari` (numbered in docs/ppo.md): a lost life is a termination for the
-learner, the returns that are logged are the points of whole games. EnvPool plays the games. Put right: the row that follows
-a lost life or a game is a reset and no transition, so it is in no loss and no statistic; a game is over when EnvPool says
-so, not when no life is left; a time limit is bootstrapped (`--no-bootstrap-truncation`: it is a termination).
+Settings and preprocessing are those of CleanRL's `ppo_atari` (numbered in docs/ppo.md): a lost life is a
+termination for the learner, the returns that are logged are the points of whole games. EnvPool plays the
+games. Put right: the row that follows a lost life or a game is a reset and no transition, so it is in no
+loss and no statistic; a game is over when EnvPool says so, not when no life is left; a time limit is
+bootstrapped (`--no-bootstrap-truncation`: it is a termination).
 
     python ppo_atari.py --env-id Breakout-v5
 """
 
-# ---- Imports (shared) ------------------------------------------------------------------------------------------
-import ast
+# ---- Imports -----------------------------------------------------------------------------------------
+import argparse
 import contextlib
 import csv
-import ctypes
-import difflib
 import functools
 import importlib.metadata
-import importlib.util
-import inspect
-import itertools
 import json
 import math
-import multiprocessing
 import os
-import platform
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
-import threadpoolctl
+import pydantic
 import torch
 import torch.nn as nn
 import tyro
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import envpool
-except ImportError:  # no wheel for this platform: Gymnasium serves
-    envpool = None
+
+# ---- Checked arguments (shared) ----------------------------------------------------------------------
+class BadInput(Exception):
+    """One sentence that names the argument, what is wrong and what would be right; exit status 2."""
 
 
-# ---- Arguments -------------------------------------------------------------------------------------------------
-@dataclass
-class Args:
-    """Every number must lie in the interval that its line states."""
+class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings"):
+    """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
 
-    exp_name: str | None = None
-    """name of the experiment; default: the name of this file"""
-    seed: int = 1
-    """seed of the games, the initial weights, the actions and the minibatches, in [0, 2147483647]"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run repeats bitwise, on CPUs of the same kind)"""
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadInput for the first argument that is out of its range."""
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
+
+
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
+class Args(CheckedArgs):
+    """The run, the game, then PPO."""
+
+    exp_name: str = Path(__file__).stem
+    """name of the experiment"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """seed of the games, the initial weights, the actions and the minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
+    torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """PyTorch's threads on a CPU; 0: one for each usable core, far too many where other programs keep these
+    busy; the number changes rounding"""
     run_dir: Path = Path("runs")
-    """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    """the run's own folder is made in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
-    """continue the run in this folder, with its arguments, from its last checkpoint"""
-    checkpoint_every: int = 50
-    """iterations between two checkpoints, in [1, inf)"""
+    """continue, extend or replay the run in this folder, with its arguments; those given again win"""
+    checkpoint_every: PositiveInt = 50
+    """iterations between two checkpoints"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "bilevel-actor-critic"
@@ -90,163 +110,222 @@ class Args:
     wandb_entity: str | None = None
     """W&B team"""
     save_model: bool = False
-    """write model.pt (weights) at the end"""
-    eval_episodes: int = 0
-    """games played with actions drawn from the policy after training, in [0, 10000]"""
+    """write model.pt (the policy) at the end"""
+    eval_episodes: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """games played at the end with actions drawn from the policy"""
     capture_video: bool = False
     """film one such game"""
-    torch_threads: int = 0
-    """PyTorch's threads on a CPU, in [0, 1024]; 0: one for each usable core, far too many where other programs keep these
-    busy; the number changes rounding"""
-    compile: bool = False
-    """compile the convolutional networks with torch.compile (a minute at the start)"""
-    bf16: bool = False
-    """the convolutional networks compute in bfloat16 (autocast; CUDA only)"""
 
-    # Algorithm
     env_id: str = "Breakout-v5"
     """an Atari game by its name in EnvPool; ALE/Breakout-v5 and BreakoutNoFrameskip-v4 mean the same game"""
-    env_threads: int = 0
-    """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
+    env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
+    """more options of EnvPool's Atari games, as JSON: '{"max_episode_steps": 5000}'"""
+    env_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """EnvPool threads; 0: one for each usable core, at most num_envs"""
     episodic_life: bool = True
     """a lost life is a termination for the learner; logged returns are of whole games all the same"""
     clip_reward: bool = True
     """learn from the sign of the points; logged returns are points all the same"""
-    repeat_action_probability: float = 0.0
-    """probability that the game takes the last action again (sticky actions), in [0, 1)"""
-    total_timesteps: int = 10000000
-    """environment steps of 4 frames in all, in [1, inf); rounded down to whole rollouts"""
-    num_envs: int = 8
-    """parallel games, in [1, 65536]"""
-    num_steps: int = 128
-    """steps of each game in a rollout, in [2, inf)"""
-    learning_rate: float = 2.5e-4
-    """Adam step size of the actor and of a shared trunk, in (0, inf)"""
-    critic_learning_rate: float | None = None
-    """Adam step size of the critic's own parameters, in (0, inf); default: learning_rate"""
+    repeat_action_probability: Fraction = 0.0
+    """probability that the game takes the last action again (sticky actions)"""
+    total_timesteps: PositiveInt = 10_000_000
+    """environment steps of 4 frames in all, rounded down to whole rollouts"""
+    num_envs: Annotated[int, Field(ge=1, le=65536)] = 8
+    """parallel games"""
+
+    num_steps: Annotated[int, Field(ge=2)] = 128
+    """steps of each game in a rollout"""
+    learning_rate: PositiveFloat = 2.5e-4
+    """Adam step size of the actor and of a shared trunk"""
+    critic_learning_rate: PositiveFloat | None = None
+    """Adam step size of the critic's own parameters; default: learning_rate"""
     anneal_lr: bool = True
     """lower both step sizes linearly to 0"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """lambda of the advantages and of the critic's targets, in [0, 1]"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    gae_lambda: Fraction = 0.95
+    """lambda of the advantages and of the critic's targets"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    num_minibatches: int = 4
-    """minibatches in an epoch, in [1, inf)"""
-    update_epochs: int = 4
-    """passes over a rollout, in [1, inf)"""
+    num_minibatches: PositiveInt = 4
+    """minibatches in an epoch"""
+    update_epochs: PositiveInt = 4
+    """passes over a rollout"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
-    clip_coef: float = 0.1
-    """eps of the clipped ratio, in (0, inf)"""
+    clip_coef: PositiveFloat = 0.1
+    """eps of the clipped ratio"""
     clip_vloss: bool = True
     """clip the change of the value as well"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus, in [0, inf)"""
-    vf_coef: float = 0.5
-    """weight of the value loss, in [0, inf)"""
-    max_grad_norm: float = 0.5
-    """largest norm of the joint gradient, in (0, inf]"""
-    target_kl: float | None = None
-    """stop the epochs of a rollout once the approximate KL divergence exceeds this, in (0, inf); default: never"""
+    ent_coef: NonNegativeFloat = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: NonNegativeFloat = 0.5
+    """weight of the value loss"""
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 0.5
+    """largest norm of the joint gradient"""
+    target_kl: PositiveFloat | None = None
+    """stop the epochs of a rollout once the approximate KL divergence exceeds this; default: never"""
     separate_trunks: bool = False
     """a convolutional network of its own for the critic, as BLPO needs it"""
 
+    @pydantic.model_validator(mode="after")
+    def check_shapes(self):
+        """Raise BadInput unless there is a whole rollout and the minibatches divide it."""
+        rows = self.num_envs * self.num_steps
+        if rows > 500_000:
+            raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 500,000 rows of 28 KB")
+        if self.total_timesteps < rows:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        if rows % self.num_minibatches:
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide a rollout of {rows}")
+        return self
 
-# ---- Atari games (shared) --------------------------------------------------------------------------------------
+
+METRICS = (
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "losses/value_loss", "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl",
+    "losses/clipfrac", "losses/explained_variance", "charts/learning_rate", "time/env", "time/policy",
+    "time/update",
+)  # fmt: skip
+
+
+# ---- Atari games (shared) ----------------------------------------------------------------------------
+@contextlib.contextmanager
+def task_errors(env_id: str):
+    """Turn whatever a task raises while it is made into one sentence that says where: BadInput."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames[1:] if not re.search("-packages|importlib", f.filename)]  # the task's
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text}{where}") from error
+
+
 def game_name(env_id: str) -> str:
-    """The game's name in EnvPool: Pong-v5 for ALE/Pong-v5, PongNoFrameskip-v4, PongDeterministic-v0 and Pong-v4 as well."""
+    """The game's name in EnvPool: Pong-v5 also for ALE/Pong-v5, PongNoFrameskip-v4 and Pong-v4."""
     old = re.fullmatch(r"(?:ALE/)?(\w+?)(?:NoFrameskip|Deterministic)?-v[0-5]", env_id)
     return f"{old.group(1)}-v5" if old else env_id
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, threads: int = 1, episodic_life: bool = True, clip_reward: bool = True,
-    repeat_action_probability: float = 0.0, **options,
-) -> tuple[gym.vector.VectorEnv, int]:  # fmt: skip
-    """Parallel games, preprocessed by EnvPool: 1 to 30 frames without an action at the start, the last with FIRE in games that
-    have it; an action lasts 4 frames, of the last two the brighter pixels count; 84 x 84 grey pixels; the last 4 images are
-    an observation.
+def usable_cores() -> list[int]:
+    """The cores that this process may use, in order."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else [*range(os.cpu_count())]
 
-    They reset on the step after an end (Gymnasium's NEXT_STEP mode). What a row of `step` means, by its flags:
-    terminated without info["terminated"]  a lost life (with episodic_life); the game goes on after its reset row
-    terminated with info["terminated"]     the game is over
-    truncated                              the game is cut off after 27,000 steps
-    The row after any of these is a reset: its action is ignored, reward and info["reward"] (the points, not clipped) are 0.
-    In the reset after a lost life the game goes on for 1 to 30 such frames.
 
-    Returns the games, already seeded, and the number of actions. Raises BadInput if there is no such game.
+def make_envs(args, num_envs: int, seed: int, **options) -> gym.vector.VectorEnv:
+    """Parallel games, preprocessed by EnvPool: 1 to 30 frames without an action at the start, the last with
+    FIRE in games that have it; an action lasts 4 frames, of the last two the brighter pixels count; 84 x 84
+    grey pixels; the last 4 images are an observation (4, 84, 84).
+
+    They reset on the step after an end (Gymnasium's NEXT_STEP mode). What the flags of `step` mean:
+        terminated without info["terminated"]  a lost life (with episodic_life); the game goes on after it
+        terminated with info["terminated"]     the game is over
+        truncated                              the game is cut off after 27,000 steps
+    The row after any of these is a reset: its action is ignored, reward and info["reward"] (the points, not
+    clipped) are 0. In the reset after a lost life the game goes on for 1 to 30 such frames.
+
+    Raises BadInput if there is no such game or option.
     """
-    if envpool is None:
-        raise BadInput(f"--env-id {env_id!r} needs EnvPool, which is not installed: pip install envpool")
-    name, specs = game_name(env_id), envpool.registration.registry.specs
-    games = [each for each in envpool.list_all_envs() if specs[each][0] == "envpool.atari"]
-    if name not in games:
-        near = difflib.get_close_matches(name, games, n=3)
-        hint = f"the nearest known names are {', '.join(near)}" if near else "one is Pong-v5"
-        raise BadInput(f"--env-id {env_id!r} is no Atari game of EnvPool; {hint}")
-    envs = envpool.make(
-        name, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads, episodic_life=episodic_life,
-        reward_clip=clip_reward, repeat_action_probability=repeat_action_probability,
-        thread_affinity_offset=first_core(threads), **options,
-    )  # fmt: skip
-    return envs, int(envs.action_space.n)
+    cores = usable_cores()
+    threads = args.env_threads or min(len(cores), num_envs)
+    # Pinned threads take a quarter to a third less time a step. They are pinned only where they fill all the
+    # cores of this process, so that several small runs never crowd on the same ones.
+    pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
+    kwargs = {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1}
+    kwargs |= {"episodic_life": args.episodic_life, "reward_clip": args.clip_reward}
+    kwargs |= {"repeat_action_probability": args.repeat_action_probability}
+    kwargs |= json.loads(args.env_kwargs) | options
+    with task_errors(args.env_id):
+        import envpool  # there is no other backend; where it is not installed, the sentence says so
+
+        envs = envpool.make_gymnasium(game_name(args.env_id), num_envs=num_envs, seed=seed, **kwargs)
+    if envs.observation_space.shape != (4, 84, 84):
+        needs = f"has observations {envs.observation_space.shape}; this script needs (4, 84, 84)"
+        raise BadInput(f"--env-id {args.env_id!r} {needs}")
+    return envs
 
 
-def first_core(threads: int) -> int:
-    """The core of EnvPool's first thread, the others following; -1: the system moves them about.
+class Game(gym.Env):
+    """One game as Gymnasium has environments, for `play`: a reward is the points won, and only the end of
+    the game ends it. A lost life is what it is in training."""
 
-    Pinned threads take a quarter to a third less time a step where PyTorch works between the steps. They are pinned only
-    if they fill all the cores that this process may use, so that several small runs never crowd on the same ones.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return cores[0] if cores and threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # steps of 4 frames
 
+    def __init__(self, args, render_mode: str | None = None, **kwargs):
+        self.render_mode = render_mode
+        drawn = {"render_mode": render_mode} if render_mode else {}
+        self.make = functools.partial(make_envs, args, 1, **kwargs | drawn)
+        self.envs = self.make(seed=0)
+        self.observation_space, self.action_space = self.envs.observation_space, self.envs.action_space
 
-# ---- Atari networks (shared) -----------------------------------------------------------------------------------
-def pixels(obs: Tensor) -> Tensor:
-    """Grey values 0..255 (n, H, W, frames) -> floats (n, frames, H, W) in [0, 1], channels last in memory: there the
-    convolutions and their gradients take three quarters of the time."""
-    return (obs * (1 / 255)).permute(0, 3, 1, 2)
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """EnvPool takes a seed when it is made."""
+        self.envs = self.envs if seed is None else self.make(seed=seed)
+        return self.envs.reset()[0][0], {}
 
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """The reward is not clipped."""
+        images, _, _, truncated, info = self.envs.step(np.array([action]))
+        return images[0], float(info["reward"][0]), bool(info["terminated"][0]), bool(truncated[0]), {}
 
-def nature_cnn(size: int = 84, channels: tuple[int, int, int] = (32, 64, 64), width: int = 512) -> nn.Sequential:
-    """The network of Mnih et al. 2015 up to its last hidden layer: images (n, 4, size, size) -> features (n, width).
-
-    Orthogonal weights (gain sqrt 2), zero biases.
-    """
-    first, second, third = channels
-    side = ((size - 8) // 4 + 1 - 4) // 2 + 1 - 2  # of the last image
-    layers = [
-        nn.Conv2d(4, first, 8, stride=4), nn.ReLU(),
-        nn.Conv2d(first, second, 4, stride=2), nn.ReLU(),
-        nn.Conv2d(second, third, 3), nn.ReLU(), nn.Flatten(),
-        nn.Linear(third * side * side, width), nn.ReLU(),
-    ]  # fmt: skip
-    return nn.Sequential(*(orthogonal(layer, math.sqrt(2)) for layer in layers))
+    def render(self) -> np.ndarray:
+        """The screen in colour (210, 160, 3)."""
+        return self.envs.render()[0]
 
 
-def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """The layer with orthogonal weights and zero biases, if it has any."""
-    if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
+# ---- Atari networks (shared) -------------------------------------------------------------------------
+def layer_init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """The layer with orthogonal weights and zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
-class Agent(nn.Module):
-    """Categorical actor, the softmax of its logits, and critic: linear heads on one convolutional trunk or on two."""
+def nature_cnn(channels: tuple[int, int, int] = (32, 64, 64), width: int = 512) -> nn.Sequential:
+    """The network of Mnih et al. 2015 up to its last hidden layer: images (n, 4, 84, 84) in [0, 1] ->
+    features (n, width)."""
+    first, second, third = channels
+    return nn.Sequential(
+        layer_init(nn.Conv2d(4, first, 8, stride=4)),
+        nn.ReLU(),
+        layer_init(nn.Conv2d(first, second, 4, stride=2)),
+        nn.ReLU(),
+        layer_init(nn.Conv2d(second, third, 3)),
+        nn.ReLU(),
+        nn.Flatten(),
+        layer_init(nn.Linear(third * 7 * 7, width)),
+        nn.ReLU(),
+    )
 
-    def __init__(self, num_actions: int, separate_trunks: bool, bf16: bool = False, **shape):
-        """`shape` goes to `nature_cnn`."""
+
+def pixels(obs: Tensor) -> Tensor:
+    """Grey values 0..255 (n, 4, 84, 84) as floats in [0, 1], channels last in memory: there the convolutions
+    and their gradients take three quarters of the time."""
+    return obs.contiguous(memory_format=torch.channels_last) * (1 / 255)
+
+
+def logprob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi(a|s) of actions (...) under logits (..., A); the entropy in nats; both (...)."""
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(-1, actions[..., None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+class Agent(nn.Module):
+    """Categorical actor, the softmax of its logits, and critic: linear heads on one trunk or on two.
+
+    A trunk may be any nn.Sequential from images (n, 4, 84, 84) to features (n, F). Called with raw
+    observations, the agent is the policy as it is played.
+    """
+
+    def __init__(self, num_actions: int, separate_trunks: bool = False):
         super().__init__()
-        self.bf16 = bf16
-        self.actor_trunk = nature_cnn(**shape)
-        self.critic_trunk = nature_cnn(**shape) if separate_trunks else self.actor_trunk
-        width = self.actor_trunk[-2].out_features
-        self.actor_head = orthogonal(nn.Linear(width, num_actions), 0.01)
-        self.critic_head = orthogonal(nn.Linear(width, 1), 1.0)
+        self.actor_trunk = nature_cnn()
+        self.critic_trunk = nature_cnn() if separate_trunks else self.actor_trunk
+        width = self.actor_trunk(torch.zeros(1, 4, 84, 84)).shape[1]
+        self.actor_head = layer_init(nn.Linear(width, num_actions), gain=0.01)
+        self.critic_head = layer_init(nn.Linear(width, 1), gain=1.0)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """theta: the actor's trunk, which a critic may share, and its head."""
@@ -257,112 +336,39 @@ class Agent(nn.Module):
         shared = self.critic_trunk is self.actor_trunk
         return [*(() if shared else self.critic_trunk.parameters()), *self.critic_head.parameters()]
 
-    def encode(self, trunk: nn.Module, images: Tensor) -> Tensor:
-        """The features (n, width) of images (n, 4, H, W), float32 also where the trunk computes in bfloat16."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            features = trunk(images)
-        return features if features.dtype == images.dtype else features.to(images.dtype)
+    def logits(self, obs: Tensor) -> Tensor:
+        """The actor's logits (n, A) at observations (n, 4, 84, 84)."""
+        return self.actor_head(self.actor_trunk(pixels(obs)))
 
-    def logprob_and_entropy(
-        self, features: Tensor, actions: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) (n,) of actions (n,) at the actor's features (n, width), and the mean entropy in nats (scalar)
-        under weights (n,) that sum to 1; by default all rows weigh the same."""
-        logprobs = self.actor_head(features).log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        chosen = logprobs.gather(-1, actions[:, None]).squeeze(-1)
-        return chosen, entropy.mean() if weights is None else (weights * entropy).sum()
+    def logits_and_values(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, A) and values (n,) at observations (n, 4, 84, 84); a shared trunk sees them once."""
+        images = pixels(obs)
+        features = self.actor_trunk(images)
+        shared = self.critic_trunk is self.actor_trunk
+        critic_features = features if shared else self.critic_trunk(images)
+        return self.actor_head(features), self.critic_head(critic_features).squeeze(-1)
+
+    def forward(self, raw_obs: Tensor) -> Tensor:
+        """The policy as it is played: raw observations (..., 4, 84, 84), or flat ones (..., 28224) ->
+        actions (...), drawn: the most probable ones get stuck in a game that waits for FIRE."""
+        obs = torch.as_tensor(raw_obs)
+        shape = obs.shape[:-3] if obs.shape[-1] == 84 else obs.shape[:-1]
+        probabilities = self.logits(obs.reshape(-1, 4, 84, 84)).softmax(-1)
+        return torch.multinomial(probabilities, 1).view(shape)
 
 
-class BehaviourPolicy:
-    """pi_old, the agent's policy as it is while a rollout is collected; the noise of all its steps is drawn at once.
+# ---- PPO mathematics (shared) ------------------------------------------------------------------------
+def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
+    """Generalised advantage estimates A (T, N) of a rollout (Schulman et al. 2016, eq. 16).
 
-    The action with the largest sum of logit and Gumbel noise is a sample of the softmax (Gumbel-max trick,
-    Maddison et al. 2014). Values of a trunk that actor and critic share are kept, so that no image is seen twice.
-    On a CUDA device a step is a graph, captured once: one launch in place of some twenty small kernels.
+    delta_t = r_t + discount_t V_{t+1} - V_t and A_t = delta_t + decay_t A_{t+1}, with rewards, discounts =
+    gamma (1 - terminated) and decay = gamma lambda (1 - ended) (T, N), ended = terminated or truncated, and
+    values (T+1, N). The row after an ended one is a reset: its own A means nothing, and no other A depends
+    on it (but for V_{t+1} of a truncated row t).
     """
-
-    def __init__(self, agent: Agent, obs: Tensor):
-        """For rollouts whose observations are put into the buffer obs (steps + 1, games, H, W, 4)."""
-        self.agent, self.obs, self.shared = agent, obs, agent.critic_trunk is agent.actor_trunk
-        device, num_actions, shape = obs.device, agent.actor_head.out_features, (len(obs) - 1, obs.shape[1])
-        self.noise = torch.zeros(*shape, num_actions, device=device)
-        self.logits = torch.zeros_like(self.noise)
-        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.known = torch.zeros(shape if self.shared else (0, shape[1]), device=device)
-        self.graph, self.clock = None, torch.zeros(1, dtype=torch.int64, device=device)  # the step that the graph is at
-        if device.type == "cuda":
-            self.capture()
-
-    def begin(self) -> None:
-        """A new rollout: draw its noise, standard Gumbel, on the CPU, so that a seed means the same on every device."""
-        self.noise.copy_(-torch.empty(self.noise.shape).exponential_().log_())
-        self.clock.zero_()
-
-    def step(self, t: int | Tensor) -> None:
-        """Choose the actions of step t, a number or a tensor of one."""
-        features = self.agent.encode(self.agent.actor_trunk, pixels(self.obs[t].view(self.obs.shape[1:])))
-        logits = self.agent.actor_head(features)
-        self.logits[t], self.actions[t] = logits, (logits + self.noise[t]).argmax(-1)
-        if self.shared:
-            self.known[t] = self.agent.critic_head(features).squeeze(-1)
-
-    @torch.inference_mode()
-    def capture(self) -> None:
-        """Make the graph of one step. It reads the agent's parameters where they lie, so it stays right when they change."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries allocate and choose kernels in the first calls, which no graph may hold
-            for _ in range(3):
-                self.step(self.clock)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step(self.clock)
-            self.clock += 1
-
-    @torch.inference_mode()
-    def act(self, t: int) -> np.ndarray:
-        """The actions (N,) of step t; the steps of a rollout come in order, after `begin`."""
-        if self.graph is None:
-            self.step(t)
-        else:
-            self.graph.replay()
-        return self.actions[t].cpu().numpy()
-
-    def logprobs(self) -> Tensor:
-        """log pi_old(a|s) of the rollout (T, N), from the logits that were kept."""
-        return self.logits.log_softmax(-1).gather(-1, self.actions[..., None]).squeeze(-1)
-
-    @torch.no_grad()
-    def values(self) -> Tensor:
-        """V_old (T + 1, N) at the rollout's observations."""
-        rest, agent = self.obs[len(self.known) :], self.agent
-        batches = [agent.encode(agent.critic_trunk, pixels(part)) for part in rest.flatten(0, 1).split(256)]
-        values = torch.cat([agent.critic_head(features).squeeze(-1) for features in batches])
-        return torch.cat([self.known, values.view(len(rest), -1)])
-
-
-# ---- PPO mathematics (shared) ----------------------------------------------------------------------------------
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, eq. 16) of a rollout.
-
-    rewards, terminated, ended (T, N) with flags as 0/1 floats, ended = terminated or truncated; values (T+1, N).
-    delta_t = r_t + gamma (1 - terminated_t) V_{t+1} - V_t and A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}.
-    Returns A (T, N). The row after an ended one is a reset: its own A means nothing, and no other A depends on it
-    (but for V_{t+1} of a truncated row t).
-
-    The recursion is solved by doubling: after pass i, A_t holds its first 2^i terms. log2(T) tensor operations
-    replace a loop of T.
-    """
-    advantages = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]
-    decay = gamma * gae_lambda * (1 - ended)
-    span = 1
-    while span < len(rewards):
-        advantages[:-span] += decay[:-span] * advantages[span:]
-        decay = decay[:-span] * decay[span:]
-        span *= 2
-        decay = torch.cat([decay, decay.new_zeros(len(rewards) - len(decay), *decay.shape[1:])])
+    advantages = rewards + discounts * values[1:] - values[:-1]
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
@@ -371,10 +377,10 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
-# ---- PPO's value loss ------------------------------------------------------------------------------------------
+# ---- PPO's value loss --------------------------------------------------------------------------------
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the mean squared error of the values (n,); with clip_coef the larger of it and of the same error after
-    the change from old_values has been clipped to +-clip_coef (OpenAI baselines)."""
+    """Half the mean squared error of the values (n,); with clip_coef the larger of it and of the same error
+    after the change from old_values has been clipped to +-clip_coef (OpenAI baselines)."""
     errors = (values - returns) ** 2
     if clip_coef is not None:
         clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -382,435 +388,52 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     return 0.5 * errors.mean()
 
 
-# ---- The run of an Atari script: what is not the algorithm (shared) --------------------------------------------
-SCRIPT = Path(__file__).name
-ANY_TIME = {"resume", "track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
-ANY_TIME |= {"checkpoint_every", "env_threads"}  # arguments that --resume may change: they leave the result as it is
+# ---- The run: what is not the algorithm (shared) -----------------------------------------------------
+EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
 
 
-class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+class Diverged(Exception):
+    """One sentence: which numbers stopped being finite, and when; exit status 1."""
 
 
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's text, without its full stop."""
-    return re.split(r"[.?!]\s|\n", str(error))[0].rstrip(".")
+def say(text: str) -> None:
+    """Print a line on stderr, above the progress bar. A reader that went away never changes a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file=sys.stderr)
 
 
-def check_ranges(args) -> None:
-    """Raise BadInput for the first number of `args` outside the interval that its line in Args states."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(type(args)))).body[0].body
-    for field, doc in zip(body, body[1:]):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(doc, ast.Expr):
-            continue
-        interval = re.search(r"in ([\[(])([^\s,]+), ([^\s,]+)([\])])", doc.value.value)
-        value = getattr(args, field.target.id)
-        if interval is None or value is None:
-            continue
-        left, low, high, right = interval.groups()
-        above = value >= float(low) if left == "[" else value > float(low)
-        below = value <= float(high) if right == "]" else value < float(high)
-        if not (above and below):
-            raise BadInput(f"--{field.target.id.replace('_', '-')} is {value}, it must be {interval.group()}")
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
-
-def nearest_divisors(number: int, near: int) -> str:
-    """The divisors of `number` on both sides of `near`, in words."""
-    divisors = {d for i in range(1, math.isqrt(number) + 1) if number % i == 0 for d in (i, number // i)}
-    below, above = max(d for d in divisors if d <= near), min(d for d in divisors if d >= min(near, number))
-    return " or ".join(str(d) for d in sorted({below, above}))
-
-
-def parse_args(cls, argv: list[str] | None = None):
-    """The command line as an instance of `cls`, checked. With --resume, the arguments of that run; one given again
-    must agree unless it is in ANY_TIME. Raises BadInput; tyro itself exits with status 2 on words it cannot parse."""
-    args = tyro.cli(cls, args=argv, description=inspect.getmodule(cls).__doc__)
-    if args.resume is not None:
+    Raises BadInput; tyro itself exits with status 2 on words that it cannot parse.
+    """
+    saved, parser = None, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
         try:
-            saved = json.loads((args.resume / "args.json").read_text())
-            result = args.resume / "result.json"
-            finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
-            made_by, old = saved["script"], dict(saved["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {args.resume} is not a run folder: {error}") from error
-        if made_by != SCRIPT:
-            raise BadInput(f"--resume {args.resume} is a run of {made_by}, not of {SCRIPT}")
-        if finished:
-            raise BadInput(f"--resume {args.resume} has nothing left to do: that run has finished")
-        known = {field.name: field.type for field in fields(cls)}
-        old = {name: value for name, value in old.items() if name in known}
-        old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
-        args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
-        if args.device == "auto":
-            args.device = old.get("device", "auto")
-        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
-            if getattr(args, name) != old.get(name, getattr(args, name)):
-                raise BadInput(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
-                    "leave it out or start a new run"
-                )
-    check_ranges(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise BadInput("--track needs the package wandb: pip install wandb")
-    args.exp_name = args.exp_name or Path(SCRIPT).stem
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.env_threads == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.env_threads = min(cores, args.num_envs)
+            made = json.loads((folder / "args.json").read_text())
+            if made["script"] != Path(__file__).name:
+                raise ValueError(f"it was made by {made['script']}")
+            saved = Args(**made["args"] | {"resume": folder})
+        except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
+            raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
+    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    for name, value in saved or ():
+        if getattr(args, name) != value:
+            say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
     return args
 
 
 def provenance() -> dict:
-    """What made a run: command, commit, versions, machine."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
-    except OSError:  # no git on this machine
-        commit, dirty = None, None
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return {
-        "script": SCRIPT,
-        "argv": sys.argv,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco")},
-        "cpu": model.group(1) if model else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-    }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
-    new = path.with_name(path.name + ".new")
-    try:
-        write(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:  # a full disk should not stay full of half a file
-        new.unlink(missing_ok=True)
-        raise
-
-
-def make_folder(path: Path) -> Path:
-    """Create `path`, or path_1, path_2, ... if it is taken: mkdir is atomic, so two runs never share a folder."""
-    for copy in itertools.count():
-        folder = path if copy == 0 else path.with_name(f"{path.name}_{copy}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
-    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
-    if importlib.util.find_spec("fcntl") is None:  # as on Windows
-        return None
-    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def rng_state() -> dict:
-    """The states of the random generators of python, numpy and torch, as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """The inverse of `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-        torch.cuda.set_rng_state(cuda_state, device)
-
-
-def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint.pt of a run folder. Raises BadInput if it is missing, damaged or of another script."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT:
-            raise BadInput(f"--resume {folder}: its checkpoint.pt is one of {checkpoint['script']}, not of {SCRIPT}")
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume {folder} has no checkpoint.pt yet, so it cannot continue; start a new run") from error
-    except (BadInput, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        raise BadInput(f"--resume {folder}: its checkpoint.pt is truncated or damaged, so it cannot continue") from error
-    return checkpoint
-
-
-class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
-
-    A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
-    Raises BadInput if the folder cannot be written or another process writes it.
-    """
-
-    def __init__(self, args, checkpoint: dict | None):
-        self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
-        self.trained, self.closed = False, False
-        self.global_step = checkpoint["global_step"] if checkpoint else 0
-        self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
-        if checkpoint is None:
-            name = re.sub(r"[/:\\\s]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-            try:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                self.folder = make_folder(args.run_dir / name)
-                saved = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-                self.write_json("args.json", {"args": saved} | provenance())
-            except OSError as error:
-                raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
-        else:
-            self.folder = args.resume
-        self.lock = lock_folder(self.folder)
-        if checkpoint is not None:
-            try:
-                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-                for csv_name in ("metrics.csv", "episodes.csv"):
-                    self.cut_csv(csv_name, self.global_step)
-            except OSError as error:
-                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            try:  # W&B links the event file into its own folder; inside run_dir TensorBoard and W&B would read it again
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    dir=os.environ.get("WANDB_DIR") or self.folder.resolve().parent.parent,
-                    id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
-                )  # fmt: skip
-            except Exception as error:
-                if checkpoint is None:
-                    shutil.rmtree(self.folder)
-                reason = first_sentence(error)
-                raise BadInput(f"--track: W&B does not start: {reason}; log in, set WANDB_MODE=offline or leave it out") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if checkpoint else None)
-        self.csv_files = {name: open(self.folder / name, "a", newline="") for name in ("metrics.csv", "episodes.csv")}
-        if self.csv_files["episodes.csv"].tell() == 0:
-            self.write_rows(
-                "episodes.csv", [("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")]
-            )
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True)
-
-    def __enter__(self):
-        def ask_to_stop(number, frame):
-            if self.stop_signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.stop_signal = number
-            if self.trained and not self.closed:
-                self.stop()
-
-        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.started = time.perf_counter() - self.wall_time
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error is not None and not isinstance(error, SystemExit):
-            with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
-                self.close("failed", error=f"{kind.__name__}: {error}")
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def end_training(self) -> None:
-        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
-        self.trained = True
-        if self.stop_signal:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
-        self.close("interrupted", signal=self.stop_signal)
-        sys.exit(128 + self.stop_signal)
-
-    def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder."""
-        write_atomically(self.folder / name, lambda new: new.write_text(json.dumps(content, indent=1, default=str) + "\n"))
-
-    def write_rows(self, name: str, rows: list) -> None:
-        """Append rows to a csv file of the folder, past Python's buffer."""
-        csv.writer(self.csv_files[name]).writerows(rows)
-        self.csv_files[name].flush()
-
-    def cut_csv(self, name: str, last_step: int) -> None:
-        """Drop the rows after `last_step`, and a last line that a kill cut short."""
-        path = self.folder / name
-        header, *rows = [*csv.reader(path.read_text().splitlines() if path.exists() else [])] or [[]]
-        rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= last_step]
-        if name == "episodes.csv":
-            self.episodes = [(int(row[0]), float(row[3])) for row in rows]
-        text = "".join(",".join(row) + "\r\n" for row in [header, *rows] if row)
-        write_atomically(path, lambda new: new.write_text(text, newline=""))
-
-    def log(self, global_step: int, metrics: dict[str, float], episodes: list[tuple]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration:
-        (global_step, wall_time_s, env_index, return, length)."""
-        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        self.episodes += [(row[0], row[3]) for row in episodes]
-        if episodes:
-            self.write_rows("episodes.csv", episodes)
-        returns, lengths = [row[3] for row in episodes], [row[4] for row in episodes]
-        metrics = {
-            "charts/episodic_return": float(np.mean(returns)) if returns else math.nan,
-            "charts/episodic_length": float(np.mean(lengths)) if lengths else math.nan,
-            "charts/SPS": global_step / self.wall_time,
-        } | metrics
-        if self.csv_files["metrics.csv"].tell() == 0:
-            self.write_rows("metrics.csv", [("global_step", "wall_time_s", *metrics)])
-        row = ["" if math.isnan(value) else value for value in metrics.values()]
-        self.write_rows("metrics.csv", [(global_step, self.wall_time, *row)])
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.tensorboard.add_scalar(name, value, global_step)
-        recent = np.mean([episode[1] for episode in self.episodes[-20:]]) if self.episodes else math.nan
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
-            self.bar.update(global_step - self.bar.n)
-        elif self.wall_time - self.last_print > 10:
-            self.last_print = self.wall_time
-            speed = metrics["charts/SPS"]
-            print(f"{global_step:>10,} steps  return {recent:8.1f}  {speed:8,.0f} steps/s  {self.folder}", flush=True)
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and all random states; loads with weights_only=True."""
-        self.tensorboard.flush()
-        state |= {"script": SCRIPT, "global_step": self.global_step, "wall_time": self.wall_time, "rng": rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
-
-    def close(self, status: str, **extra) -> None:
-        """Write result.json, last and atomically."""
-        self.closed = True
-        batch_size = self.args.num_envs * self.args.num_steps
-        end = self.args.total_timesteps // batch_size * batch_size
-        last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in (*self.csv_files.values(), self.tensorboard):
-            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
-                file.close()
-        if self.bar is not None:
-            self.bar.close()
-        result = {
-            "status": status,
-            "global_step": self.global_step,
-            "wall_time_s": self.wall_time,
-            "final_return": float(np.mean(last)) if last else None,
-        }
-        self.write_json("result.json", result | extra)
-        mean = "" if result["final_return"] is None else f", final return {result['final_return']:.1f}"
-        print(f"{status} after {self.global_step:,} steps{mean}: {self.folder}", flush=True)
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if status == "finished" else 1)
-
-
-def load_policy(path: str | Path) -> Callable[..., np.ndarray]:
-    """The trained policy in a model.pt: observations of `make_envs` (n, 4, 84, 84) -> actions (n,), drawn from the
-    policy, or with greedy=True the most probable ones (these can get stuck in a game that waits for FIRE)."""
-    model = torch.load(path, weights_only=True)
-    agent = Agent(model["num_actions"], model["separate_trunks"]).to(memory_format=torch.channels_last)
-    agent.load_state_dict(model["agent"])
-
-    @torch.inference_mode()
-    def policy(obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-        images = pixels(torch.from_numpy(obs).permute(0, 2, 3, 1))
-        logits = agent.actor_head(agent.encode(agent.actor_trunk, images))
-        noise = 0.0 if greedy else -torch.empty_like(logits).exponential_().log_()
-        return (logits + noise).argmax(-1).numpy()
-
-    return policy
-
-
-def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
-    """Points of one game in each of `episodes` fresh environments (seeds unlike the training's), started as in training."""
-    seed = derived_seed(args.seed, 2**40)
-    envs, _ = make_envs(
-        args.env_id, episodes, seed, args.env_threads, args.episodic_life, args.clip_reward, args.repeat_action_probability
-    )
-    obs, _ = envs.reset()
-    points, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    while running.any():  # a game is cut off after 27,000 steps
-        obs, _, _, cut, info = envs.step(policy(obs))
-        points += np.where(running, info["reward"], 0.0)
-        running &= ~((info["terminated"] != 0) | cut)
-    envs.close()
-    return points.tolist()
-
-
-def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
-    """Film one game into `folder`; without a model, only draw one frame. For a child process, as drawing may kill."""
-    if model is None:  # the caller says in one sentence what failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    envs, _ = make_envs(env_id, 1, seed, render_mode="rgb_array")
-    obs, _ = envs.reset()
-    frame = envs.render()[0]
-    if model is None:
-        os._exit(0)
-    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-    folder.mkdir(exist_ok=True)
-    policy, over = load_policy(model), False
-    with FFMPEG_VideoWriter(str(folder / "game.mp4"), frame.shape[1::-1], fps=15) as video:  # 15 steps of 4 frames a second
-        while not over:
-            video.write_frame(np.ascontiguousarray(envs.render()[0]))
-            obs, _, _, cut, info = envs.step(policy(obs))
-            over = info["terminated"][0] != 0 or cut[0]
-    envs.close()
-
-
-def film_in_child(*arguments) -> bool:
-    """Whether `film(*arguments)` ran to its end in a process of its own."""
-    child = multiprocessing.get_context("spawn").Process(target=film, args=arguments)
-    child.start()
-    child.join()
-    return child.exitcode == 0
+    """What makes a run: command, commit, versions."""
+    wanted = {"torch", "numpy", "gymnasium", "envpool", "mujoco"}
+    versions = {each.name: each.version for each in importlib.metadata.distributions() if each.name in wanted}
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions |= {"python": sys.version.split()[0]}
+    script, commit = Path(__file__).name, git.stdout.strip() or None
+    return {"script": script, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -818,229 +441,403 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be had where the networks live; no limit where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text()).group(1)) if meminfo.exists() else sys.maxsize
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Replace `path` by bytes or by what torch saves: after a crash the old or the new content is there."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk should not stay full of half a file
 
 
-def check_machine(args) -> None:
-    """Raise BadInput for what this machine cannot do: bfloat16 without CUDA, compiling without a compiler, a rollout that
-    is larger than its memory."""
-    if args.bf16 and args.device != "cuda":
-        raise BadInput("--bf16 speeds up CUDA devices alone, but the networks live on the CPU; leave it out")
-    compilers = (os.environ.get("CXX", ""), "g++", "clang++", "cl")
-    if args.compile and args.device == "cpu" and not any(map(shutil.which, compilers)):
-        raise BadInput("--compile needs a C++ compiler, and there is none on the PATH; leave it out or install g++")
-    size = 2 * (args.num_steps + 1) * args.num_envs * 84 * 84 * 4  # the update gathers them once more
-    free = available_memory(torch.device(args.device))
-    if size > free:
-        raise BadInput(
-            f"--num-steps {args.num_steps} of --num-envs {args.num_envs} are {size / 1e9:.1f} GB of images, but "
-            f"{free / 1e9:.1f} GB of memory are free; ask for fewer"
-        )
+class Run:
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals.
+
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever
+    the end is. `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which
+    the loop reads at the end of its iteration; a second one, or one after training, stops at once.
+    """
+
+    def __init__(self, args: Args):
+        self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
+        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+        self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
+
+    def __enter__(self):
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if it cannot."""
+        if self.folder is None:
+            return self
+        if not (self.folder / "checkpoint.pt").exists():
+            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run")
+        try:
+            self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+        except filelock.Timeout:
+            raise BadInput(f"--resume {self.folder} is still running in another process") from None
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            reason = f"checkpoint.pt cannot be used: {type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
+        return self
+
+    def open(self) -> None:
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
+        args, resumed = self.args, self.checkpoint is not None
+        try:
+            if not resumed:
+                name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+                self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+                while self.folder.exists():  # a run of the same second
+                    self.folder = self.folder.with_name(self.folder.name + "_")
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            if args.track:
+                self.start_wandb()
+            made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            self.write_json("args.json", made | {"args": saved})
+            self.metrics = self.open_csv("metrics.csv", METRICS)
+            self.episodes = self.open_csv("episodes.csv", EPISODES)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+        except OSError as error:
+            raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
+        bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(**bar, mininterval=seconds, delay=0.1)  # delay: nothing is printed here
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        self.opened, self.started = True, time.perf_counter() - self.wall_time
+
+    def start_wandb(self) -> None:
+        """Send what TensorBoard gets to W&B as well; the parts of a run that was continued are one group."""
+        names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+        names |= {"group": self.folder.name, "name": f"{self.folder.name}-{self.global_step}"}
+        try:
+            import wandb
+
+            self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
+        except Exception as error:
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder)
+            raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ask the loop to stop; at once if it was asked before or has ended."""
+        at_once, self.stop_signal = self.stop_signal or self.trained, number
+        if at_once:
+            sys.exit(128 + number)
+
+    def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
+        it are dropped, and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [",".join(columns)], 0
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
+                if int(row["global_step"]) <= self.global_step:
+                    kept.append(line)
+                    if columns is EPISODES:
+                        self.returns.append((row["global_step"], row["episodic_return"]))
+            except (ValueError, OverflowError):
+                damaged += line != kept[0]
+        if damaged:
+            say(f"{path}: {damaged} lines could not be read and are dropped")
+        write_atomically(path, "\r\n".join([*kept, ""]).encode())
+        self.files.append(open(path, "a", newline=""))
+        return csv.DictWriter(self.files[-1], columns)
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
+        strict = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        write_atomically(self.folder / name, (json.dumps(strict, indent=1) + "\n").encode())
+
+    def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this
+        iteration; None is a number that does not exist."""
+        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time}
+        metrics["charts/SPS"] = global_step / self.wall_time
+        for name in ("episodic_return", "episodic_length"):
+            metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
+        self.metrics.writerow(metrics)
+        self.episodes.writerows(episodes)
+        for file in self.files:
+            file.flush()
+        for name in METRICS[2:]:
+            if metrics.get(name) is not None:
+                self.tensorboard.add_scalar(name, metrics[name], global_step)
+        self.returns += [(row["global_step"], row["episodic_return"]) for row in episodes]
+        with contextlib.suppress(OSError, ValueError):
+            recent = np.mean([value for _, value in self.returns[-20:]] or math.nan)
+            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+            self.bar.update(global_step - self.bar.n)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the
+        disk before."""
+        for file in self.files:
+            os.fsync(file.fileno())
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        write_atomically(self.folder / "checkpoint.pt", state)
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Write result.json, last and atomically, and let go of everything."""
+        if self.opened:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            status = "finished" if error is None else "failed"
+            if isinstance(error, Diverged):
+                status = "diverged"
+            elif isinstance(error, SystemExit if self.stop_signal else KeyboardInterrupt):
+                status = "interrupted"
+            last = [value for step, value in self.returns if step > 0.9 * self.end]
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
+            result |= {"final_return": float(np.mean(last or math.nan))}
+            failed = status in ("failed", "diverged")
+            result |= {"error": f"{kind.__name__}: {error}"} if failed else self.result
+            for each in (self.bar, self.tensorboard, *self.files):
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
+                    each.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self.write_json("result.json", result)
+            say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
+            if status == "interrupted":
+                say(f"continue with --resume {self.folder}")
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+        if self.lock is not None:
+            self.lock.release()
+        if self.opened and status == "failed" and isinstance(error, SystemExit):
+            raise RuntimeError("the task tried to end the process") from error
 
 
-# ---- Batch shape -----------------------------------------------------------------------------------------------
-def check_batch_shape(args: Args) -> None:
-    """Raise BadInput unless the minibatches divide a rollout."""
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches:
-        raise BadInput(
-            f"--num-minibatches {args.num_minibatches} does not divide num-envs x num-steps = {batch_size}; "
-            f"{nearest_divisors(batch_size, args.num_minibatches)} would"
-        )
+def load_policy(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt: called with raw observations (..., D), it gives the
+    actions that are played, as the task takes them."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    agent = Agent(*saved["agent_sizes"])
+    agent.load_state_dict(saved["agent"])
+    return agent.eval().requires_grad_(False)
 
 
-# ---- Training on Atari: set-up (shared) ------------------------------------------------------------------------
+def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
+    long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
+    task; without episodes it only tries."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        drawn = {"render_mode": "rgb_array"} if film_folder else {}
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
+        if film_folder:
+            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
+        env = gym.wrappers.TimeLimit(gym.wrappers.FlattenObservation(env), 5_000 if film_folder else 100_000)
+    returns = [0.0] * episodes
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
+        ended = False
+        while not ended:
+            with torch.no_grad():
+                action = agent(obs).numpy()[()]
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            ended = terminated or truncated
+    env.close()
+    return returns
+
+
+# ---- Training on Atari: set-up (shared) --------------------------------------------------------------
 def train(args: Args) -> Path:
-    """Train and return the run folder. Raises BadInput before anything is created."""
-    batch_size = args.num_envs * args.num_steps
-    if args.total_timesteps < batch_size:
-        raise BadInput(
-            f"--total-timesteps {args.total_timesteps} is less than one rollout of num-envs x num-steps = "
-            f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
-        )
-    check_batch_shape(args)
-    check_machine(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device(args.device)
-    if args.device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.torch_threads = args.torch_threads or cores
-        torch.set_num_threads(args.torch_threads)
-        keep_freed_memory()
+    """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
+    with Run(args) as run:
+        checkpoint, start, batch_size = run.checkpoint, run.global_step, args.num_envs * args.num_steps
+        if start % batch_size or start > args.total_timesteps:
+            needs = "--total-timesteps must be at least that, and --num-envs x --num-steps must divide it"
+            raise BadInput(f"--resume {args.resume} has made {start} steps: {needs}")
+        torch.manual_seed(args.seed)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.deterministic = True  # so that a run on a CUDA device repeats bitwise, too
+        if device.type == "cpu":
+            torch.set_num_threads(args.torch_threads or len(usable_cores()))
+        envs = make_envs(args, args.num_envs, derived_seed(args.seed, start))
+        game = gym.envs.registration.EnvSpec(args.env_id, functools.partial(Game, args))
+        gym.registry[args.env_id] = game  # `play` makes its environments by their names
+        if args.eval_episodes or args.capture_video:
+            play(None, args, episodes=0)
+        num_actions = int(envs.action_space.n)
 
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    start = checkpoint["global_step"] if checkpoint else 0
-    envs, num_actions = make_envs(
-        args.env_id, args.num_envs, derived_seed(args.seed, start), args.env_threads, args.episodic_life,
-        args.clip_reward, args.repeat_action_probability,
-    )  # fmt: skip
-    if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
-        raise BadInput(f"--capture-video: EnvPool cannot draw {args.env_id} here; leave it out")
+        # ---- Networks and optimisers -----------------------------------------------------------------
+        agent_sizes = num_actions, args.separate_trunks
+        agent = Agent(*agent_sizes).to(device, memory_format=torch.channels_last).eval()
+        parameters = [
+            {"params": agent.actor_parameters(), "lr": args.learning_rate},
+            {"params": agent.critic_parameters(), "lr": args.critic_learning_rate or args.learning_rate},
+        ]
+        optimisers = [torch.optim.Adam(parameters, eps=1e-5, fused=True)]
 
-    # ---- Networks and optimisers -------------------------------------------------------------------------------
-    agent = Agent(num_actions, args.separate_trunks, args.bf16).to(device, memory_format=torch.channels_last)
-    if args.compile:
-        for trunk in {agent.actor_trunk, agent.critic_trunk}:
-            trunk.forward = torch.compile(trunk.forward)
-    critic_lr = args.critic_learning_rate or args.learning_rate
-    groups = (agent.actor_parameters(), args.learning_rate), (agent.critic_parameters(), critic_lr)
-    optimiser = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups], eps=1e-5, fused=True)
-    optimisers = [optimiser]
+        # ---- Training on Atari: buffers and the loop (shared) ----------------------------------------
+        groups = [group for each in optimisers for group in each.param_groups]
+        step_sizes = [group["lr"] for group in groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+                for each, state in zip(optimisers, checkpoint["optimisers"], strict=True):
+                    each.load_state_dict(state)
+                torch.set_rng_state(checkpoint["rng"])  # all noise and all minibatches are drawn on the CPU
+            except (RuntimeError, ValueError, KeyError) as error:
+                wrong = "another version made it, or networks of another shape; leave out what shapes them"
+                raise BadInput(f"--resume {args.resume}: {wrong}") from error
+            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
 
-    # ---- Training on Atari: buffers and the loop (shared) ------------------------------------------------------
-    step_sizes = [[group["lr"] for group in each.param_groups] for each in optimisers]
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for each, state in zip(optimisers, checkpoint["optimisers"]):
-            each.load_state_dict(state)
-        set_rng_state(checkpoint["rng"])
-
-    # The images live in bytes, where the networks live: (time, game, height, width, frame). The rest is in numpy arrays.
-    # Row num_steps of obs is the next rollout's first.
-    shape = (args.num_steps, args.num_envs)
-    obs = torch.zeros(args.num_steps + 1, args.num_envs, 84, 84, 4, dtype=torch.uint8, device=device)
-    behaviour = BehaviourPolicy(agent, obs)
-    rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-    ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended a life or a game: the next row is a reset
-    game_points, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-
-    with Run(args, checkpoint) as run:
-        obs[-1] = torch.from_numpy(envs.reset()[0]).to(device).permute(0, 2, 3, 1)
+        # The rollout: arrays (time, game, ...); row num_steps of obs is the next rollout's first. The images
+        # stay bytes, and what the networks see and say is where they live.
+        shape = (args.num_steps, args.num_envs)
+        obs = torch.zeros(args.num_steps + 1, args.num_envs, 4, 84, 84, dtype=torch.uint8, device=device)
+        logits = torch.zeros(*shape, num_actions, device=device)
+        values = torch.zeros(args.num_steps + 1, args.num_envs, device=device)
+        actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        rewards, terminated, truncated, valid = (np.zeros(shape, dtype=np.float32) for _ in range(4))
+        ended = np.zeros(args.num_envs, dtype=bool)  # a life or a game, in the last step; a reset follows
+        game_points, game_lengths = np.zeros((2, args.num_envs))
+        run.open()
+        obs[-1] = torch.from_numpy(envs.reset()[0])
         num_iterations = args.total_timesteps // batch_size
         for iteration in range(start // batch_size + 1, num_iterations + 1):
-            for each, sizes in zip(optimisers, step_sizes):
-                for group, size in zip(each.param_groups, sizes):
-                    group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
+            for group, size in zip(groups, step_sizes):
+                group["lr"] = size * (1 - (iteration - 1) / num_iterations) if args.anneal_lr else size
 
-            # ---- Training on Atari: collect a rollout (shared) -------------------------------------------------
+            # ---- Training on Atari: collect a rollout (shared) ---------------------------------------
             rollout_start, env_time, episodes = time.perf_counter(), 0.0, []
             obs[0] = obs[-1]
-            behaviour.begin()
+            # The largest sum of logit and Gumbel noise is a sample of the softmax (Maddison et al. 2014).
+            noise = (-torch.empty(*shape, num_actions).exponential_().log_()).to(device)
             for t in range(args.num_steps):
-                actions = behaviour.act(t)
+                with torch.no_grad():
+                    logits[t], values[t] = agent.logits_and_values(obs[t])
+                    actions[t] = (logits[t] + noise[t]).argmax(-1)
+                game_actions = actions[t].cpu().numpy()
                 env_start = time.perf_counter()
-                images, reward, ends, cut, info = envs.step(actions)
+                images, reward, ends, cut, info = envs.step(game_actions)
                 env_time += time.perf_counter() - env_start
+                obs[t + 1] = torch.from_numpy(images)
                 transition, ended = ~ended, ends | cut
                 rewards[t], terminated[t], truncated[t], valid[t] = reward, ends, cut, transition
-                obs[t + 1] = torch.from_numpy(images).to(device).permute(0, 2, 3, 1)
                 game_points += np.where(transition, info["reward"], 0.0)
                 game_lengths += transition
-                over = (info["terminated"] != 0) | cut  # the game, not only a life
-                if over.any():
+                for index in ((info["terminated"] != 0) | cut).nonzero()[0].tolist():  # games, not lives
                     step = (iteration - 1) * batch_size + (t + 1) * args.num_envs
-                    wall_time = time.perf_counter() - run.started
-                    for index in over.nonzero()[0].tolist():
-                        episodes.append((step, wall_time, index, float(game_points[index]), int(game_lengths[index])))
-                    game_points[over], game_lengths[over] = 0.0, 0
+                    seconds, length = time.perf_counter() - run.started, int(game_lengths[index])
+                    episode = step, seconds, index, float(game_points[index]), length
+                    episodes.append(dict(zip(EPISODES, episode)))
+                    game_points[index] = game_lengths[index] = 0
 
-            # ---- Training on Atari: values, advantages and targets of the rollout (shared) ---------------------
+            # ---- Training on Atari: values, advantages and targets of the rollout (shared) -----------
             update_start = time.perf_counter()
-            b_actions, logprobs, values = behaviour.actions, behaviour.logprobs(), behaviour.values()
-            b_rewards, b_terminated, b_truncated, b_valid = (
-                torch.from_numpy(array).to(device) for array in (rewards, terminated, truncated, valid)
-            )
-            b_ended = torch.max(b_terminated, b_truncated)
-            if not args.bootstrap_truncation:
-                b_terminated = b_ended
-            advantages = gae(b_rewards, values, b_terminated, b_ended, args.gamma, args.gae_lambda)
+            ending = np.maximum(terminated, truncated)
+            discounts = args.gamma * (1 - (terminated if args.bootstrap_truncation else ending))
+            arrays = rewards, discounts, ending, valid
+            b_rewards, b_discounts, b_ended, b_valid = (torch.tensor(x, device=device) for x in arrays)
+            with torch.no_grad():
+                values[-1] = agent.logits_and_values(obs[-1])[1]
+                logprobs, _ = logprob_and_entropy(logits, actions)
+            advantages = gae(b_rewards, values, b_discounts, args.gamma * args.gae_lambda * (1 - b_ended))
             returns = advantages + values[:-1]
 
-            # ---- Update ----------------------------------------------------------------------------------------
-            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; the row after an end is none
-            arrays = (obs[:-1], b_actions, logprobs, advantages, values[:-1], returns)
-            transitions = [array.flatten(0, 1).index_select(0, rows) for array in arrays]
+            # ---- Update ------------------------------------------------------------------------------
+            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; a reset is none
+            arrays = obs[:-1], actions, logprobs, advantages, values[:-1], returns
+            transitions = [array.flatten(0, 1)[rows] for array in arrays]
             num_minibatches = max(1, min(args.num_minibatches, len(rows) // 2))
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                for indices in torch.randperm(len(rows)).to(device).tensor_split(num_minibatches):
-                    mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_values, mb_returns = (
-                        array.index_select(0, indices) for array in transitions
-                    )
-                    images = pixels(mb_obs)
-                    features = agent.encode(agent.actor_trunk, images)
-                    new_logprobs, entropy = agent.logprob_and_entropy(features, mb_actions)
-                    logratio = new_logprobs - mb_logprobs
+                for part in torch.randperm(len(rows)).to(device).tensor_split(num_minibatches):
+                    minibatch = [array[part] for array in transitions]
+                    mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_values, mb_returns = minibatch
+                    new_logits, new_values = agent.logits_and_values(mb_obs)
+                    new_logprobs, entropies = logprob_and_entropy(new_logits, mb_actions)
+                    logratio, entropy = new_logprobs - mb_logprobs, entropies.mean()
                     ratio = logratio.exp()
                     if args.norm_adv and len(mb_advantages) > 1:
                         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                     policy_loss = -clipped_surrogate(ratio, mb_advantages, args.clip_coef).mean()
-                    if args.separate_trunks:
-                        features = agent.encode(agent.critic_trunk, images)
-                    new_values = agent.critic_head(features).squeeze(-1)
-                    vloss_clip = args.clip_coef if args.clip_vloss else None
-                    critic_loss = value_loss(new_values, mb_values, mb_returns, vloss_clip)
+                    value_clip = args.clip_coef if args.clip_vloss else None
+                    critic_loss = value_loss(new_values, mb_values, mb_returns, value_clip)
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
-                    optimiser.zero_grad()
+                    optimisers[0].zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimiser.step()
+                    optimisers[0].step()
                     if epoch == args.update_epochs - 1 or args.target_kl is not None:
                         with torch.no_grad():
                             clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                            kl = ((ratio - 1) - logratio).mean()
-                            statistics.append(
-                                torch.stack([critic_loss, policy_loss, entropy, -logratio.mean(), kl, clipped])
-                            )
+                            old_kl, kl = -logratio.mean(), ((ratio - 1) - logratio).mean()
+                            numbers = critic_loss, policy_loss, entropy, old_kl, kl, clipped
+                            statistics.append(torch.stack(numbers))
                 if args.target_kl is not None and torch.stack(statistics)[:, 4].mean() > args.target_kl:
                     break
-            names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+            names = "value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"
             losses = dict(zip((f"losses/{name}" for name in names), torch.stack(statistics).mean(0).tolist()))
 
-            # ---- Training on Atari: log and checkpoint (shared) ------------------------------------------------
+            # ---- Training on Atari: log and checkpoint (shared) --------------------------------------
             targets, predictions = (x[b_valid.bool()] for x in (returns, values[:-1]))
-            losses["losses/explained_variance"] = float(1 - (targets - predictions).var() / targets.var())
+            explained = float(1 - (targets - predictions).var() / targets.var())
             now = time.perf_counter()
-            times = {
-                "charts/learning_rate": optimisers[0].param_groups[0]["lr"],
+            losses |= {
+                "losses/explained_variance": explained if math.isfinite(explained) else None,
+                "charts/learning_rate": groups[0]["lr"],
                 "time/env": env_time,
                 "time/policy": update_start - rollout_start - env_time,
                 "time/update": now - update_start,
             }
-            run.log(iteration * batch_size, losses | times, episodes)
+            run.log(iteration * batch_size, losses, episodes)
+            weights = torch.stack([weight.sum() for weight in agent.parameters()])
+            watched = {"rewards": b_rewards, "losses": torch.stack(statistics), "weights": weights}
+            for name, numbers in watched.items():
+                if not numbers.isfinite().all():
+                    raise Diverged(f"the {name} stopped being finite by step {iteration * batch_size:,}")
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                state = {"agent": agent.state_dict(), "optimisers": [each.state_dict() for each in optimisers]}
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
+                state["optimisers"] = [each.state_dict() for each in optimisers]
                 run.save_checkpoint(state)
             if run.stop_signal:
-                run.stop()
+                sys.exit(128 + run.stop_signal)
 
-        # ---- Training on Atari: model, evaluation, video (shared) ----------------------------------------------
-        run.end_training()
+        # ---- Training: model, evaluation, film (shared) ----------------------------------------------
+        run.trained = True
         envs.close()
-        model = {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "num_actions": num_actions,
-            "separate_trunks": agent.critic_trunk is not agent.actor_trunk,
-            "agent": {name: tensor.cpu() for name, tensor in agent.state_dict().items()},
-        }
-        path = run.folder / "model.pt"
-        if args.save_model or args.eval_episodes or args.capture_video:
-            write_atomically(path, lambda new: torch.save(model, new))
-        results = {}
+        agent.cpu()
+        if args.save_model:
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes}
+            write_atomically(run.folder / "model.pt", model | {"agent": agent.state_dict()})
+        if args.capture_video:
+            try:
+                play(agent, args, 1, run.folder / "videos")
+            except Exception as error:  # as where nothing can draw
+                say(f"no film, the run is complete: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa")
         if args.eval_episodes:
-            results["eval_returns"] = evaluate(load_policy(path), args, args.eval_episodes)
-            print(f"mean return of {args.eval_episodes} evaluation games: {np.mean(results['eval_returns']):.1f}")
-        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed):
-            print("the video could not be made; the run is complete without it", file=sys.stderr)
-        if not args.save_model:
-            path.unlink(missing_ok=True)
-        run.close("finished", **results)
+            run.result["eval_returns"] = play(agent, args, args.eval_episodes)
+            say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
-# ---- Entry point (shared) --------------------------------------------------------------------------------------
+# ---- Entry point (shared) ----------------------------------------------------------------------------
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a task of the user's own may lie
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
-        train(parse_args(Args))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        train(parse_args())
+    except (BadInput, Diverged) as error:
+        say(f"error: {error}")
+        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -3,20 +3,19 @@
     python -m benchmark.speed_atari                                              about twenty minutes on two idle cores
     python -m benchmark.speed_atari --quick                                      one turn of each, for a look only
     python -m benchmark.speed_atari --results-dir benchmark/results/speed_atari  keeps the numbers
-    python -m benchmark.speed_atari --parts cuda compiled                        on a machine with a CUDA device
+    python -m benchmark.speed_atari --parts cuda                                 on a machine with a CUDA device
 
     loops    the games alone, PPO, a reference PPO loop with one torch thread and with one for each core, PPO with separate
              trunks, BLPO with the head as its follower, and without the hypergradient
     followers  BLPO with the followers last-two and full, against PPO with separate trunks
     layers   processor milliseconds and GFLOPS of each layer of the network, against a matrix product: what limits the scripts
     solvers  milliseconds of one PPO minibatch and of one hypergradient
-    cuda     the loops with the networks on a CUDA device: in PyTorch's default precision (convolutions in TF32, but for the follower
-             full) and bfloat16, with more games, with every follower; each of the 16 processes takes seconds to begin
-    compiled PPO there with and without torch.compile, after two minutes of compiling or so
+    cuda     the loops with the networks on a CUDA device, in PyTorch's default precision (convolutions in TF32, but for the follower
+             full), with more games, with every follower; each of the 14 processes takes seconds to begin
 
-How the numbers are taken: as in benchmark/turns.py, on the CPU but for the last two parts. Competitors take turns, A B C A B C ..., each in a process of
+How the numbers are taken: as in benchmark/turns.py, on the CPU but for the last part. Competitors take turns, A B C A B C ..., each in a process of
 its own that sleeps meanwhile; a turn is one rollout of 8 games x 128 steps with its update, after one that does not count
-(on CUDA four of them, after two; compiled, after six). A number is the median over the turns with (lowest..highest), and a
+(on CUDA four of them, after two). A number is the median over the turns with (lowest..highest), and a
 ratio is taken within a turn before its median. The
 scripts use one torch thread for each usable core, as by default (--torch-threads), and EnvPool one for each as well; the
 reference gets the same EnvPool threads, and the better of one torch thread and as many as the scripts have is what PPO is
@@ -54,15 +53,15 @@ from benchmark.turns import (
 )  # fmt: skip
 
 CPU_PARTS = ("loops", "followers", "layers", "solvers")
-PARTS = ("loops", "followers", "cuda", "compiled", "layers", "solvers")  # torch forbids forks once autograd has run here
+PARTS = ("loops", "followers", "cuda", "layers", "solvers")  # torch forbids forks once autograd has run here
 
 
 @dataclass
 class Args:
     quick: bool = False
     """one turn of each competitor: shows that everything runs, measures little"""
-    parts: tuple[Literal["loops", "followers", "layers", "solvers", "cuda", "compiled"], ...] = CPU_PARTS
-    """what to measure; cuda and compiled need a CUDA device"""
+    parts: tuple[Literal["loops", "followers", "layers", "solvers", "cuda"], ...] = CPU_PARTS
+    """what to measure; cuda needs a CUDA device"""
     env_id: str = "Breakout-v5"
     """the game"""
     rounds: int = 5
@@ -76,9 +75,9 @@ class Args:
 # ---- Whole loops -----------------------------------------------------------------------------------------------
 def games_loop(words: list[str], rollout_done: Callable[[dict[str, float]], None]) -> None:
     """The games alone, with random actions drawn beforehand: the limit of every loop on them."""
-    args = ppo.parse_args(ppo.Args, words)
-    envs, num_actions = ppo.make_envs(args.env_id, args.num_envs, args.seed, args.env_threads)
-    actions = np.random.default_rng(args.seed).integers(0, num_actions, (args.num_steps, args.num_envs))
+    args = ppo.parse_args(words)
+    envs = ppo.make_envs(args, args.num_envs, args.seed)
+    actions = np.random.default_rng(args.seed).integers(0, envs.action_space.n, (args.num_steps, args.num_envs))
     envs.reset()
     while True:
         start = time.perf_counter()
@@ -94,15 +93,15 @@ def reference_loop(words: list[str], threads: int, rollout_done: Callable[[dict[
     Images as floats in PyTorch's default memory order, divided by 255 in the network, torch.distributions, GAE as a loop
     over time, Adam's default implementation, numbers read back in every minibatch, and every row counts.
     """
-    args = ppo.parse_args(ppo.Args, words)
+    args = ppo.parse_args(words)
     torch.set_num_threads(threads)
     envs = envpool.make(
-        args.env_id, env_type="gymnasium", num_envs=args.num_envs, num_threads=args.env_threads, episodic_life=True,
+        args.env_id, env_type="gymnasium", num_envs=args.num_envs, num_threads=min(cores(), args.num_envs), episodic_life=True,
         reward_clip=True, seed=args.seed,
     )  # fmt: skip
     device = torch.device(args.device)
     trunk, heads = ppo.nature_cnn().to(device), (nn.Linear(512, int(envs.action_space.n)), nn.Linear(512, 1))
-    actor, critic = (ppo.orthogonal(head, gain).to(device) for head, gain in zip(heads, (0.01, 1.0)))
+    actor, critic = (ppo.layer_init(head, gain).to(device) for head, gain in zip(heads, (0.01, 1.0)))
     parameters = [*trunk.parameters(), *actor.parameters(), *critic.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5)
 
@@ -193,7 +192,7 @@ def take_turns(
         words = ["--env-id", args.env_id, "--run-dir", folder, "--device", device, "--torch-threads", str(args.torch_threads)]
         competitors = {name: with_processor_time(loop) for name, loop in loops(words).items()}
         samples = loops_in_turns(competitors, args.rounds, rollouts, warmup)
-        num_steps, usual = ppo.Args.num_steps, ppo.Args.num_envs
+        num_steps, usual = ppo.Args().num_steps, ppo.Args().num_envs
     rows_of = {name: num_steps * (num_envs or {}).get(name, usual) for name in samples}
     seconds, cpu = ({name: [turn[key] for turn in turns] for name, turns in samples.items()} for key in ("rollout", "cpu"))
     best = min((name for name in against), key=lambda name: statistics.median(seconds[name]))
@@ -241,12 +240,6 @@ def measure_followers(args: Args) -> list[Row]:
     return take_turns(args, "Followers", loops, ("PPO separate",))
 
 
-def launched_loop(words: list[str], rollout_done: Callable[[dict[str, float]], None]) -> None:
-    """PPO whose acting step is launched kernel by kernel, instead of as a CUDA graph."""
-    ppo.BehaviourPolicy.capture = lambda policy: None
-    script_loop(ppo, words, rollout_done)
-
-
 def measure_cuda(args: Args) -> list[Row]:
     """Ratios of time say little for the loops with more games, whose rollouts are longer: compare their steps/s."""
     more = {"PPO, 32 games": 32, "PPO, 128 games": 128, "games only, 32": 32, "games only, 128": 128}
@@ -255,8 +248,7 @@ def measure_cuda(args: Args) -> list[Row]:
         games = {name: [*words, "--num-envs", str(number)] for name, number in more.items()}
         return (
             {"games only": partial(games_loop, words), "reference": partial(reference_loop, words, 1)}
-            | {"PPO": partial(script_loop, ppo, words), "PPO, no graph": partial(launched_loop, words)}
-            | {"PPO, bf16": partial(script_loop, ppo, [*words, "--bf16"])}
+            | {"PPO": partial(script_loop, ppo, words)}
             | {"PPO separate": partial(script_loop, ppo, [*words, "--separate-trunks"])}
             | {
                 f"BLPO {follower}, {ihvp}": partial(script_loop, blpo, [*words, "--follower", follower, "--ihvp", ihvp])
@@ -268,20 +260,11 @@ def measure_cuda(args: Args) -> list[Row]:
     return take_turns(args, "CUDA", loops, ("reference",), "cuda", 4, 2, more)
 
 
-def measure_compiled(args: Args) -> list[Row]:
-    def loops(words: list[str]) -> dict[str, Loop]:
-        ways = {"PPO": [], "PPO, compiled": ["--compile"], "PPO, compiled, bf16": ["--compile", "--bf16"]}
-        separate = {"PPO separate": partial(script_loop, ppo, [*words, "--separate-trunks"])}
-        return {name: partial(script_loop, ppo, [*words, *more]) for name, more in ways.items()} | separate
-
-    return take_turns(args, "Compiled", loops, ("PPO",), "cuda", 4, 6)
-
-
 # ---- One layer -------------------------------------------------------------------------------------------------
 def measure_layers(args: Args) -> list[Row]:
     """Of 256 images: each layer forwards and backwards (in its weights, and but for the first one in its inputs)."""
     torch.set_num_threads(1)
-    x = blpo.pixels(torch.randint(0, 256, (256, 84, 84, 4), dtype=torch.uint8))
+    x = blpo.pixels(torch.randint(0, 256, (256, 4, 84, 84), dtype=torch.uint8))
     square = torch.randn(2048, 2048)
     calls: dict[str, tuple[Callable[[], object], float]] = {"2048 x 2048 matrix product": (lambda: square @ square, 2 * 2048**3)}
     for index, layer in enumerate(blpo.nature_cnn().to(memory_format=torch.channels_last)):
@@ -311,16 +294,15 @@ def measure_solvers(args: Args) -> list[Row]:
     """On 4 chunks of 64 steps of random images: the gradient of a PPO minibatch with separate trunks, and z by each solver."""
     torch.set_num_threads(1)
     agent = blpo.Agent(4, separate_trunks=True).to(memory_format=torch.channels_last)
-    obs = torch.randint(0, 256, (4 * 65, 84, 84, 4), dtype=torch.uint8)
+    obs = torch.randint(0, 256, (4 * 65, 4, 84, 84), dtype=torch.uint8)
     weights, discounts = torch.full((4, 64), 1 / 256), torch.full((4, 64), 0.99)
     row_weights = nn.functional.pad(weights, (0, 1)).flatten()
-    operator = blpo.gae_operator(torch.zeros(4, 64), torch.ones(4, 64), 0.99, 0.95)
+    operator = blpo.gae_operator(torch.zeros(4, 64), torch.ones(4, 64), 0.99 * 0.95)
     u, generator = blpo.lambda_returns_vjp(weights, discounts, operator).flatten(), torch.Generator()
 
     def ppo_gradient() -> None:
-        images = blpo.pixels(obs)
-        hidden, other = agent.encode(agent.actor_trunk, images), agent.encode(agent.critic_trunk, images)
-        (agent.actor_head(hidden).log_softmax(-1).sum() + agent.critic_head(other).sum()).backward()
+        logits, values = agent.logits_and_values(obs)
+        (logits.log_softmax(-1).sum() + values.sum()).backward()
 
     solvers = {
         "exact": lambda curvature: blpo.exact_ihvp(curvature, u, 1.0),
@@ -330,12 +312,12 @@ def measure_solvers(args: Args) -> list[Row]:
 
     def hypergradient(follower: nn.Sequential, inputs: Tensor, solve: Callable) -> None:
         jacobian = blpo.CriticJacobian(follower, inputs)
-        jacobian.jvp(solve(blpo.GaussNewton(jacobian, row_weights))[1][None])
+        jacobian.jvp(solve(blpo.GaussNewton(jacobian, row_weights))[1])
 
     calls: dict[str, Callable] = {"PPO minibatch, separate trunks": ppo_gradient}
     for name in ("head", "last-two", "full"):
         below, follower = blpo.split_critic(agent, name)
-        inputs = agent.encode(below, blpo.pixels(obs)).detach()
+        inputs = below(blpo.pixels(obs)).detach()
         calls |= {f"{name}, {solver}": partial(hypergradient, follower, inputs, solve) for solver, solve in solvers.items()}
     samples = milliseconds(calls, args.rounds)
     reference = samples["PPO minibatch, separate trunks"]
@@ -351,13 +333,13 @@ def main(args: Args) -> None:
         sys.exit("error: --rounds must be at least 1 and --torch-threads at least 0")
     args.rounds = 1 if args.quick else args.rounds
     made_by = provenance_of("speed_atari")
-    if {"cuda", "compiled"} & set(args.parts) and made_by["gpu"] is None:
-        sys.exit("error: --parts cuda and compiled need a CUDA device, and PyTorch finds none here; leave them out")
+    if "cuda" in args.parts and made_by["gpu"] is None:
+        sys.exit("error: --parts cuda needs a CUDA device, and PyTorch finds none here; leave it out")
     commit = f"commit {str(made_by['commit'])[:7]}{' with changes' if made_by['dirty'] else ''}"
     print(f"{made_by['cpu']}, {os.cpu_count()} cores, {cores()} usable, {commit}")
     print(f"{made_by['command']}: GPU {made_by['gpu']}; median (lowest..highest) of the turns")
     measures = {"loops": measure_loops, "followers": measure_followers, "layers": measure_layers}
-    measures |= {"solvers": measure_solvers, "cuda": measure_cuda, "compiled": measure_compiled}
+    measures |= {"solvers": measure_solvers, "cuda": measure_cuda}
     everything: dict[str, dict] = {}
     if args.results_dir is not None:
         args.results_dir.mkdir(parents=True, exist_ok=True)

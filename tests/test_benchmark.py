@@ -154,10 +154,10 @@ BAD = [
     ([("[1, 2]", '"one"')], "seeds must be a list"),
     ([('["toy_envs:Walk-v0"]', '["toy_envs:Walk-v0", "toy_envs:Walk-v0"]')], "environments holds toy_envs:Walk-v0 twice"),
     ([('["toy_envs:Walk-v0"]', '["Hoper-v4"]')], "'Hoper-v4' cannot be made"),
-    ([('["toy_envs:Walk-v0"]', '["CartPole-v1"]')], "has discrete actions"),
+    ([('["toy_envs:Walk-v0"]', '["CartPole-v1"]')], "for discrete actions use ppo_discrete.py"),
     ([("ppo_continuous.py", "ppo_continous.py")], "methods.ppo: there is no script 'ppo_continous.py'; the nearest are ppo_"),
     ([("nystrom-rank", "nystrom-rnk")], "methods.blpo: blpo_continuous.py has no argument 'nystrom-rnk'; the nearest are nystrom"),
-    ([("nystrom-rank = 3", "nystrom-rank = 0")], "--nystrom-rank is 0: input should be greater than 0"),
+    ([("nystrom-rank = 3", "nystrom-rank = 0")], "--nystrom-rank is 0: Input should be greater than or equal to 1"),
     ([("nystrom-rank = 3", 'nystrom-rank = "many"')], "cannot read the arguments"),
     ([("num-minibatches = 2", "num-minibatches = 3")], "--num-minibatches 3 must divide"),
     ([("device", "seed = 3\ndevice")], "the argument seed is the launcher's own"),
@@ -236,7 +236,7 @@ def test_every_job_has_a_folder_log_exit_code_and_provenance(launched):
     assert sorted(each.name for each in (run_dir / "tiny").iterdir()) == sorted(job.name for job in jobs)
     for job in jobs:
         folder = run_dir / "tiny" / job.name
-        assert (folder / "exit_code").read_text() == "0\n" and "finished after 1,024 steps" in (folder / "log.txt").read_text()
+        assert (folder / "exit_code").read_text() == "0\n" and "finished at step 1,024" in (folder / "log.txt").read_text()
         made = json.loads((folder / "job.json").read_text())
         assert made["command"] == job.command and len(made["attempts"]) == 1
         assert made["attempts"][0]["commit"] and made["attempts"][0]["versions"]["torch"] and made["attempts"][0]["host"]

@@ -119,6 +119,12 @@ def test_conjugate_gradient_and_the_policy_term_of_pbrl_have_no_graph(tmp_path, 
     assert any(numbers(RUNS[kind](run_dir=tmp_path, device="cuda", **changes)))
 
 
+@pytest.mark.parametrize("kind", GRAPHED)
+def test_no_cuda_graphs(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(load(f"{kind.split()[0]}.py"), "GraphedUpdate", None)
+    assert any(numbers(RUNS[kind](run_dir=tmp_path, device="cuda", cuda_graphs=False)))
+
+
 @pytest.mark.parametrize("kind", ["stddpg actor", "stsac actor", "sobirl_rlhf sobirl"])
 def test_an_interrupted_run_with_a_graph_goes_on(tmp_path, monkeypatch, kind):
     def fail():
@@ -139,7 +145,7 @@ def test_an_interrupted_run_with_a_graph_goes_on(tmp_path, monkeypatch, kind):
 
     for folder, each in ((cut, graphed), (copy, lambda update: update)):  # with a graph, and launching every kernel
         monkeypatch.setattr(module, "GraphedUpdate", each)
-        module.train(module.parse_args(module.Args, ["--resume", str(folder)]))
+        resume(script, folder)
         found.append(numbers(folder))
     assert graphs and all(each.graph is not None for each in graphs)
     assert len(found[0]) == len(found[1]) == len(whole) == 4 and found[0][:2] == found[1][:2] == whole[:2]
@@ -178,42 +184,13 @@ def test_an_interrupted_run_goes_on_here_or_on_a_cpu(tmp_path, monkeypatch, scri
     assert all(math.isfinite(value) for row in went_on for value in row.values())
 
 
-@pytest.mark.parametrize("module", [ppo, blpo])
-@pytest.mark.parametrize("separate", [True, False])
-def test_the_graph_of_a_step_is_the_step(module, separate):
-    """Also after the parameters have changed in place, and in a second rollout."""
-    torch.manual_seed(0)
-    agent = module.Agent(5, separate).cuda().to(memory_format=torch.channels_last)
-    obs = torch.randint(0, 256, (7, 3, 84, 84, 4), dtype=torch.uint8, device="cuda")
-    graphed, eager = module.BehaviourPolicy(agent, obs), module.BehaviourPolicy(agent, obs)
-    assert graphed.graph is not None
-    eager.graph = None
-    seen = []
-    for _ in range(2):
-        with torch.no_grad():
-            agent.actor_head.weight.normal_()
-            agent.actor_trunk[0].bias.normal_()
-        for policy in (graphed, eager):
-            torch.manual_seed(len(seen))
-            policy.begin()
-            for t in range(6):
-                policy.act(t)
-        assert torch.equal(graphed.noise, eager.noise)
-        torch.testing.assert_close(graphed.logits, eager.logits)
-        torch.testing.assert_close(graphed.known, eager.known)
-        torch.testing.assert_close(graphed.values(), eager.values())
-        assert torch.equal(graphed.actions, eager.actions)
-        seen.append(graphed.logits.clone())
-    assert not torch.allclose(seen[0], seen[1], atol=0.1)
-
-
 @pytest.mark.parametrize("name", ["head", "last-two", "full"])
 @pytest.mark.parametrize("solver", ["exact", "nystrom", "cg"])
 def test_hypergradients_are_those_of_the_cpu_in_double_precision(name, solver):
     torch.manual_seed(0)
     agent = blpo.Agent(4, separate_trunks=True)
     below, follower = blpo.split_critic(agent, name)
-    images = blpo.pixels(torch.randint(0, 256, (20, 84, 84, 4), dtype=torch.uint8))
+    images = blpo.pixels(torch.randint(0, 256, (20, 4, 84, 84), dtype=torch.uint8))
     u, weights = torch.randn(20), torch.full((20,), 1 / 20)
     found = []
     for device, dtype in [("cpu", torch.float64), ("cuda", torch.float32)]:
@@ -228,28 +205,12 @@ def test_hypergradients_are_those_of_the_cpu_in_double_precision(name, solver):
             "cg": lambda curvature, u: blpo.cg_ihvp(curvature, u, 1.0, 5),
         }[solver]  # fmt: skip
         b, v = solve(curvature, u.to(device, dtype))
-        found.append([b, v, curvature.jacobian.jvp(v[None])[0]])
+        found.append([b, v, curvature.jacobian.jvp(v)])
     # Of random images the features are nearly alike; float32 drops directions of the Nystrom core that float64 keeps, also
     # on the CPU (0.8 % for all layers).
     tolerance = 2e-2 if solver == "nystrom" else 1e-3
     for expected, got in zip(*found):
         assert (got.cpu().double() - expected).norm() < tolerance * expected.norm()
-
-
-@pytest.mark.parametrize("script", test_atari.SCRIPTS)
-def test_bfloat16(tmp_path, script):
-    rough, exact = (numbers(test_atari.train(script, run_dir=tmp_path / str(x), device="cuda", bf16=x)) for x in (True, False))
-    assert rough != exact
-    for name, value in exact[0].items():
-        if name in ("losses/value_loss", "losses/entropy", "bilevel/cosine", "bilevel/weight_mean"):
-            assert rough[0][name] == pytest.approx(value, rel=0.1, abs=0.02), name
-
-
-@pytest.mark.parametrize("script", test_atari.SCRIPTS)
-def test_compiled_networks(tmp_path, script):
-    first, second = (numbers(test_atari.train(script, run_dir=tmp_path / str(x), device="cuda", compile=x)) for x in (True, False))
-    for name, value in second[0].items():
-        assert first[0][name] == pytest.approx(value, rel=0.02, abs=2e-4), name
 
 
 def test_parameters_are_where_the_networks_live(tmp_path):
