@@ -1,20 +1,21 @@
 """SoBiRL on tabular MDPs: derivatives against finite differences, expectations against enumeration, samples against
 expectations, fixed points, and the command line. All in float64; paper and equation numbers as in docs/sobirl.md."""
 
-import csv
-import dataclasses
 import inspect
 import itertools
 import json
 import math
+import os
+import signal
+import typing
+from types import SimpleNamespace
 
 import pytest
-import test_shared_blocks as style
 import torch
 from conftest import REPO, read_csv
-from test_command_line import assert_one_sentence, ends, flag, numbers
+from test_command_line import assert_one_sentence
 
-import ppo_atari
+import ppo_continuous
 import sobirl_tabular as sobirl
 from sobirl_tabular import PROBLEMS, Args, ContractDesign, Discriminating, GoalNavigation, PreferenceLearning, RewardShaping
 
@@ -54,6 +55,23 @@ def solved(problem, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     values = sobirl.optimal_soft_values(problem.reward(x), problem.transitions, problem.gamma, problem.tau)
     q = sobirl.q_values(values, problem.reward(x), problem.transitions, problem.gamma)
     return values, q, (q / problem.tau).softmax(-1), problem.reward_jacobian(x)
+
+
+def iterates(problem, step):
+    """Outer iterations of step(state) from x_0 on: x_k, h_k and pi_k."""
+    state = sobirl.first_state(problem, [3] * len(problem.x))
+    while True:
+        direction, policy, after = step(state)
+        yield SimpleNamespace(x=state["x"], direction=direction, policy=policy)
+        state = after
+
+
+def m_sobirl(problem, *arguments):
+    return iterates(problem, lambda state: sobirl.m_sobirl(problem, state, *arguments))
+
+
+def exact_sobirl(problem, *arguments):
+    return iterates(problem, lambda state: sobirl.sobirl(problem, state, *arguments))
 
 
 @pytest.fixture(params=PROBLEMS)
@@ -388,8 +406,8 @@ def test_scores_of_preferences_by_enumeration():
 
 
 # ---- Fixed points and convergence ------------------------------------------------------------------------------
-def last(iterates, count: int):
-    return next(itertools.islice(iterates, count - 1, None))
+def last(found, count: int):
+    return next(itertools.islice(found, count - 1, None))
 
 
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "goal-navigation"])
@@ -399,7 +417,7 @@ def test_m_sobirl_with_x_at_rest_finds_policy_adjoint_and_hypergradient(name):
     problem = PROBLEMS[name]([3])
     problem.x = point(problem)
     exact = sobirl.exact_hypergradient(problem, problem.x)
-    found = last(sobirl.m_sobirl(problem, 0.0, 0.4, 3), 2500)
+    found = last(m_sobirl(problem, 0.0, 0.4, 3), 2500)
     assert (found.policy - exact.policy).abs().max() < 1e-12
     assert relative_error(found.direction, exact.gradient) < 1e-9
 
@@ -410,9 +428,8 @@ def test_w_converges_at_the_rate_of_the_smallest_singular_value():
     problem = GoalNavigation([3])
     problem.x = point(problem)
     exact = sobirl.exact_hypergradient(problem, problem.x)
-    iterates = sobirl.m_sobirl(problem, 0.0, 0.4, 3)
     late, later = (
-        (each.direction - exact.gradient).norm() for each in itertools.islice(iterates, 2000, 3001, 1000)
+        (each.direction - exact.gradient).norm() for each in itertools.islice(m_sobirl(problem, 0.0, 0.4, 3), 2000, 3001, 1000)
     )
     slowest = torch.linalg.svdvals(sobirl.resolvent_matrix(exact.policy, problem.transitions, problem.gamma)).min()
     assert math.isclose(later / late, (1 - 0.4 * slowest**2) ** 1000, rel_tol=0.02)
@@ -421,8 +438,7 @@ def test_w_converges_at_the_rate_of_the_smallest_singular_value():
 def test_first_iteration_of_m_sobirl_by_hand():
     """Uniform policy, one step on w, the new w in h: Algorithm 2, lines 4 to 6."""
     problem = Discriminating([3])
-    iterates = sobirl.m_sobirl(problem, 0.3, 0.5, 2)
-    first, second = next(iterates), next(iterates)
+    first, second = itertools.islice(m_sobirl(problem, 0.3, 0.5, 2), 2)
     policy = torch.full((10, 5), 0.2, dtype=torch.float64)
     p, c, x, w = problem.transitions[0], problem.features[0], problem.x[0], problem.w[0]
     a = (torch.eye(10) - 0.5 * p.mean(1)).T
@@ -446,7 +462,7 @@ def test_m_sobirl_finds_a_stationary_point_and_the_control_does_not():
     problem = Discriminating([101, 102])
     start = sobirl.exact_hypergradient(problem, problem.x)
     full, control = (
-        sobirl.exact_hypergradient(problem, last(sobirl.m_sobirl(problem, 1.0, 0.5, 10, implicit), 2000).x)
+        sobirl.exact_hypergradient(problem, last(m_sobirl(problem, 1.0, 0.5, 10, implicit), 2000).x)
         for implicit in (True, False)
     )
     assert (full.gradient.norm(dim=-1) < 0.05 * start.gradient.norm(dim=-1)).all()
@@ -457,7 +473,7 @@ def test_synthetic_problem_reaches_its_known_minimum():
     problem = PROBLEMS["synthetic"]([101])
     minimum = sobirl.exact_hypergradient(problem, torch.zeros_like(problem.x))
     assert math.isclose(minimum.objective, 1, rel_tol=1e-12) and minimum.gradient.abs().max() < 1e-12
-    found = last(sobirl.m_sobirl(problem, problem.step_size, 0.5, 10), 1500)
+    found = last(m_sobirl(problem, problem.step_size, 0.5, 10), 1500)
     exact = sobirl.exact_hypergradient(problem, found.x)
     assert 1 <= exact.objective < 1 + 1e-5
     assert exact.gradient.norm() < 1e-2
@@ -469,7 +485,7 @@ def test_sobirl_follows_the_exact_hypergradient_within_its_policy_error(problem_
     problem.x = point(problem)
     exact = sobirl.exact_hypergradient(problem, problem.x).gradient
     for policy_error in (1e-4, 1e-10, 1e-18):
-        found = next(sobirl.sobirl(problem, 1.0, policy_error, 0.5)).direction
+        found = next(exact_sobirl(problem, 1.0, policy_error, 0.5)).direction
         assert relative_error(found, exact) < 100 * math.sqrt(policy_error) + 1e-12
 
 
@@ -598,20 +614,185 @@ def test_momentum_is_that_of_eq_81(monkeypatch):
     draw = sobirl.draw_sample
     monkeypatch.setattr(sobirl, "draw_sample", lambda *arguments: samples.append(draw(*arguments)) or samples[-1])
     args = Args(tuples=4, rollouts=1, rollout_length=3, stochastic_step_size=0.3, step_offset=5.0, momentum_coef=9.0)
-    iterates = list(itertools.islice(sobirl.stoc_sobirl(problem, args, [3]), 4))
+    found = list(itertools.islice(iterates(problem, lambda state: sobirl.stoc_sobirl(problem, state, args)), 4))
     beta = [0.3 * (5 + k) ** (-1 / 3) for k in range(4)]
     h = sobirl.stochastic_hypergradient(problem, problem.x, samples[0])
     for k in range(1, 4):
-        assert relative_error(iterates[k - 1].direction, h) < 1e-12
-        x_before, x = iterates[k - 1].x, iterates[k].x
+        assert relative_error(found[k - 1].direction, h) < 1e-12
+        x_before, x = found[k - 1].x, found[k].x
         assert relative_error(x, x_before - beta[k - 1] * h) < 1e-12
         eta = 9.0 * beta[k - 1] ** 2
         assert 0 < eta < 1
         now, before = (sobirl.stochastic_hypergradient(problem, each, samples[k]) for each in (x, x_before))
         h = now + (1 - eta) * (h - before)
-    assert relative_error(iterates[3].direction, h) < 1e-12
-    plain = next(itertools.islice(sobirl.stoc_sobirl(problem, args, [3], momentum=False), 1, None))
+    assert relative_error(found[3].direction, h) < 1e-12
+    _, plain = itertools.islice(iterates(problem, lambda state: sobirl.stoc_sobirl(problem, state, args, False)), 2)
     assert torch.equal(plain.direction, sobirl.stochastic_hypergradient(problem, plain.x, samples[-1]))
+
+
+# ---- The theorems' constants -----------------------------------------------------------------------------------
+def row_distance(policy, other) -> torch.Tensor:
+    """max_s |pi(s, .) - pi'(s, .)|_1 (B,), the distance in which the paper's app. H bounds what a policy changes."""
+    return (policy - other).abs().sum(-1).amax(-1)
+
+
+def test_soft_bellman_operator_is_a_contraction_of_factor_gamma(problem_class, record_property):
+    """|phi(x, v) - phi(x, v')| <= gamma |v - v'| in the maximum norm; a constant difference attains gamma, so no smaller
+    factor holds. So N sweeps leave at most gamma^N of the error (Algorithm 2)."""
+    problem, gamma = problem_class(list(range(20))), problem_class.gamma
+    rest = problem.reward(point(problem)), problem.transitions, gamma, problem.tau
+    generator, factors = torch.Generator().manual_seed(2), []
+    for size in (1e-6, 1e-2, 1.0, 100.0):
+        values, change = (sobirl.normals(generator, *problem.w.shape) for _ in range(2))
+        difference = sobirl.soft_bellman(values + size * change, *rest) - sobirl.soft_bellman(values, *rest)
+        factors += (difference.abs().amax(-1) / (size * change).abs().amax(-1)).tolist()
+    record_property("largest factor", max(factors) / gamma)
+    assert max(factors) <= gamma * (1 + 1e-8)
+    constant = sobirl.soft_bellman(values + 1, *rest) - sobirl.soft_bellman(values, *rest)
+    assert torch.allclose(constant, torch.full_like(constant, gamma), rtol=1e-10)
+    optimum, found = sobirl.optimal_soft_values(*rest), torch.zeros_like(values)
+    for sweeps in range(1, 30):
+        found = sobirl.soft_bellman(found, *rest)
+        assert ((found - optimum).abs().amax(-1) <= gamma**sweeps * optimum.abs().amax(-1) * (1 + 1e-12) + 1e-12).all()
+
+
+def test_implicit_fixed_point_operator_is_a_contraction_of_factor_gamma(problem_class, record_property):
+    """G -> E_pi grad r + gamma P^pi G, whose fixed point is grad V* (Prop. 4.1): no error grows by more than gamma, and after
+    many sweeps it shrinks by exactly that, since P^pi leaves constants as they are."""
+    problem, gamma = problem_class(list(range(5))), problem_class.gamma
+    policy, jacobian = solved(problem, point(problem))[2:]
+    chain, expected = sobirl.policy_transitions(policy, problem.transitions), (policy.unsqueeze(-1) * jacobian).sum(-2)
+    fixed_point = sobirl.value_gradients(policy, jacobian, problem.transitions, gamma)[1]
+    iterate = sobirl.normals(torch.Generator().manual_seed(3), *fixed_point.shape)
+    errors = []
+    for _ in range(math.ceil(math.log(1e-9, gamma))):
+        errors.append((iterate - fixed_point).abs().amax((1, 2)))
+        iterate = expected + gamma * chain @ iterate
+    factors = torch.stack(errors[1:]) / torch.stack(errors[:-1])
+    record_property("largest factor", float(factors.max()) / gamma)
+    record_property("last factor", float(factors[-1].min()) / gamma)
+    assert factors.max() <= gamma * (1 + 1e-6)  # the error itself is rounded, and ends at 1e-9
+    assert factors[-1].min() >= gamma * 0.99
+
+
+class Constants(SimpleNamespace):
+    """The bounds of Assumptions 7.2 and 7.3 on one instance at x, taken over all its tuples and all its states and actions:
+    C_l of |l|, C_lx of |grad_x l|, C_rx of |grad r|; H I, the steps of a tuple; and the enumeration."""
+
+    def __init__(self, problem, x):
+        policy = torch.full_like(problem.transitions[..., 0], 1 / problem.transitions.shape[2])
+        _, losses, explicit, states, actions = enumerated(problem, x, policy)
+        self.c_l, self.c_lx = losses.abs().max(), explicit.norm(dim=-1).max()
+        self.c_rx = problem.reward_jacobian(x).norm(dim=-1).max()
+        self.steps, self.gamma, self.tau = problem.horizon * problem.trajectories, problem.gamma, problem.tau
+        self.losses, self.explicit, self.states, self.actions = losses, explicit, states, actions
+
+    def score(self) -> torch.Tensor:
+        """Of |sum_h (grad Q - grad V)| / tau in a tuple, at any policy."""
+        return 2 * self.steps * self.c_rx / ((1 - self.gamma) * self.tau)
+
+    def bias(self) -> torch.Tensor:
+        """Of |h(x, pi) - grad Phi(x)| / row distance (Prop. H.7)."""
+        law = self.steps * (self.c_lx + self.c_l * self.score())
+        return law + self.c_l * self.steps * (1 + self.gamma) * self.c_rx / ((1 - self.gamma) ** 2 * self.tau)
+
+
+def mixtures(policy, other):
+    """Policies on the way from one to the other, on a logarithmic scale."""
+    return [(1 - t) * policy + t * other for t in (1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("problem_class", [ShortContract, PreferenceLearning])
+def test_two_policies_make_laws_of_trajectories_that_differ_by_lemma_h_1(problem_class, record_property):
+    """Total variation <= H I / 2 times the row distance; and for the mean of a bounded function twice that times its bound
+    (Lemma H.2). Both for random pairs of policies at many distances, in three instances; neither bound is idle."""
+    ratios = []
+    for seed in (3, 4, 5):
+        problem = problem_class([seed])
+        constants = Constants(problem, point(problem))
+        generator = torch.Generator().manual_seed(seed)
+        first, second = (sobirl.random_distributions(generator, *problem.transitions.shape[:3]) for _ in range(2))
+        p = enumerated(problem, point(problem), first)[0]
+        for policy in mixtures(first, second):
+            q = enumerated(problem, point(problem), policy)[0]
+            bound = constants.steps / 2 * row_distance(first, policy)
+            drift = (p - q).abs().sum() / 2
+            assert drift <= bound and ((p - q) @ constants.explicit).norm() <= 2 * bound * constants.c_lx
+            ratios.append(float(drift / bound))
+    record_property("total variation over its bound", max(ratios))
+    assert max(ratios) > 0.2
+
+
+@pytest.mark.parametrize("problem_class", [ShortContract, ShortNavigation, PreferenceLearning])
+def test_an_approximate_policy_biases_the_hypergradient_by_at_most_proposition_h_7(problem_class, record_property):
+    """|h(x, pi) - grad Phi(x)| <= L |pi - pi*| with L from the MDP, on the way by Prop. H.4 for grad Q and grad V; and the
+    error is of first order: its slope against the distance is 1."""
+    ratios = []
+    for seed in (3, 4, 5):
+        problem = problem_class([seed])
+        x = point(problem)
+        constants, exact = Constants(problem, x), sobirl.exact_hypergradient(problem, x)
+        rest = problem.reward_jacobian(x), problem.transitions, problem.gamma
+        true_q, true_v = sobirl.value_gradients(exact.policy, *rest)
+        other = sobirl.random_distributions(torch.Generator().manual_seed(seed), *exact.policy.shape)
+        errors, distances = [], []
+        for policy in mixtures(exact.policy, other):
+            grad_q, grad_v = sobirl.value_gradients(policy, *rest)
+            _, x_slope, pi_slope = sobirl.objective_slopes(problem, x, policy)
+            h = sobirl.sobirl_hypergradient(x_slope, pi_slope, policy, grad_q, grad_v, problem.tau)
+            distance = row_distance(policy, exact.policy)
+            drift = constants.c_rx * distance / (1 - problem.gamma) ** 2
+            assert ((grad_v - true_v).norm(dim=-1) <= drift).all()
+            assert ((grad_q - true_q).norm(dim=-1) <= problem.gamma * drift * (1 + 1e-12)).all()
+            errors.append(float((h - exact.gradient).norm()))
+            distances.append(float(distance))
+            assert errors[-1] <= constants.bias() * distances[-1]
+            ratios.append(errors[-1] / float(constants.bias() * distances[-1]))
+        slope = math.log(errors[2] / errors[0]) / math.log(distances[2] / distances[0])
+        assert slope == pytest.approx(1, abs=0.02)
+    record_property("bias over its bound", max(ratios))
+
+
+@pytest.mark.parametrize("problem_class", [ShortContract, ShortNavigation, PreferenceLearning])
+def test_cut_rollouts_bias_the_hypergradient_by_at_most_eq_83(problem_class, record_property):
+    """What sums of length T leave out: 2 H I C_l C_rx gamma^T / ((1 - gamma) tau), at any policy; and no faster rate holds."""
+    problem = problem_class([3])
+    x = point(problem)
+    constants = Constants(problem, x)
+    policy = sobirl.random_distributions(torch.Generator().manual_seed(8), *problem.reward(x).shape)
+    _, x_slope, pi_slope = sobirl.objective_slopes(problem, x, policy)
+    rest = policy, problem.reward_jacobian(x), problem.transitions, problem.gamma
+    exact = sobirl.sobirl_hypergradient(x_slope, pi_slope, policy, *sobirl.value_gradients(*rest), problem.tau)
+    ratios = []
+    for length in (1, 2, 4, 8, 16):
+        gradients = sobirl.truncated_value_gradients(*rest, length)
+        found = sobirl.sobirl_hypergradient(x_slope, pi_slope, policy, *gradients, problem.tau)
+        bound = constants.c_l * constants.score() * problem.gamma**length
+        ratios.append(float((found - exact).norm() / bound))
+    record_property("bias over its bound", max(ratios))
+    assert max(ratios) <= 1
+
+
+@pytest.mark.parametrize("problem_class", [ShortContract, PreferenceLearning])
+def test_variance_of_the_estimate_falls_as_1_over_the_number_of_tuples(problem_class, record_property):
+    """Eq. (84). N = 2 to 64 tuples, 1000 estimates each, in ten groups: the log-log slopes of the groups have -1 in the 99 %
+    interval of their mean, which is shorter than 0.15. And the variance is at most B^2 / N, B the bound of a tuple's term."""
+    copies, groups, counts = 1000, 10, (2, 4, 8, 16, 32, 64)
+    problem, single = problem_class([3] * copies), problem_class([3])
+    x, constants = point(problem), Constants(single, point(single))
+    policy = solved(single, point(single))[2].expand(copies, -1, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(copies)]
+    variances = []
+    for tuples in counts:
+        estimates = sobirl.stochastic_hypergradient(problem, x, sobirl.draw_sample(problem, policy, tuples, 1, 3, generators))
+        variances.append(estimates.view(groups, -1, estimates.shape[-1]).var(1).sum(-1))
+        assert variances[-1].mean() <= (constants.c_lx + constants.c_l * constants.score()) ** 2 / tuples
+    size = torch.tensor(counts, dtype=torch.float64).log()
+    size = size - size.mean()
+    slopes = size @ torch.stack(variances).log() / (size @ size)
+    half = 3.25 * slopes.std() / math.sqrt(groups)  # t with 9 degrees of freedom
+    record_property("slope", f"{slopes.mean():.3f} +- {half:.3f}")
+    assert half < 0.075 and abs(slopes.mean() + 1) < half
 
 
 # ---- Practical forms of the implicit term ----------------------------------------------------------------------
@@ -622,7 +803,7 @@ def test_one_step_form_is_zero_where_the_reward_depends_on_the_state_alone(probl
     x = point(problem)
     _, x_slope, _ = sobirl.objective_slopes(problem, x, solved(problem, x)[2])
     problem.x = x
-    cut = next(sobirl.sobirl(problem, 1.0, 1e-20, 1.0, length=1)).direction
+    cut = next(exact_sobirl(problem, 1.0, 1e-20, 1.0, 1)).direction
     assert relative_error(cut, x_slope) < 1e-8
     assert relative_error(cut, sobirl.exact_hypergradient(problem, x).gradient) > 0.05
 
@@ -695,41 +876,43 @@ def test_reward_to_go_form_by_enumeration():
 
 # ---- The script ------------------------------------------------------------------------------------------------
 def run(tmp_path, *words: str):
-    return sobirl.train(sobirl.parse_args(Args, [*TINY, "--run-dir", str(tmp_path), *words]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sobirl, "draw_figure", lambda *arguments: None)  # which takes longer than all the rest
+        return sobirl.train(sobirl.parse_args([*TINY, "--run-dir", str(tmp_path), *words]))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a tiny run of everything. Read only."""
-    return run(tmp_path_factory.mktemp("finished"))
+    return sobirl.train(sobirl.parse_args([*TINY, "--run-dir", str(tmp_path_factory.mktemp("finished"))]))
 
 
-def test_the_script_keeps_the_style_of_the_others():
-    style.test_no_script_imports_another(SCRIPT)
-    style.test_every_public_function_and_class_has_a_docstring(SCRIPT)
-    style.test_docstring_names_a_command_that_runs_this_script(SCRIPT)
+@pytest.mark.parametrize("name", ["Diverged", "say", "parse_args", "provenance", "write_atomically"])
+def test_what_it_has_of_the_other_scripts_is_identical(name):
+    """Beside its two shared blocks; the rest of theirs is about environments."""
+    assert inspect.getsource(getattr(sobirl, name)) == inspect.getsource(getattr(ppo_continuous, name))
 
 
-@pytest.mark.parametrize("name", ["check_ranges", "write_atomically", "make_folder", "BadInput"])
-def test_what_the_scripts_share_is_identical(name):
-    assert inspect.getsource(getattr(sobirl, name)) == inspect.getsource(getattr(ppo_atari, name))
+def test_the_names_that_arguments_allow_are_those_there_are():
+    assert typing.get_args(sobirl.ProblemName) == tuple(PROBLEMS)
+    assert len(sobirl.COLOURS) == len(sobirl.METHODS)
 
 
 def test_a_run_writes_every_file(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {
-        "args.json", "curves.csv", "summary.csv", "bias.csv", "figure_4.png", "convergence.png", "result.json"
+    assert names - {".lock"} == {
+        "args.json", "checkpoint.pt", "curves.csv", "summary.csv", "bias.csv", "figure_4.png", "convergence.png", "result.json"
     }  # fmt: skip
     for picture in finished.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     rows = read_csv(finished / "curves.csv")
-    pairs = [(p, m) for p in PROBLEMS for m in sobirl.METHODS if sobirl.applies(m, PROBLEMS[p])]
+    pairs = [(p, m) for p in PROBLEMS for m in sobirl.METHODS if sobirl.applies(m, p)]
     assert len(pairs) == 6 * 4 + 4 * 3
     assert {(row["problem"], row["method"]) for row in rows} == set(pairs)
     for pair in pairs:
         mine = [row for row in rows if (row["problem"], row["method"]) == pair]
         assert [(row["seed"], row["iteration"]) for row in mine] == [(s, k) for k in "0123" for s in "12"]
-    assert len(read_csv(finished / "summary.csv")) == len(pairs)
+    assert [(row["problem"], row["method"]) for row in read_csv(finished / "summary.csv")] == pairs
     saved = json.loads((finished / "args.json").read_text())
     assert saved["args"]["instances"] == 2 and saved["script"] == SCRIPT and saved["versions"]["torch"]
     assert json.loads((finished / "result.json").read_text())["status"] == "finished"
@@ -757,87 +940,133 @@ def test_summary_is_that_of_the_last_iteration(finished):
         ]  # fmt: skip
         assert float(entry["objective_median"]) == pytest.approx(sum(finals) / 2, rel=1e-4)
         assert float(entry["objective_min"]) == pytest.approx(min(finals), rel=1e-5)
+        assert entry["iterations"] == "4" and entry["instances"] == "2"
 
 
-def test_a_run_repeats(finished, tmp_path):
-    again = run(tmp_path)
-    for name in ("curves.csv", "bias.csv"):
-        assert (again / name).read_bytes() == (finished / name).read_bytes()
-    other = run(tmp_path / "other", "--seed", "5", "--problems", "synthetic", "--methods", "m-sobirl")
-    assert read_csv(other / "curves.csv")[0]["objective"] != read_csv(finished / "curves.csv")[0]["objective"]
-
-
-def test_logged_iterations_have_both_ends():
+def test_logged_iterations_have_both_ends_and_do_not_depend_on_where_a_run_ends():
     for iterations in (1, 2, 50, 1000, 3000):
-        logged = sobirl.logged_iterations(iterations)
-        assert min(logged) == 0 and max(logged) == iterations - 1 and len(logged) <= 60
+        logged = {k for k in range(iterations) if sobirl.is_logged(k, iterations)}
+        assert min(logged) == 0 and max(logged) == iterations - 1 and len(logged) <= 75
+        assert logged - {iterations - 1} <= {k for k in range(5000) if sobirl.is_logged(k, 5000)}
 
 
-def test_a_crash_keeps_what_was_written(tmp_path, monkeypatch):
-    def crash(problem, args, seeds):
-        raise RuntimeError("pulled the plug")
-        yield
-
-    monkeypatch.setitem(sobirl.METHODS, "sobirl", crash)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
-        run(tmp_path, "--problems", "contract-design", "--methods", "m-sobirl", "sobirl")
-    (folder,) = tmp_path.iterdir()
-    assert len(read_csv(folder / "curves.csv")) == 2 * 4
-    assert len(read_csv(folder / "summary.csv")) == 1
-    result = json.loads((folder / "result.json").read_text())
-    assert result["status"] == "failed" and "pulled the plug" in result["error"]
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "curves.csv"
-    sobirl.write_csv(path, [{"a": 1.0}])
-    before = path.read_bytes()
-
-    def full(self, row):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(csv.DictWriter, "writerow", full)
-    with pytest.raises(OSError):
-        sobirl.write_csv(path, [{"a": 2.0}])
-    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
-
-
-def test_divergence_is_reported_and_the_others_go_on(tmp_path):
+def test_divergence_is_reported_and_the_others_go_on(command_line, tmp_path):
     words = ["--problems", "synthetic", "--methods", "m-sobirl", "x-only", "--adjoint-step-size", "1e6", "--iterations", "90"]
-    folder = run(tmp_path, *words)
+    status, out, err = command_line(SCRIPT, *TINY, "--run-dir", tmp_path, *words)
+    assert status == 1 and out == "" and "synthetic m-sobirl: h of iteration" in err and "Traceback" not in err
+    (folder,) = tmp_path.iterdir()
     full, control = read_csv(folder / "summary.csv")
     assert "diverged" in full["note"] and full["method"] == "m-sobirl"
     assert control["note"] == "" and float(control["objective_median"]) > 0
-    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+    assert json.loads((folder / "result.json").read_text())["status"] == "diverged"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["states"]["synthetic m-sobirl"]
+    assert state["x"].isfinite().all() and 0 < state["k"] < 90  # the last one that was finite
+
+
+# ---- Continue, extend, replay ----------------------------------------------------------------------------------
+SOME = ["--problems", "preference-learning", "contract-design", "--methods", "m-sobirl", "sobirl", "stoc-sobirl"]
+
+
+def contents(folder) -> tuple:
+    """The tables of a run and its final states, all that does not depend on the clock."""
+    summary = [{name: cell for name, cell in row.items() if name != "seconds"} for row in read_csv(folder / "summary.csv")]
+    states = torch.load(folder / "checkpoint.pt", weights_only=True)["states"]
+    states = {key: {name: x for name, x in state.items() if name != "seconds"} for key, state in states.items()}
+    return (folder / "curves.csv").read_bytes(), (folder / "bias.csv").read_bytes(), summary, states
+
+
+def assert_same(folder, other) -> None:
+    (*tables, states), (*other_tables, other_states) = contents(folder), contents(other)
+    assert tables == other_tables and states.keys() == other_states.keys()
+    for key, state in states.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other_states[key][name]), (key, name)
+            elif name == "rng":
+                assert all(map(torch.equal, value, other_states[key][name])), key
+            else:
+                assert value == other_states[key][name], (key, name)
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory):
+    """A run of some methods with ten iterations, uninterrupted. Read only."""
+    return run(tmp_path_factory.mktemp("ten"), *SOME, "--iterations", "10")
+
+
+def test_a_run_repeats(ten, tmp_path):
+    assert_same(run(tmp_path, *SOME, "--iterations", "10"), ten)
+    other = run(tmp_path / "other", "--seed", "5", "--problems", "preference-learning", "--methods", "sobirl")
+    assert read_csv(other / "curves.csv")[0]["objective"] != read_csv(ten / "curves.csv")[0]["objective"]
+
+
+def broken_off(tmp_path, monkeypatch, iterations: int, act) -> None:
+    """Start that run; in its `iterations`-th iteration, of all methods together, `act()` happens."""
+    made, original = [], sobirl.run_method
+
+    def run_method(*arguments):
+        made.append(1)
+        if len(made) == iterations:
+            act()
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sobirl, "run_method", run_method)
+        run(tmp_path, *SOME, "--iterations", "10", "--checkpoint-every", "4")
+
+
+@pytest.mark.parametrize("iterations", [7, 27, 58])
+def test_a_resumed_run_equals_an_uninterrupted_one(ten, tmp_path, monkeypatch, iterations):
+    """After a crash it goes on from the last checkpoint, bit for bit; what was written stays."""
+
+    def crash():
+        raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        broken_off(tmp_path, monkeypatch, iterations, crash)
+    (folder,) = tmp_path.iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "failed" and "pulled the plug" in result["error"]
+    assert iterations < 10 or len(read_csv(folder / "summary.csv")) == iterations // 10
+    assert sobirl.train(sobirl.parse_args(["--resume", str(folder)])) == folder
+    assert_same(folder, ten)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_and_it_goes_on_where_it_was(ten, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        broken_off(tmp_path, monkeypatch, 16, lambda: os.kill(os.getpid(), number))
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "result.json").read_text())["status"] == "interrupted"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["states"]["preference-learning sobirl"]["k"] == 5
+    sobirl.train(sobirl.parse_args(["--resume", str(folder)]))
+    assert_same(folder, ten)
+
+
+def test_a_finished_run_is_extended_and_replayed(ten, tmp_path, capsys):
+    """To ten iterations and to more methods; without a change it writes the same again, and makes no iteration."""
+    folder = run(tmp_path, *SOME[:-1], "--iterations", "7")
+    again = sobirl.parse_args(["--resume", str(folder), "--iterations", "10", "--methods", *SOME[-3:]])
+    assert "--iterations was 7 and is now 10" in capsys.readouterr().err
+    sobirl.train(again)
+    assert_same(folder, ten)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sobirl, "run_method", None)
+        sobirl.train(sobirl.parse_args(["--resume", str(folder)]))
+    assert_same(folder, ten)
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------
-def test_every_number_states_its_interval_and_is_refused_outside_of_it():
-    found = numbers(SCRIPT)
-    assert len(found) == 15
-    for name, (annotation, interval) in found.items():
-        assert interval is not None, name
-        outside, inside = ends(annotation, interval)
-        for value in [*outside, math.nan]:
-            with pytest.raises(sobirl.BadInput) as refusal:
-                sobirl.check_ranges(dataclasses.replace(Args(), **{name: value}))
-            assert str(refusal.value).startswith(f"{flag(name)} is {value}, it must be in {interval[0][3:]}")
-        for value in inside:
-            sobirl.check_ranges(dataclasses.replace(Args(), **{name: value}))
-    sobirl.check_ranges(Args())
-
-
 @pytest.mark.parametrize(
     "words, fragments",
-    [(["--instances", "0"], ["--instances is 0", "[1, 1000]"]),
-     (["--step-size", "nan"], ["--step-size is nan", "(0, inf)"]),
-     (["--mirror-descent-step", "1.5"], ["--mirror-descent-step is 1.5", "(0, 1]"]),
-     (["--problems", "contract-desing"], ["--problems", "'contract-desing'", "contract-design"]),
-     (["--problems", "chess"], ["--problems", "'chess'", "synthetic"]),
-     (["--problems", "synthetic", "synthetic"], ["--problems", "synthetic twice"]),
-     (["--methods", "msobirl"], ["--methods", "'msobirl'", "m-sobirl"]),
+    [(["--instances", "0"], ["--instances is 0", "greater than or equal to 1"]),
+     (["--step-size", "nan"], ["--step-size is nan", "finite"]),
+     (["--mirror-descent-step", "1.5"], ["--mirror-descent-step is 1.5", "less than or equal to 1"]),
      (["--methods", "sobirl", "stoc-sobirl", "--problems", "synthetic"], ["--methods stoc-sobirl", "contract-design"]),
-     (["--seed", "2147483647", "--instances", "2"], ["--seed 2147483647", "--instances 2", "2147483646"])],
+     (["--seed", "2147483647", "--instances", "2"], ["--seed 2147483647", "--instances 2", "2147483646"]),
+     (["--resume", "nowhere"], ["--resume nowhere"])],
 )  # fmt: skip
 def test_bad_input(command_line, tmp_path, words, fragments):
     status, out, err = command_line(SCRIPT, "--run-dir", tmp_path / "runs", *words)
@@ -845,7 +1074,9 @@ def test_bad_input(command_line, tmp_path, words, fragments):
     assert out == "" and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("words, named", [(["--instances", "many"], "--instances"), (["--sead", "1"], "--sead")])
+@pytest.mark.parametrize(
+    "words, named", [(["--instances", "many"], "--instances"), (["--sead", "1"], "--sead"), (["--problems", "chess"], "synthetic")]
+)
 def test_words_that_cannot_be_parsed(command_line, tmp_path, words, named):
     status, _, err = command_line(SCRIPT, "--run-dir", tmp_path / "runs", *words)
     assert status == 2 and named in err and "Traceback" not in err
@@ -859,9 +1090,25 @@ def test_run_dir_below_a_regular_file(command_line, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_runs_that_cannot_be_resumed(command_line, ten, tmp_path):
+    """With less iterations or other instances, while it runs, or from a damaged checkpoint; nothing changes."""
+    folder = run(tmp_path, "--problems", "contract-design", "--methods", "x-only")
+    before = (folder / "args.json").read_bytes(), (folder / "curves.csv").read_bytes()
+    for words, fragment in [(["--iterations", "3"], "has made 4 iterations"), (["--seed", "4"], "other instances")]:
+        status, _, err = command_line(SCRIPT, "--resume", folder, *words)
+        assert status == 2 and fragment in err.splitlines()[-1]
+    with sobirl.filelock.FileLock(folder / ".lock"):
+        status, _, err = command_line(SCRIPT, "--resume", folder)
+        assert_one_sentence(status, err, "--resume", "lock")
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    status, _, err = command_line(SCRIPT, "--resume", folder)
+    assert status == 2 and len(err.splitlines()) == 1 and "cannot be used" in err
+    assert before == ((folder / "args.json").read_bytes(), (folder / "curves.csv").read_bytes())
+
+
 def test_from_the_command_line(command_line, tmp_path):
     words = [*TINY, "--run-dir", tmp_path, "--problems", "goal-navigation", "--methods", "x-only"]
     status, out, err = command_line(SCRIPT, *words)
-    assert status == 0 and err == "" and "goal-navigation" in out
+    assert status == 0 and out == "" and "goal-navigation" in err
     (folder,) = tmp_path.iterdir()
-    assert str(folder) in out and REPO not in folder.parents
+    assert str(folder) in err and REPO not in folder.parents
