@@ -547,7 +547,7 @@ def draw(path: Path, rows: list[Row]) -> None:
             axes.plot(spots, mean, "o-", color=colour, label=series, markersize=3, linewidth=1.4)
             axes.fill_between(spots, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         axes.set_xticks(list(places.values()), [f"{x:.3g}" for x in places], fontsize=7)
-        axes.set(title=panel, yscale="log" if panel in LOGARITHMIC else "linear")
+        axes.set(title=panel, **({"yscale": "log"} if panel in LOGARITHMIC else {"ylim": (0, 1.05)}))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6)
     figure.savefig(path)

@@ -37,6 +37,7 @@ import threading
 import time
 import traceback
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -427,8 +428,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def provenance() -> dict:
     """What makes a run: command, commit, versions."""
-    wanted = {"torch", "numpy", "gymnasium", "envpool", "mujoco"}
-    versions = {each.name: each.version for each in importlib.metadata.distributions() if each.name in wanted}
+    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in packages}
     words = "git describe --always --dirty --abbrev=40 --exclude=*"
     git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     versions |= {"python": sys.version.split()[0]}

@@ -1,94 +1,124 @@
-"""SoBiRL for preferences (Yang, Gao, Yuan 2025, arXiv:2405.19697, Algorithm 5): a reward learned from comparisons, on MuJoCo.
+"""SoBiRL (Yang et al. 2025, arXiv:2405.19697, Alg. 5): a reward from comparisons.
 
-The leader's theta is a reward network r, the follower answers with the soft actor-critic policy for it, temperature alpha:
+There are two levels. Upper level: theta, the weights of a reward network r, which is fitted to a teacher's
+choices between pairs of fragments. Lower level: the policy pi*(theta) that soft actor-critic (SAC) fits to
+that reward. The policy changes with theta, and theta's gradient counts that in:
 
-    min_theta E[l(d_1, d_2; theta)],  d_1, d_2 ~ pi*(theta),  l = -y log p - (1 - y) log(1 - p),
-    p = sigma(R(d_1) - R(d_2)),  R(d) = sum_h r(s_h, a_h)        eq. (11), (101)       -> cross_entropies
-    grad = E[grad l] + E[l sum_h (grad Q* - grad V*)(s_h, a_h)] / alpha
-                                                                 eq. (12), (13)        -> implicit_term
-    grad Q*(s, a), grad V*(s) = E_pi*[sum_t gamma^t grad r(s_t, a_t)], from (s, a), from s    Prop. 5.1
+    min_theta E[l(d_1, d_2; theta)],  d_1, d_2 ~ pi*(theta)
+    l = -y log p - (1 - y) log(1 - p),  p = sigma(R(d_1) - R(d_2)),  R(d) = sum_h r(s_h, a_h)
+                                                   eq. (11), (101)     -> cross_entropies
+    grad = E[grad l]                               eq. (12), explicit
+         + E[l sum_h (grad Q* - grad V*)(s_h, a_h)] / alpha            eq. (13) -> implicit_term
+    grad Q*(s, a), grad V*(s) = E_pi*[sum_t gamma^t grad r(s_t, a_t)]  Prop. 5.1, from (s, a), from s
 
-`--reward-update` names who moves theta: drlhf (Christiano et al. 2017), (12) alone -> drlhf_loss; others add to it: sobirl (13)
--> sobirl_term; hpgd-style (Thoma et al. 2024), (13) from rollouts of geometric length -> hpgd_term; pbrl-style (Shen et al. 2024),
-a value penalty, and a second actor -> pbrl_term, pbrl_policy_term; ground-truth is SAC on the true reward. Controls: constant,
-frozen, --permute-cross-entropy, --no-terminate. `--implicit` names how Prop. 5.1 is cut: one-step, as released ->
-one_step_advantages; rollouts, Stoc-SoBiRL's (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
-reward-to-go-style, a biased heuristic -> reward_to_go_advantages. SAC is CleanRL's, with both critics in one batched product.
+with SAC's temperature alpha. `--reward-update` names the method. drlhf (Christiano et al. 2017) has (12)
+alone; the next three add to it. sobirl adds (13); hpgd-style (Thoma et al. 2024) adds (13) from rollouts of
+geometric length; pbrl-style (Shen et al. 2024) adds a value penalty and has a second actor. ground-truth is
+SAC on the true reward. Controls are constant, frozen (a random network) and --permute-cross-entropy.
+`--implicit` names the estimate of Prop. 5.1: one-step, as released -> one_step_advantages; rollouts, those
+of Stoc-SoBiRL (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
+reward-to-go-style, a biased heuristic -> reward_to_go_advantages. SAC is CleanRL's.
 
-Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a baseline; it is taken
-once for each theta that the policy answers, not in every minibatch; 1/alpha and its gradient's norm are limited; both levels
-see the same bounded reward; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers details and traps.
+Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a
+baseline; it is taken once for each theta that the policy answers, not in every minibatch; 1 / alpha and the
+norm of (13)'s gradient are limited; both levels see the same bounded reward; accuracy is measured on pairs
+that nobody labels. docs/sobirl.md numbers the details.
 
     python sobirl_rlhf.py --env-id Hopper-v4 --reward-update sobirl
 """
 
-# ---- Imports (shared) ------------------------------------------------------------------------------------------
-import ast
+# ---- Imports -----------------------------------------------------------------------------------------
+import argparse
 import contextlib
+import copy
 import csv
-import ctypes
-import difflib
-import functools
 import importlib.metadata
-import importlib.util
-import inspect
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import platform
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
-import threadpoolctl
+import pydantic
 import torch
 import torch.nn as nn
 import tyro
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import envpool
-except ImportError:  # no wheel for this platform: Gymnasium serves
-    envpool = None
+
+# ---- Checked arguments (shared) ----------------------------------------------------------------------
+class BadInput(Exception):
+    """One sentence that names the argument, what is wrong and what would be right; exit status 2."""
 
 
-# ---- Arguments -------------------------------------------------------------------------------------------------
-@dataclass
-class Args:
-    """Every number must lie in the interval that its line states."""
+class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings"):
+    """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
 
-    exp_name: str | None = None
-    """name of the experiment; default: the name of this file"""
-    seed: int = 1
-    """seed of the environments, the initial weights, the actions, the minibatches and the teacher, in [0, 2147483647]"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run repeats bitwise, on CPUs of the same kind)"""
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadInput for the first argument that is out of its range."""
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
+
+
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
+AtLeastTwo = Annotated[int, Field(ge=2)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+PositiveOrInf = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+LEARNED = ("sobirl", "drlhf", "pbrl-style", "hpgd-style")  # values of --reward-update that ask the teacher
+
+
+class Args(CheckedArgs):
+    """The run, the task, the lower level, then the upper level."""
+
+    exp_name: str = Path(__file__).stem
+    """name of the experiment"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """seed of the environments, the initial weights, the actions, the minibatches and the teacher"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 products, as torch.set_float32_matmul_precision has it: high is TF32 on a GPU, medium bfloat16 on a CPU that has it"""
+    cuda_graphs: bool = True
+    """launch an update on CUDA as one graph; otherwise kernel by kernel, for debugging"""
     run_dir: Path = Path("runs")
-    """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    """the run's own folder is made in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
-    """continue the run in this folder, with its arguments, from its last checkpoint"""
-    checkpoint_every: int = 10
-    """iterations between two checkpoints, in [1, inf)"""
+    """continue, extend or replay the run in this folder, with its arguments; those given again win"""
+    checkpoint_every: PositiveInt = 10
+    """iterations between two checkpoints, which hold the replay as well"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "bilevel-actor-critic"
@@ -96,342 +126,285 @@ class Args:
     wandb_entity: str | None = None
     """W&B team"""
     save_model: bool = False
-    """write model.pt (actor and reward network) at the end"""
-    eval_episodes: int = 0
-    """episodes played with the mean action after training, in [0, 10000]"""
+    """write model.pt (the policy) at the end; the reward network is in checkpoint.pt"""
+    eval_episodes: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """episodes played with the mean action at the end, through Gymnasium"""
     capture_video: bool = False
-    """film one such episode through Gymnasium (MuJoCo needs EGL, or MUJOCO_GL=osmesa)"""
+    """film one such episode"""
 
-    # Environment
     env_id: str = "Hopper-v4"
     """any task with a bounded Box action space; also namespace/Name-v0 and module:Name-v0"""
-    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
-    """who steps the environments; auto: Gymnasium for one, which needs no other thread, else EnvPool where it has the task"""
-    env_threads: int = 0
-    """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
-    terminate: bool = True
-    """--no-terminate, a control: unhealthy states do not end an episode, so that its length tells nothing"""
-    total_timesteps: int = 500000
-    """environment steps in all, in [1, inf); rounded down to whole iterations; 500,000 is the paper's for Hopper"""
-    num_envs: int = 1
-    """parallel environments, in [1, 65536]"""
-    num_steps: int = 2000
-    """steps of each environment between two reward updates, in [2, inf) (our choice; the paper has 10,000 on Atari)"""
+    env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
+    """keyword arguments of the task, as JSON: '{"terminate_when_unhealthy": false}'"""
+    env_backend: Literal["auto", "envpool", "sync", "async"] = "sync"
+    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
+    where it has the task, else sync"""
+    env_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """EnvPool threads; 0: one for each usable core, at most num_envs"""
+    total_timesteps: PositiveInt = 500_000
+    """environment steps in all, rounded down to whole iterations; 500,000 is the paper's for Hopper"""
+    num_envs: Annotated[int, Field(ge=1, le=65536)] = 1
+    """parallel environments"""
+    num_steps: AtLeastTwo = 2000
+    """steps of each environment between two reward updates (our choice; the paper's are 10,000 on Atari)"""
 
-    # Lower level: soft actor-critic
-    gamma: float = 0.99
-    """discount factor, in [0, 1)"""
-    buffer_size: int = 1000000
-    """transitions kept for replay, in [1, inf)"""
-    batch_size: int = 256
-    """transitions in a minibatch, in [1, inf); one update for each transition"""
-    learning_starts: int = 5000
-    """uniformly random steps at first, rounded up to whole iterations, at least one, in [0, inf)"""
-    learning_rate: float = 3e-4
-    """Adam step size of the actor, in (0, inf)"""
-    critic_learning_rate: float = 1e-3
-    """Adam step size of the critics and of the temperature, in (0, inf)"""
-    policy_frequency: int = 2
-    """update the actor every so many critic updates, and then so many times, in [1, inf)"""
-    target_rate: float = 0.005
-    """how far the target critics move towards the critics in an update, in (0, 1]"""
+    gamma: BelowOne = 0.99
+    """discount factor"""
+    buffer_size: PositiveInt = 1_000_000
+    """transitions kept for replay"""
+    batch_size: PositiveInt = 256
+    """transitions in a minibatch; one update for each transition"""
+    learning_starts: NonNegativeInt = 5000
+    """uniformly random steps at first, rounded up to whole iterations, at least one"""
+    learning_rate: PositiveFloat = 3e-4
+    """Adam step size of the actor"""
+    critic_learning_rate: PositiveFloat = 1e-3
+    """Adam step size of the critics and of the temperature"""
+    policy_frequency: PositiveInt = 2
+    """update the actor every so many critic updates, and then so many times"""
+    target_rate: Annotated[float, Field(gt=0, le=1)] = 0.005
+    """how far the target critics move towards the critics in an update"""
     autotune: bool = True
-    """adapt the temperature so that the entropy is minus the number of actions (Haarnoja et al. 2018b)"""
-    alpha: float = 1.0
-    """temperature at first, or throughout with --no-autotune, in [1e-30, 1e30]"""
-    actor_width: int = 256
-    """units in each of the actor's two hidden layers, in [1, 65536]"""
-    critic_width: int = 256
-    """units in each of a critic's two hidden layers, in [1, 65536]"""
+    """adapt the temperature: the entropy is to be minus the number of actions (Haarnoja et al. 2018b)"""
+    alpha: Annotated[float, Field(ge=1e-30, le=1e30)] = 1.0
+    """temperature at first, or throughout with --no-autotune"""
+    actor_width: Width = 256
+    """units in each of the actor's two hidden layers"""
+    critic_width: Width = 256
+    """units in each of a critic's two hidden layers"""
 
-    # Upper level: the reward
-    reward_update: Literal["sobirl", "drlhf", "pbrl-style", "hpgd-style", "ground-truth", "constant", "frozen"] = "sobirl"
-    """how the reward is learned; or the true one; or a control: the same everywhere, a random network at rest"""
+    reward_update: Literal[*LEARNED, "ground-truth", "constant", "frozen"] = "sobirl"
+    """how the reward is learned; or the true one; or a control: the same everywhere, a random network"""
     permute_cross_entropy: bool = False
     """a control for sobirl and hpgd-style: the implicit term gets another pair's cross-entropy"""
-    constant_reward: float = 1.0
-    """the reward of --reward-update constant, in [-1, 1]"""
+    constant_reward: Annotated[float, Field(ge=-1, le=1)] = 1.0
+    """the reward of --reward-update constant"""
     reward_bound: Literal["tanh", "clip"] = "tanh"
-    """how the reward is kept between -1 and 1, at both levels; clip as released, tanh is smooth as Assumption 7.3 asks"""
-    reward_width: int = 128
-    """units in each of the reward network's two hidden layers, in [1, 65536]"""
-    reward_dropout: float = 0.0
-    """dropout rate after these layers while the reward learns, in [0, 1)"""
-    reward_learning_rate: float = 3e-4
-    """AdamW step size of the reward network, in (0, inf)"""
-    reward_batch_size: int = 64
-    """pairs in a minibatch of the reward update, in [2, inf)"""
-    reward_epochs: int = 1
-    """passes over the queue in a reward update, in [1, inf)"""
-    fragment_length: int = 25
-    """steps of a fragment, in [1, inf) (app. J.2)"""
-    queue_size: int = 3000
-    """labelled pairs kept, in [2, inf), the newest"""
-    label_budget: int = 3000
-    """labels in all, in [0, inf); 3,000 comparisons are the paper's"""
-    warmup_pairs: int = 600
-    """pairs labelled in the random steps, in [0, inf)"""
-    warmup_epochs: int = 50
-    """passes over them by the cross-entropy alone, in [0, inf) (512 with dropout as released)"""
-    pairs_per_iteration: int | None = None
-    """labels of an iteration after that, in [0, inf); default: what is left of the budget, evenly over the run"""
-    heldout_pairs: int = 64
-    """unlabelled pairs of an iteration for the logged accuracy and cross-entropy, in [0, inf)"""
+    """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
+    reward_width: Width = 128
+    """units in each of the reward network's two hidden layers"""
+    reward_dropout: BelowOne = 0.0
+    """dropout rate after these layers while the reward learns"""
+    reward_learning_rate: PositiveFloat = 3e-4
+    """AdamW step size of the reward network"""
+    reward_batch_size: AtLeastTwo = 64
+    """pairs in a minibatch of the reward update"""
+    reward_epochs: PositiveInt = 1
+    """passes over the queue in a reward update"""
+    fragment_length: PositiveInt = 25
+    """steps of a fragment (app. J.2)"""
+    queue_size: AtLeastTwo = 3000
+    """labelled pairs kept, the newest"""
+    label_budget: NonNegativeInt = 3000
+    """labels in all; 3,000 comparisons are the paper's"""
+    warmup_pairs: NonNegativeInt = 600
+    """pairs labelled in the random steps"""
+    warmup_epochs: NonNegativeInt = 50
+    """passes over them by the cross-entropy alone (512 with dropout as released)"""
+    pairs_per_iteration: NonNegativeInt | None = None
+    """labels of an iteration after that; default: what is left of the budget, evenly over the run"""
+    heldout_pairs: NonNegativeInt = 64
+    """unlabelled pairs of an iteration for the logged accuracy and cross-entropy"""
     teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic"] = "oracle"
-    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule; see teacher_labels"""
-    teacher_temperature: float = 1.0
-    """true return that makes odds of e for the stochastic teacher, in (0, inf)"""
-    teacher_error: float = 0.1
-    """how often the teacher of --teacher mistake errs, in [0, 0.5]"""
-    teacher_threshold: float = 0.1
-    """what skip and equal call little, as a fraction of the shown fragments' mean return, in [0, inf)"""
-    teacher_gamma: float = 0.9
-    """discount of the myopic teacher, away from a fragment's end, in [0, 1]"""
+    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule"""
+    teacher_temperature: PositiveFloat = 1.0
+    """true return that makes odds of e for the stochastic teacher"""
+    teacher_error: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """how often the teacher of --teacher mistake errs"""
+    teacher_threshold: NonNegativeFloat = 0.1
+    """what skip and equal call little, as a fraction of the shown fragments' mean return"""
+    teacher_gamma: Fraction = 0.9
+    """discount of the myopic teacher, away from a fragment's end"""
 
-    # Upper level: the implicit term
     implicit: Literal["one-step", "rollouts", "reward-to-go-style"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
     implicit_pairs: Literal["newest", "queue"] = "newest"
-    """what carries sobirl's implicit term: the policy's newest pairs, once an iteration; or every minibatch's, as released"""
-    implicit_actions: int = 2
-    """actions drawn for the one-step grad V, in [1, 1024]"""
-    implicit_starts: int = 0
-    """environment steps before the implicit term counts, in [0, inf) (100,000 as released)"""
-    max_inverse_temperature: float = 10.0
-    """largest 1 / alpha in the implicit term, in (0, inf] (inf as released)"""
-    max_gradient_ratio: float = 10.0
-    """largest norm of the gradient that sobirl, hpgd-style or pbrl-style add, over the cross-entropy's, in (0, inf] (inf as released)"""
+    """pairs of sobirl's implicit term: the newest, once an iteration; or every minibatch's, as released"""
+    implicit_actions: PositiveInt = 2
+    """actions drawn for the one-step grad V"""
+    implicit_starts: NonNegativeInt = 0
+    """environment steps before the implicit term counts (100,000 as released)"""
+    max_inverse_temperature: PositiveOrInf = 10.0
+    """largest 1 / alpha in the implicit term (inf as released)"""
+    max_gradient_ratio: PositiveOrInf = 10.0
+    """largest norm of the added gradient, in norms of the cross-entropy's (inf as released)"""
     baseline: bool = True
     """in the implicit term, take the mean of the other pairs off each cross-entropy (not in the paper)"""
-    rollouts: int | None = None
-    """M, rollouts for each estimate of sobirl and hpgd-style, for pbrl-style of each actor, in [1, 1024]; default: 1, for pbrl-style 10"""
-    rollout_length: int | None = None
-    """T, steps of a rollout, in [1, 100000]; default: 10 for sobirl, 200 for pbrl-style; hpgd-style draws it"""
-    pbrl_penalty: float = 1.0
-    """lambda, weight of PBRL's value penalty, in (0, inf); 1 is our choice"""
+    rollouts: PositiveInt | None = None
+    """M, rollouts for each estimate; for pbrl-style of each actor; default: 1, for pbrl-style 10"""
+    rollout_length: PositiveInt | None = None
+    """T, steps of a rollout; default: 10 for sobirl, 200 for pbrl-style; hpgd-style draws it"""
+    pbrl_penalty: PositiveFloat = 1.0
+    """lambda, weight of PBRL's value penalty; 1 is our choice"""
+
+    @pydantic.model_validator(mode="after")
+    def check_shapes(self):
+        """Raise BadInput unless the sizes fit together, and the flags of one method stand with it."""
+        method, rows = self.reward_update, self.num_envs * self.num_steps
+        if self.total_timesteps < rows:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one iteration of {rows}")
+        if self.fragment_length > self.num_steps:
+            raise BadInput(f"--fragment-length {self.fragment_length} must be at most --num-steps")
+        if self.permute_cross_entropy and method not in ("sobirl", "hpgd-style"):
+            raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd-style, not for {method}")
+        if (self.implicit != "one-step" or self.implicit_pairs == "queue") and method != "sobirl":
+            raise BadInput(
+                f"--implicit and --implicit-pairs are for sobirl, not for {method}; leave them out"
+            )
+        if self.implicit_pairs == "queue" and (self.implicit == "rollouts" or self.permute_cross_entropy):
+            needs = "--implicit rollouts and --permute-cross-entropy need the newest pairs"
+            raise BadInput(f"--implicit-pairs queue: {needs}; leave it out")
+        return self
 
 
-# ---- Environments ----------------------------------------------------------------------------------------------
-def make_envs(
-    env_id: str, num_envs: int, seed: int, backend: str = "auto", threads: int = 1, terminate: bool = True
-) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.spaces.Box]:
-    """Parallel environments that reset on the step after an episode's end (Gymnasium's NEXT_STEP mode).
+METRICS = (
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/logprobs", "losses/alpha",
+    "losses/cross_entropy", "bilevel/labels", "bilevel/true_reward", "bilevel/implicit_weight",
+    "bilevel/gradient_factor", "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps",
+    "time/env", "time/policy", "time/update", "time/reward", "bilevel/heldout_accuracy",
+    "bilevel/heldout_cross_entropy", "bilevel/reward_correlation", "bilevel/learned_reward",
+)  # fmt: skip
 
-    That mode lets one loop serve both backends: at the end of an episode `step` returns its true final observation;
-    the next `step` ignores the action and returns the first observation of the new episode with reward 0.
-    Without `terminate`, the states that MuJoCo's tasks call unhealthy do not end an episode.
 
-    Returns the environments, already seeded, and the spaces of a single one: observations, a flat Box, and actions.
-    Raises BadInput if the task is unknown, cannot be made, or has spaces that this script cannot use.
+# ---- Environments (shared) ---------------------------------------------------------------------------
+@contextlib.contextmanager
+def task_errors(env_id: str):
+    """Turn whatever a task raises while it is made into one sentence that says where: BadInput."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames[1:] if not re.search("-packages|importlib", f.filename)]  # the task's
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text}{where}") from error
+
+
+def leave_interrupts(env: gym.Env) -> gym.Env:
+    """The environment; in a process of its own it ignores Ctrl-C, which is the training loop's to answer."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
+
+
+def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.Space]:
+    """The parallel environments of `args`, and the spaces of one: observations, a flat Box, and actions.
+
+    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all
+    backends: at the end of an episode `step` returns its true final observation; the next `step` ignores
+    the action and returns the first observation of the new episode with reward 0. Raises BadInput if the
+    task is unknown or cannot be used.
     """
-    settings = {} if terminate else {"terminate_when_unhealthy": False}
-    has_envpool = envpool is not None and env_id in envpool.list_all_envs()
-    if backend == "envpool" and not has_envpool:
-        reason = "is not installed" if envpool is None else f"does not have {env_id!r}"
-        raise BadInput(f"--env-backend envpool: EnvPool {reason}; use --env-backend gymnasium")
-    if has_envpool and (backend == "envpool" or (backend == "auto" and num_envs > 1)):
-        with warnings.catch_warnings():  # of float64 boxes that become float32
-            warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
-            try:
-                envs = envpool.make(
-                    env_id, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads,
-                    thread_affinity_offset=first_core(threads), **settings,
-                )  # fmt: skip
-            except (TypeError, ValueError) as error:
-                raise no_terminate_refused(env_id) if settings else error from error
+    try:
+        import envpool
+
+        has_envpool = args.env_id in envpool.list_all_envs()
+    except ImportError:  # no wheel for this platform: Gymnasium serves
+        has_envpool = False
+    if args.env_backend == "envpool" and not has_envpool:
+        raise BadInput(f"--env-backend envpool does not have {args.env_id!r} here; use sync or async")
+    kwargs = json.loads(args.env_kwargs)
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        if has_envpool and args.env_backend in ("auto", "envpool"):
+            cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(os.cpu_count())
+            threads = args.env_threads or min(len(cores), args.num_envs)
+            # Pinned threads take a quarter to a third less time a step. They are pinned only where they
+            # fill all the cores of this process, so that several small runs never crowd on the same ones.
+            pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
+            kwargs = {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1} | kwargs
+            envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
-    else:
-        try:
-            with warnings.catch_warnings():  # the v4 tasks are out of date
-                warnings.simplefilter("ignore", DeprecationWarning)
-                envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **settings)
-        except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError, OSError) as error:
-            if settings and isinstance(error, TypeError):
-                raise no_terminate_refused(env_id) from error
-            known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
-            near = difflib.get_close_matches(env_id, known, n=3)
-            hint = f"; the nearest known names are {', '.join(near)}" if near else ""
-            if ":" in env_id and isinstance(error, ImportError):
-                hint = f"; a module must lie beside {SCRIPT} or in a folder of PYTHONPATH"
-            raise BadInput(f"--env-id {env_id!r} cannot be made: {first_sentence(error)}{hint}") from error
-        if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
-            envs = gym.wrappers.vector.FlattenObservation(envs)
-        envs.reset(seed=seed)
-        observation_space, action_space = envs.single_observation_space, envs.single_action_space
-    check_action_space(env_id, action_space)
+        else:
+            mode = "async" if args.env_backend == "async" else "sync"
+            envs = gym.make_vec(args.env_id, args.num_envs, mode, wrappers=[leave_interrupts], **kwargs)
+            if len(envs.single_observation_space.shape or ()) != 1:
+                envs = gym.wrappers.vector.FlattenObservation(envs)
+            envs.reset(seed=seed)
+            envs.step(envs.action_space.sample())  # what the task refuses shows here
+            envs.reset(seed=seed)
+            observation_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise BadInput(f"--env-id {env_id!r} has the observation space {observation_space}; this script needs a flat Box")
+        observations = f"observation space {observation_space}; this script needs a flat Box"
+        raise BadInput(f"--env-id {args.env_id!r} has the {observations}")
+    check_action_space(args.env_id, action_space)
     return envs, observation_space, action_space
 
 
-def no_terminate_refused(env_id: str) -> Exception:
-    """The BadInput for a task whose terminations cannot be switched off."""
-    return BadInput(f"--no-terminate: {env_id!r} has no terminations that can be switched off; leave it out")
+# ---- Agent and reward network ------------------------------------------------------------------------
+LOGSTD_MIN, LOGSTD_MAX = -5.0, 2.0  # as in CleanRL
 
 
-def first_core(threads: int) -> int:
-    """The core of EnvPool's first thread, the others following; -1: the system moves them about.
-
-    Pinned threads take a quarter to a third less time a step where PyTorch works between the steps. They are pinned only
-    if they fill all the cores that this process may use, so that several small runs never crowd on the same ones.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return cores[0] if cores and threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
-
-
-def check_action_space(env_id: str, space: gym.spaces.Space) -> None:
-    """Raise BadInput unless the actions are vectors of bounded numbers."""
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-        raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a flat, bounded Box")
+def check_action_space(env_id: str, space: gym.Space) -> None:
+    """Raise BadInput unless the actions are vectors of numbers whose box has a finite width everywhere."""
+    box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+    with np.errstate(over="ignore", invalid="ignore"):
+        width = np.float32(space.high) - np.float32(space.low) if box else np.zeros(0)
+    if not width.size or not (np.isfinite(width) & (width > 0)).all():
+        needs = "this script needs a flat Box of floats with low < high and a finite high - low"
+        raise BadInput(f"--env-id {env_id!r} has the action space {space}; {needs}")
 
 
-def task_actions(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """Actions in [-1, 1] (..., A), which is how networks and replay have them, as the task takes them: in its box."""
-    return space.low + (0.5 * (actions + 1)).astype(np.float32) * (space.high - space.low)
-
-
-class Simulator:
-    """One MuJoCo task that can be put into the state of an observation: the generative model of Algorithm 3.
-
-    An observation of these tasks is (qpos without its first 0, 1 or 2 numbers, qvel). What it leaves out is where the
-    robot is in the plane, on which neither dynamics nor reward depend. (Hopper and Walker2d clip qvel to +-10.)
-    Raises BadInput if the task is none of these and `settable` is asked for.
-    """
-
-    def __init__(self, env_id: str, seed: int, action_space: gym.spaces.Box, terminate: bool, settable: bool, flag: str):
-        settings = {} if terminate else {"terminate_when_unhealthy": False}
-        with warnings.catch_warnings():  # Gymnasium deprecates the v4 tasks
-            warnings.simplefilter("ignore")
-            try:
-                self.env = gym.make(env_id, disable_env_checker=True, **settings)
-            except Exception as error:
-                reason = first_sentence(error)
-                raise BadInput(f"{flag} needs {env_id!r} in Gymnasium, which cannot make it: {reason}") from error
-        self.env = self.env.unwrapped if settable else gym.wrappers.FlattenObservation(self.env)
-        self.action_space, self.steps = action_space, 0
-        obs, _ = self.env.reset(seed=seed)
-        if settable:
-            model = getattr(self.env, "model", None)
-            self.hidden = model.nq + model.nv - len(obs) if hasattr(model, "nq") else -1
-            try:
-                obs, *_ = self.env.step(np.zeros(action_space.shape, np.float32))
-                self.set(obs)
-                found = self.env._get_obs() if 0 <= self.hidden <= 2 else np.full_like(obs, np.nan)
-            except (AttributeError, IndexError, TypeError, ValueError, AssertionError):
-                found = np.full_like(obs, np.nan)
-            if not np.allclose(found, obs, atol=1e-8):
-                raise BadInput(
-                    f"{flag} needs a MuJoCo task whose state is its observation, such as Hopper-v4, which {env_id!r} is not"
-                )
-
-    def set(self, obs: np.ndarray) -> None:
-        """Put the task into the state of an observation (D,)."""
-        qpos = np.concatenate([np.zeros(self.hidden), obs[: self.env.model.nq - self.hidden]])
-        self.env.set_state(qpos, np.asarray(obs[self.env.model.nq - self.hidden :], dtype=np.float64))
-
-    def roll_out(
-        self, obs: Tensor | None, actions: Tensor | None, lengths: Tensor, decay: float, policy: "NumpyActor",
-        seed: int | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Independent rollouts (eq. 78): from observations (R, D), or from start states if None; with first actions (R, A),
-        or with the policy's own if None; of `lengths` (R,) steps, or to a termination. With a `seed`, start states and
-        noise are those of any other call with it.
-
-        Returns the inputs of the reward (R, T, D+A) and their weights (R, T): decay^t, 0 after the end.
-        """
-        rows: list[list[np.ndarray]] = []
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        noises = torch.randn(int(lengths.sum()), *self.action_space.shape, generator=generator).split(lengths.tolist())
-        for i, noise in enumerate(noises):
-            if obs is None:
-                state, _ = self.env.reset(seed=None if seed is None else seed + i)
-            else:
-                state = obs[i].numpy()
-                self.set(state)
-            rows.append([])
-            for t, step_noise in enumerate(noise.numpy()):
-                state = state.astype(np.float32)
-                action = actions[i].numpy() if t == 0 and actions is not None else policy(state[None], step_noise[None])[0]
-                rows[-1].append(np.concatenate([state, action]))
-                state, _, terminated, truncated, _ = self.env.step(task_actions(action, self.action_space))
-                if terminated or truncated:
-                    break
-        self.steps += sum(map(len, rows))
-        longest = max(map(len, rows))
-        inputs, weights = torch.zeros(len(rows), longest, len(rows[0][0])), torch.zeros(len(rows), longest)
-        for i, path in enumerate(rows):
-            inputs[i, : len(path)] = torch.from_numpy(np.stack(path))
-            weights[i, : len(path)] = decay ** torch.arange(len(path))
-        return inputs, weights
-
-
-# ---- Networks --------------------------------------------------------------------------------------------------
-def relu_mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """Two hidden ReLU layers with PyTorch's own initial weights, as in CleanRL."""
-    layers = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)]
-    return nn.Sequential(*layers)
+    layers = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
 class TwinCritics(nn.Module):
-    """Q_1 and Q_2, two hidden ReLU layers each, computed side by side by batched products. Initial weights as nn.Linear's."""
+    """Q_1 and Q_2, which may be any modules from observation and action (..., D+A) to one value (..., 1)."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
-        sizes = list(itertools.pairwise([inputs, width, width, 1]))
-        bounds = [1 / math.sqrt(rows) for rows, _ in sizes]
-        self.weights = nn.ParameterList(torch.empty(2, *size).uniform_(-b, b) for size, b in zip(sizes, bounds))
-        self.biases = nn.ParameterList(torch.empty(2, 1, n).uniform_(-b, b) for (_, n), b in zip(sizes, bounds))
+        self.critics = nn.ModuleList(mlp(inputs, width, 1) for _ in range(2))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Observations and actions side by side (B, D+A) -> the values (2, B)."""
-        x = inputs.expand(2, -1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = torch.baddbmm(bias, x, weight).relu_()
-        # A batched product with one column takes four times as long as this, and its gradient three times.
-        return (x * self.weights[-1].mT).sum(-1) + self.biases[-1][..., 0]
+        """Observations and actions side by side (..., D+A) -> both values (2, ...)."""
+        return torch.stack([critic(inputs).squeeze(-1) for critic in self.critics])
 
 
 class Agent(nn.Module):
-    """The follower: squashed Gaussian actor, twin critics and their slow copies, log temperature."""
+    """SAC's networks: a squashed Gaussian actor, two critics, their slow copies, the log temperature.
 
-    def __init__(self, obs_dim: int, action_dim: int, actor_width: int, critic_width: int, alpha: float = 1.0):
+    The actor may be any module from observations (..., D) to (..., 2A), see `gaussian_parameters`. Actions
+    are in [-1, 1] everywhere but in the task. Called with raw observations, the agent is the policy as it
+    is played.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, actor_width: int = 256, critic_width: int = 256):
         super().__init__()
-        self.actor = relu_mlp(obs_dim, actor_width, 2 * action_dim)
+        self.actor = mlp(obs_dim, actor_width, 2 * action_dim)
         self.critics = TwinCritics(obs_dim + action_dim, critic_width)
-        self.targets = TwinCritics(obs_dim + action_dim, critic_width)
-        self.targets.load_state_dict(self.critics.state_dict())
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.register_buffer("action_low", -torch.ones(action_dim))
+        self.register_buffer("action_high", torch.ones(action_dim))
 
+    def set_action_space(self, space: gym.spaces.Box) -> None:
+        """Keep the task's action box."""
+        self.action_low.copy_(torch.as_tensor(space.low))
+        self.action_high.copy_(torch.as_tensor(space.high))
 
-class NumpyActor:
-    """The actor as it was at the last `refresh`, in numpy: for the one row of a step PyTorch takes several times as long.
-    On a CPU the numbers are the actor's own memory, always current; there `refresh` has nothing to do."""
+    def task_actions(self, actions: Tensor) -> Tensor:
+        """Actions (..., A) in [-1, 1] as the task takes them: in its box."""
+        spread = self.action_low + 0.5 * (actions + 1) * (self.action_high - self.action_low)
+        return spread.clamp(self.action_low, self.action_high)
 
-    def __init__(self, actor: nn.Sequential):
-        self.parameters = [parameter.detach() for parameter in actor.parameters()]
-        self.copies = [each.cpu().pin_memory() if each.is_cuda else each for each in self.parameters]
-        arrays = [copy.numpy() for copy in self.copies]
-        self.layers = [*zip(arrays[::2], arrays[1::2])]
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions (..., A) in [-1, 1] at observations (..., D) with standard normal noise (..., A)."""
+        mean, logstd = gaussian_parameters(self.actor(obs))
+        return (mean + logstd.exp() * noise).tanh()
 
-    def refresh(self) -> None:
-        """Take over what the actor has become."""
-        if self.parameters[0].is_cuda:
-            for copy, parameter in zip(self.copies, self.parameters):
-                copy.copy_(parameter, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-
-    def __call__(self, obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Actions (N, A) in [-1, 1] at observations (N, D) with standard normal noise (N, A)."""
-        x = obs
-        for weight, bias in self.layers[:-1]:
-            x = np.maximum(x @ weight.T + bias, 0)
-        weight, bias = self.layers[-1]
-        mean, raw = np.split(x @ weight.T + bias, 2, -1)
-        return np.tanh(mean + np.exp(LOGSTD_MIN + 0.5 * (LOGSTD_MAX - LOGSTD_MIN) * (np.tanh(raw) + 1)) * noise)
+    def forward(self, raw_obs: Tensor) -> Tensor:
+        """The policy as it is played: raw observations (..., D) -> mean actions in the box (..., A)."""
+        mean, _ = gaussian_parameters(self.actor(torch.as_tensor(raw_obs).float()))
+        return self.task_actions(mean.tanh())
 
 
 class RewardNetwork(nn.Module):
-    """r_theta(s, a) in [-1, 1], the reward that both levels see: two hidden leaky ReLU layers, dropout while it learns."""
+    """r_theta(s, a) in [-1, 1], the reward that both levels see: two hidden leaky ReLU layers, with dropout
+    while it learns."""
 
     def __init__(self, inputs: int, width: int, dropout: float = 0.0, bound: str = "tanh"):
         super().__init__()
@@ -445,44 +418,18 @@ class RewardNetwork(nn.Module):
         return raw.tanh() if self.bound == "tanh" else raw.clamp(-1, 1)
 
 
-class FusedAdam(torch.optim.Adam):
-    """torch.optim.Adam whose `update` runs PyTorch's fused kernel and nothing else: what `step` does around it takes
-    longer than the kernel."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
-        super().__init__(parameters, lr=lr, fused=True)
-        self.tensors = self.param_groups[0]["params"]
-        for tensor in self.tensors:
-            zeros = {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
-            self.state[tensor] = {"step": torch.zeros((), device=tensor.device)} | zeros
-
-    @torch.no_grad()
-    def update(self, gradients: Iterable[Tensor]) -> None:
-        """One step along minus the gradients (Kingma and Ba 2015, alg. 1), bitwise that of `step`."""
-        group, states = self.param_groups[0], [self.state[tensor] for tensor in self.tensors]
-        means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-        torch._foreach_add_(steps, 1)
-        torch._fused_adam_(
-            self.tensors, list(gradients), means, squares, [], steps, lr=group["lr"], beta1=group["betas"][0],
-            beta2=group["betas"][1], eps=group["eps"], weight_decay=0.0, amsgrad=False, maximize=False,
-        )  # fmt: skip
-
-
-# ---- Soft actor-critic -----------------------------------------------------------------------------------------
-LOGSTD_MIN, LOGSTD_MAX = -5.0, 2.0  # as in CleanRL
-
-
+# ---- Lower level: soft actor-critic ------------------------------------------------------------------
 def gaussian_parameters(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log standard deviation (..., A) from the actor's output (..., 2A); tanh keeps the latter in its range."""
+    """Mean and log standard deviation (..., A) from the actor's output (..., 2A); tanh bounds the latter."""
     mean, raw = output.chunk(2, -1)
     return mean, LOGSTD_MIN + 0.5 * (LOGSTD_MAX - LOGSTD_MIN) * (raw.tanh() + 1)
 
 
 def squashed_sample(output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions a = tanh(u) (..., A), u = mean + std noise, and log pi(a|s) (...) from the actor's output (..., 2A).
+    """Actions a = tanh(u) (..., A), u = mean + std noise, and log pi(a|s) (...) from the actor's output.
 
-    log pi(a) = log N(u) - sum log(1 - tanh(u)^2) (Haarnoja et al. 2018a, app. C), the second in a form that never is log 0:
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)).
+    log pi(a) = log N(u) - sum log(1 - tanh(u)^2) (Haarnoja et al. 2018a, app. C), the second in a form that
+    never is log 0: log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)).
     """
     mean, logstd = gaussian_parameters(output)
     u = mean + logstd.exp() * noise
@@ -491,18 +438,25 @@ def squashed_sample(output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squashed_logprob(output: Tensor, actions: Tensor) -> Tensor:
-    """log pi(a|s) (...) of given actions (..., A) in [-1, 1]; they are taken to be at least 1e-6 inside."""
+    """log pi(a|s) (...) of given actions (..., A) in [-1, 1], which are moved at least 1e-6 inside."""
     u = actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
     mean, logstd = gaussian_parameters(output)
     return squashed_sample(output, (u - mean) * (-logstd).exp())[1]
 
 
 def critic_targets(
-    rewards: Tensor, terminated: Tensor, next_values: Tensor, next_logprobs: Tensor, alpha: Tensor, gamma: float
+    rewards: Tensor,
+    terminated: Tensor,
+    next_values: Tensor,
+    next_logprobs: Tensor,
+    alpha: Tensor,
+    gamma: float,
 ) -> Tensor:
-    """r + gamma (1 - terminated) (min_j Q_j(s', a') - alpha log pi(a'|s')) (B,), a' ~ pi; next_values (2, B).
+    """r + gamma (1 - terminated) (min_j Q_j(s', a') - alpha log pi(a'|s')) (B,), a' ~ pi.
 
-    A time limit is no termination: there the value of s' counts (Haarnoja et al. 2018b, eq. 5 and 6)."""
+    next_values are (2, B). A time limit is no termination: there the value of s' counts (Haarnoja et al.
+    2018b, eq. 5 and 6).
+    """
     return rewards + gamma * (1 - terminated) * (next_values.amin(0) - alpha * next_logprobs)
 
 
@@ -512,289 +466,84 @@ def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
 
 
 def actor_loss(values: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
-    """Mean of alpha log pi(a|s) - min_j Q_j(s, a), a ~ pi (Haarnoja et al. 2018b, eq. 9): values (2, B), logprobs (B,)."""
+    """Mean of alpha log pi(a|s) - min_j Q_j(s, a), a ~ pi (Haarnoja et al. 2018b, eq. 9): values (2, B)."""
     return (alpha * logprobs - values.amin(0)).mean()
 
 
-def temperature_gradient(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> Tensor:
-    """Derivative in log alpha of -alpha mean(log pi + target entropy) (Haarnoja et al. 2018b, eq. 18), a scalar."""
-    return -log_alpha.exp() * (logprobs.mean() + target_entropy)
+def temperature_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> Tensor:
+    """-alpha mean(log pi + target entropy) (Haarnoja et al. 2018b, eq. 18); logprobs carry no gradient."""
+    return -log_alpha.exp() * (logprobs.detach().mean() + target_entropy)
+
+
+def descend(optimiser: torch.optim.Optimizer, gradients: tuple[Tensor, ...]) -> None:
+    """One step of the optimiser, with these gradients of its parameters."""
+    for parameter, gradient in zip(optimiser.param_groups[0]["params"], gradients):
+        parameter.grad = gradient
+    optimiser.step()
 
 
 class SoftActorCritic:
-    """One agent's updates: the optimisers, and the lines that put the functions above together."""
+    """The updates of one agent: its optimisers, and the lines that put the functions above together.
 
-    def __init__(self, agent: Agent, args: Args, action_dim: int):
-        self.agent, self.args, self.action_dim = agent, args, action_dim
-        self.actor = FusedAdam(agent.actor.parameters(), args.learning_rate)
-        self.critics = FusedAdam(agent.critics.parameters(), args.critic_learning_rate)
-        self.temperature = FusedAdam([agent.log_alpha], args.critic_learning_rate)
-        self.optimisers, self.targets = [self.actor, self.critics, self.temperature], list(agent.targets.parameters())
+    Each gradient is that of its own parameters alone: the actor's passes through the critics.
+    """
 
-    def update_critics(self, batch: "Batch", rewards: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """One step of both critics towards their targets, and of the target critics towards them; noise (B, A), standard
-        normal, of the actions in the next states. Returns what is logged."""
+    def __init__(self, agent: Agent, args: Args):
+        self.agent, self.args = agent, args
+        parameters = agent.actor.parameters(), agent.critics.parameters(), [agent.log_alpha]
+        step_sizes = args.learning_rate, args.critic_learning_rate, args.critic_learning_rate
+        # capturable: a CUDA graph may hold the steps
+        self.optimisers = [
+            torch.optim.Adam(each, lr, fused=True, capturable=True)
+            for each, lr in zip(parameters, step_sizes)
+        ]
+
+    def update_critics(
+        self, inputs: Tensor, next_obs: Tensor, rewards: Tensor, terminated: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """One step of both critics, then one of the target critics towards them.
+
+        inputs (B, D+A), next_obs (B, D), rewards and terminated (B,), standard normal noise (B, A) of the
+        next actions. Returns what is logged.
+        """
         agent, args = self.agent, self.args
         with torch.no_grad():
-            output = agent.actor(batch.next_obs)
-            next_actions, next_logprobs = squashed_sample(output, noise)
-            next_values = agent.targets(torch.cat([batch.next_obs, next_actions], -1))
-            targets = critic_targets(
-                rewards, batch.terminated, next_values, next_logprobs, agent.log_alpha.exp(), args.gamma
-            )
-        values = agent.critics(batch.inputs)
+            next_actions, next_logprobs = squashed_sample(agent.actor(next_obs), noise)
+            next_values = agent.targets(torch.cat([next_obs, next_actions], -1))
+            alpha = agent.log_alpha.exp()
+            targets = critic_targets(rewards, terminated, next_values, next_logprobs, alpha, args.gamma)
+        values, parameters = agent.critics(inputs), list(agent.critics.parameters())
         loss = critic_loss(values, targets)
-        self.critics.update(torch.autograd.grad(loss, self.critics.tensors))
+        descend(self.optimisers[1], torch.autograd.grad(loss, parameters))
         with torch.no_grad():
-            torch._foreach_lerp_(self.targets, self.critics.tensors, args.target_rate)
+            for target, parameter in zip(agent.targets.parameters(), parameters):
+                target.lerp_(parameter, args.target_rate)
         return {"losses/qf_loss": loss.detach(), "losses/qf_values": values.detach()}
 
-    def update_actor(self, batch: "Batch", noise: Tensor, extra_loss: Tensor | float = 0.0) -> dict[str, Tensor]:
-        """One step of the actor, and of the temperature; noise (B, A), standard normal, of the actions; `extra_loss` is added
-        to the actor's. Only the actor's gradient is taken: the critics are passed through. Returns what is logged."""
+    def update_actor(
+        self, obs: Tensor, noise: Tensor, extra_loss: Callable | None = None
+    ) -> dict[str, Tensor]:
+        """One step of the actor, and of the temperature: obs (B, D), standard normal noise (B, A) of the
+        actions. `extra_loss(actor)` is added to the actor's loss. Returns what is logged."""
         agent, alpha = self.agent, self.agent.log_alpha.detach().exp()
-        output = agent.actor(batch.obs)
-        actions, logprobs = squashed_sample(output, noise)
-        loss = actor_loss(agent.critics(torch.cat([batch.obs, actions], -1)), logprobs, alpha)
-        self.actor.update(torch.autograd.grad(loss + extra_loss, self.actor.tensors))
-        logprobs = logprobs.detach()
+        actions, logprobs = squashed_sample(agent.actor(obs), noise)
+        loss = actor_loss(agent.critics(torch.cat([obs, actions], -1)), logprobs, alpha)
+        total = loss + extra_loss(agent.actor) if extra_loss else loss
+        descend(self.optimisers[0], torch.autograd.grad(total, list(agent.actor.parameters())))
         if self.args.autotune:
-            self.temperature.update([temperature_gradient(agent.log_alpha.detach(), logprobs, -float(self.action_dim))])
-        return {"losses/actor_loss": loss.detach(), "losses/logprobs": logprobs}
+            own = temperature_loss(agent.log_alpha, logprobs, -float(noise.shape[-1]))
+            descend(self.optimisers[2], torch.autograd.grad(own, [agent.log_alpha]))
+        return {"losses/actor_loss": loss.detach(), "losses/logprobs": logprobs.detach()}
 
 
-# ---- Preferences -----------------------------------------------------------------------------------------------
-def fragment_windows(valid: Tensor, length: int) -> Tensor:
-    """First step and environment (K, 2) of all fragments of `length` transitions within one episode: valid (T, N), 1 for
-    a transition, 0 for the reset that follows each episode's end. A window with no reset in it crosses no end."""
-    counted = nn.functional.pad(valid.cumsum(0), (0, 0, 1, 0))
-    return (counted[length:] - counted[:-length] == length).nonzero()
-
-
-def draw_pairs(windows: Tensor, count: int, length: int, *arrays: Tensor) -> list[Tensor]:
-    """`count` pairs of two different fragments, drawn uniformly from windows (K, 2): each array (T, N, ...) -> (count, 2,
-    length, ...). No pair if there are fewer than two windows."""
-    count = count if len(windows) > 1 else 0
-    first = torch.randint(max(1, len(windows)), (count,))
-    second = (first + torch.randint(1, max(2, len(windows)), (count,))) % max(1, len(windows))
-    starts, envs = windows[torch.stack([first, second], 1)].unbind(-1)
-    steps = starts.unsqueeze(-1) + torch.arange(length)
-    return [array[steps, envs.unsqueeze(-1)] for array in arrays]
-
-
-def teacher_labels(
-    rewards: Tensor, rule: str, temperature: float = 1.0, error: float = 0.1, threshold: float = 0.1, gamma: float = 0.9
-) -> tuple[Tensor, Tensor]:
-    """Labels y (P,), the probability with which the teacher puts the first fragment first, and who was answered (P,).
-
-    rewards (P, 2, L), the true ones; R their undiscounted sums. The rules are those of B-Pref (Lee et al. 2021):
-    oracle      y = 1 if R_1 > R_2, 0 if R_1 < R_2, 1/2 if equal: the paper's
-    stochastic  y ~ Bernoulli(sigma((R_1 - R_2) / temperature)): Bradley and Terry's
-    mistake     the oracle's, turned round with probability `error`
-    skip        the oracle's, but no answer if both R are below threshold * |mean R of the fragments shown|
-    equal       1/2 if |R_1 - R_2| is below that, else the oracle's
-    myopic      the oracle's for sum_t gamma^(L-1-t) r_t, which forgets how a fragment began
-    """
-    length = rewards.shape[-1]
-    weights = gamma ** torch.arange(length - 1, -1, -1) if rule == "myopic" else torch.ones(length)
-    returns = (rewards * weights).sum(-1)
-    difference, answered = returns[:, 0] - returns[:, 1], torch.ones(len(returns), dtype=torch.bool)
-    labels = 0.5 * (difference.sign() + 1)
-    little = threshold * returns.mean().abs()
-    if rule == "stochastic":
-        labels = torch.bernoulli(torch.sigmoid(difference / temperature))
-    elif rule == "mistake":
-        labels = torch.where(torch.rand_like(labels) < error, 1 - labels, labels)
-    elif rule == "skip":
-        answered = returns.amax(1) >= little
-    elif rule == "equal":
-        labels = torch.where(difference.abs() < little, 0.5, labels)
-    return labels, answered
-
-
-def labels_wanted(args: Args, iteration: int, iterations: int, warmup_iterations: int) -> int:
-    """How many labels there are to be after an iteration (from 1) of so many, of which the first are random.
-
-    The warm-up's, evenly over its iterations; then `pairs_per_iteration`, or so that the last iteration spends the last of
-    the budget: the implicit term lives on labels of the policy's newest pairs to the end."""
-    warmup_pairs, learning = min(args.warmup_pairs, args.label_budget), iteration - warmup_iterations
-    if learning <= 0:
-        return warmup_pairs * iteration // warmup_iterations
-    if args.pairs_per_iteration is None:
-        return warmup_pairs + (args.label_budget - warmup_pairs) * learning // (iterations - warmup_iterations)
-    return min(args.label_budget, warmup_pairs + args.pairs_per_iteration * learning)
-
-
-class PreferenceQueue:
-    """The newest `size` labelled pairs: inputs of the reward network (size, 2, L, D+A) and labels (size,)."""
-
-    def __init__(self, size: int, length: int, inputs: int):
-        self.inputs, self.labels, self.added = torch.zeros(size, 2, length, inputs), torch.zeros(size), 0
-
-    def __len__(self) -> int:
-        return min(self.added, len(self.labels))
-
-    def push(self, inputs: Tensor, labels: Tensor) -> None:
-        """Add pairs (P, 2, L, D+A) with labels (P,); the oldest make room."""
-        for pair, label in zip(inputs, labels):
-            self.inputs[self.added % len(self.labels)], self.labels[self.added % len(self.labels)] = pair, label
-            self.added += 1
-
-    def state_dict(self) -> dict:
-        """The pairs held and the count."""
-        return {"inputs": self.inputs[: len(self)], "labels": self.labels[: len(self)], "added": self.added}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The inverse of `state_dict`."""
-        self.added = state["added"]
-        self.inputs[: len(self)], self.labels[: len(self)] = state["inputs"], state["labels"]
-
-
-def accuracy(rewards: Tensor, truth: Tensor) -> Tensor:
-    """How often the sums of learned rewards (P, 2, L) order the fragments as those of the true ones do; pairs of equal
-    true return do not count, a tie of the learned ones counts one half. NaN if no pair counts."""
-    learned, true = (each.sum(-1)[:, 0] - each.sum(-1)[:, 1] for each in (rewards, truth))
-    return (0.5 * (learned.sign() * true.sign() + 1))[true != 0].mean()
-
-
-def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of two vectors; NaN if one of them is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    return (x * y).sum() / (x.norm() * y.norm())
-
-
-# ---- Reward updates --------------------------------------------------------------------------------------------
-def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
-    """l (P,) in nats of each pair: rewards (P, 2, L), labels (P,).
-
-    p = sigma(R_1 - R_2) with sums R (eq. 101), l = -y log p - (1 - y) log(1 - p) = softplus(z) - y z at z = R_1 - R_2.
-    """
-    returns = rewards.sum(-1)
-    logits = returns[:, 0] - returns[:, 1]
-    return nn.functional.softplus(logits) - labels * logits
-
-
-def implicit_term(
-    losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False, shift: int = 0
-) -> Tensor:
-    """What has the gradient l sum_h (grad Q - grad V)(s_h, a_h) / alpha (eq. 13) for each pair (P,).
-
-    losses (P,) are the l, through which no gradient flows; scores (P,) the sums over both fragments of Q - V, linear in r,
-    so that their derivative is the sum of grad Q - grad V. With `baseline`, l minus the mean of the others' l: at pi* the
-    scores' gradient has mean 0, and the expectation stays as it is.
-    With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the baseline leaves out both. No pair
-    meets its own l, so with independent pairs the expectation at pi* is 0.
-    """
-    losses = losses.detach()
-    taken, left = losses.roll(-shift), losses.sum() - losses
-    others = len(losses) - 1
-    if shift:
-        left, others = left - taken, others - 1
-    if baseline and others > 0:
-        taken = taken - left / others
-    return inverse_temperature * taken * scores
-
-
-def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
-    """Q - V (...) with Prop. 5.1's sums cut after one term, as released: r(s, a) - mean of r(s, a'), a' ~ pi(s).
-
-    rewards (...), resampled (..., m). It is 0 where r does not depend on the action."""
-    return rewards - resampled.mean(-1)
-
-
-@torch.no_grad()
-def resample_actions(actor: nn.Module, inputs: Tensor, obs_dim: int, count: int) -> Tensor:
-    """The states of inputs (..., D+A) with `count` actions of the policy's own each: (..., count, D+A)."""
-    output = actor(inputs[..., :obs_dim]).unsqueeze(-2).expand(*inputs.shape[:-1], count, -1)
-    noise = torch.randn(*output.shape[:-1], inputs.shape[-1] - obs_dim).to(output.device)
-    actions, _ = squashed_sample(output, noise)
-    return torch.cat([inputs[..., :obs_dim].unsqueeze(-2).expand(*actions.shape[:-1], -1), actions], -1)
-
-
-def rollout_advantages(from_actions: Tensor, from_policy: Tensor) -> Tensor:
-    """Q - V (R,) by M rollouts each (eq. 79): discounted sums of r (R, M) from the visited action and the policy's."""
-    return from_actions.mean(-1) - from_policy.mean(-1)
-
-
-def reward_to_go_advantages(rewards: Tensor, gamma: float) -> Tensor:
-    """Q - V (P, 2, L) by the rest of the same fragment, minus its mean over the pairs: a heuristic, no estimate of (13), for
-    the later steps are those that l scores. rewards (P, 2, L)."""
-    length = rewards.shape[-1]
-    powers = torch.arange(length).unsqueeze(1) - torch.arange(length)  # t - h
-    discounts = torch.where(powers >= 0, gamma ** powers.clamp(min=0).to(rewards.dtype), 0.0)
-    to_go = rewards @ discounts.to(rewards)  # sum_{t >= h} gamma^(t-h) r_t
-    return to_go - to_go.mean((0, 1))
-
-
-def drlhf_loss(losses: Tensor) -> Tensor:
-    """Deep RL from human feedback (Christiano et al. 2017): the mean cross-entropy, whose gradient is (12) alone."""
-    return losses.mean()
-
-
-def sobirl_term(
-    losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False, shift: int = 0
-) -> Tensor:
-    """What SoBiRL adds to `drlhf_loss` (Algorithm 5, line 5), so that the gradient is (14): mean grad l (12) +
-    mean l sum_h (grad Q - grad V)(s_h, a_h) / alpha (13). losses and scores (P,), see `implicit_term`."""
-    return implicit_term(losses, scores, inverse_temperature, baseline, shift).mean()
-
-
-def hpgd_term(
-    losses: Tensor, advantages: Tensor, length: int, inverse_temperature: float, baseline: bool = False, shift: int = 0
-) -> Tensor:
-    """What HPGD (Thoma et al. 2024) adds to `drlhf_loss`: (13) on the policy's own pairs, with unbiased rollouts.
-
-    losses (P,); advantages (P, 2), Q - V at one step of each fragment, drawn uniformly, which stands for all `length` of
-    them. Rollouts have geometric length, P(T >= t) = gamma^(t/2), and weights gamma^(t/2): E[sum_{t <= T} gamma^(t/2) g_t] =
-    sum_t gamma^t g_t.
-    """
-    return implicit_term(losses, length * advantages.sum(1), inverse_temperature, baseline, shift).mean()
-
-
-def geometric_lengths(count: int, gamma: float) -> Tensor:
-    """Numbers of steps (count,) >= 1 with P(at least t + 1) = gamma^(t/2), by inversion."""
-    if gamma == 0:
-        return torch.ones(count, dtype=torch.long)
-    return 1 + (torch.rand(count, dtype=torch.float64).clamp(min=1e-300).log() / (0.5 * math.log(gamma))).long()
-
-
-def pbrl_term(tracker_returns: Tensor, policy_returns: Tensor, penalty: float) -> Tensor:
-    """What PBRL (Shen et al. 2024) adds to `drlhf_loss`: the value penalty lambda p, p = V^{pi*} - V^{pi_y} >= 0, whose
-    gradient is lambda (E_{pi*}[sum_t gamma^t grad r] - E_{pi_y}[sum_t gamma^t grad r]).
-
-    Discounted sums of r from the start states: tracker_returns (M,) of the tracker of pi*, policy_returns (M,) of pi_y.
-    """
-    return penalty * (tracker_returns.mean() - policy_returns.mean())
-
-
-def pbrl_policy_term(losses: Tensor, logprobs: Tensor, penalty: float, gamma: float) -> Tensor:
-    """What PBRL adds to the actor loss of pi_y, which descends f + lambda p too: the score form of grad f / lambda.
-
-    losses (P,) of pi_y's pairs, logprobs (P, 2, L) of their actions. SAC's loss is minus the value for one step of the
-    discounted visits, (1 - gamma) V, so the term is (1 - gamma) / lambda mean((l - mean l) sum log pi); the mean of the
-    others' l is a baseline.
-    """
-    return (1 - gamma) * implicit_term(losses, logprobs.sum((1, 2)), 1 / penalty, baseline=True).mean()
-
-
-def limited_sum(gradients: list[Tensor], added: list[Tensor], limit: float) -> tuple[list[Tensor], Tensor, Tensor]:
-    """gradients + f added, f = min(1, limit |gradients| / |added|), with the norm over all tensors.
-
-    Returns the sum, |added| / |gradients| and f. An estimate from a handful of pairs can be a thousand times the
-    cross-entropy's gradient, and one such enters AdamW's second moments for a thousand steps.
-    """
-    norm, other = (torch.stack(torch._foreach_norm(each)).norm() for each in (gradients, added))
-    factor = (limit * norm / other).nan_to_num(1.0).clamp(max=1.0)
-    return [each + factor * more for each, more in zip(gradients, added)], other / norm, factor
-
-
-# ---- CUDA graph ------------------------------------------------------------------------------------------------
+# ---- CUDA graph (shared) -----------------------------------------------------------------------------
 class GraphedUpdate:
-    """`update(*inputs)` on a CUDA device by one launch in place of one for each of its hundred and more small kernels. The
-    first three calls launch every kernel, the fourth captures the graph.
+    """`update(*inputs)` on a CUDA device by one launch in place of one for each of its hundred and more
+    small kernels. The first three calls launch every kernel, the fourth captures the graph.
 
-    A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not wait for the
-    device; its inputs are copied into buffers of the graph's own, and the next call overwrites the tensors that it returns.
+    A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not
+    wait for the device; its inputs are copied into buffers of the graph's own, and the next call overwrites
+    the tensors that it returns.
     """
 
     def __init__(self, update: Callable):
@@ -807,7 +556,7 @@ class GraphedUpdate:
             self.inputs = [torch.zeros(each.shape, dtype=each.dtype, device="cuda") for each in inputs]
         torch._foreach_copy_(self.inputs, inputs)
         self.calls += 1
-        if self.calls <= 3:  # libraries allocate and choose kernels in the first calls, which no graph may hold
+        if self.calls <= 3:  # libraries allocate and choose kernels at first, which no graph may hold
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.result = self.update(*self.inputs)
@@ -821,515 +570,370 @@ class GraphedUpdate:
         return self.result
 
 
-# ---- Replay ----------------------------------------------------------------------------------------------------
-@dataclass
-class Batch:
-    """A minibatch: observations (B, D), observations and actions (B, D+A), next observations, rewards and terminated (B,)."""
+# ---- Replay and preference queue ---------------------------------------------------------------------
+class Ring:
+    """The newest `size` rows of some columns, tensors (size, ...): the replay, and the labelled pairs."""
 
-    obs: Tensor
-    inputs: Tensor
-    next_obs: Tensor
-    rewards: Tensor
-    terminated: Tensor
-
-
-class Replay:
-    """Transitions as rows (obs, action, next obs, reward, terminated) of one memory-mapped file of float32.
-
-    The file is a ring of capacity + spare rows, of which the newest `capacity` are drawn from. So the rows that a
-    checkpoint needs stay as they are until `spare` more have come, and a kill in between loses nothing; the next
-    checkpoint must be written by then (`spare_left`). The file takes its whole size on the disk when it is made.
-    """
-
-    def __init__(self, path: Path, capacity: int, obs_dim: int, action_dim: int, added: int = 0):
-        """Open a file of `create` in which `added` transitions are. Raises OSError or ValueError if it is no such file."""
-        self.path, self.capacity, self.obs_dim, self.action_dim = path, capacity, obs_dim, action_dim
-        self.file = np.memmap(path, dtype=np.float32, mode="r+").reshape(-1, 2 * obs_dim + action_dim + 2)
-        self.rows, self.spare = np.asarray(self.file), len(self.file) - capacity
-        self.tensor, self.added, self.saved = torch.from_numpy(self.rows), added, added
-        if self.spare < 1:
-            raise ValueError(f"{len(self.file)} rows are too few to draw from {capacity}")
-
-    @staticmethod
-    def create(path: Path, rows: int, obs_dim: int, action_dim: int) -> None:
-        """Make the file, in its whole size, so that a full disk shows now. Raises OSError."""
-        path.parent.mkdir()
-        with open(path, "wb") as file:
-            size = 4 * rows * (2 * obs_dim + action_dim + 2)
-            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+    def __init__(self, size: int, *shapes: tuple[int, ...]):
+        self.columns = [torch.zeros(size, *shape) for shape in shapes]
+        self.size, self.added = size, 0
 
     def __len__(self) -> int:
-        return min(self.added, self.capacity)
+        return min(self.added, self.size)
 
-    @property
-    def spare_left(self) -> int:
-        """How many transitions may still come before the next checkpoint."""
-        return self.spare - (self.added - self.saved)
+    def add(self, *columns: Tensor) -> None:
+        """Add n rows, (n, ...) of each column; the oldest make room."""
+        rows = torch.arange(self.added, self.added + len(columns[0]))[-self.size :] % self.size
+        for column, new in zip(self.columns, columns):
+            column[rows] = new[-self.size :]
+        self.added += len(columns[0])
 
-    def add(
-        self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray, rewards: np.ndarray, terminated: np.ndarray
-    ) -> None:
-        """Add n transitions: (n, D), (n, A), (n, D), (n,), (n,)."""
-        for i in range(len(obs)):
-            row, d = self.rows[self.added % len(self.rows)], self.obs_dim
-            row[:d], row[d : d + self.action_dim], row[d + self.action_dim : -2] = obs[i], actions[i], next_obs[i]
-            row[-2:] = rewards[i], terminated[i]
-            self.added += 1
+    def rows(self, ages: Tensor) -> Tensor:
+        """Where the rows are that were added so many rows ago, the newest 0."""
+        return (self.added - 1 - ages) % self.size
 
-    def sample(self, count: int) -> Tensor:
-        """`count` of the newest `capacity` transitions, drawn with replacement, as rows of the file."""
-        return self.tensor[(self.added - 1 - torch.randint(len(self), (count,))) % len(self.rows)]
+    def sample(self, count: int) -> list[Tensor]:
+        """`count` rows of each column, drawn with replacement."""
+        rows = self.rows(torch.randint(len(self), (count,)))
+        return [column[rows] for column in self.columns]
 
-    def batch(self, rows: Tensor) -> Batch:
-        """What is in such rows."""
-        d = self.obs_dim
-        return Batch(rows[:, :d], rows[:, : d + self.action_dim], rows[:, d + self.action_dim : -2], rows[:, -2], rows[:, -1])
+    def state_dict(self) -> dict:
+        """How many rows were added, and those that are there, the oldest first."""
+        rows = self.rows(torch.arange(len(self)).flip(0))
+        return {"added": self.added, "columns": [column[rows] for column in self.columns]}
 
-    def save(self) -> int:
-        """Write what is in memory to the disk; returns the count, to be kept in the checkpoint that follows."""
-        self.file.flush()
-        self.saved = self.added
-        return self.added
-
-    def delete(self) -> None:
-        """Remove the file and its folder."""
-        shutil.rmtree(self.path.parent, ignore_errors=True)
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`; the size may have changed."""
+        self.added = state["added"] - len(state["columns"][0])
+        self.add(*state["columns"])
 
 
-def check_disk(folder: Path, size: int) -> None:
-    """Raise BadInput if the disk of `folder`, which need not exist yet, has less than `size` bytes left."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if size > free:
-        there = f"--run-dir {folder}, where {free / 1e6:,.0f} MB are free"
-        raise BadInput(f"--buffer-size needs {size / 1e6:,.0f} MB in {there}; make it smaller")
+def check_room(args: Args, obs_dim: int, action_dim: int) -> None:
+    """Raise BadInput unless memory and disk can hold replay and queue, and a copy while one is saved."""
+    rows = min(args.buffer_size, args.total_timesteps) + args.num_envs * args.num_steps
+    numbers = rows * (2 * obs_dim + action_dim + 2)
+    numbers += args.queue_size * 2 * args.fragment_length * (obs_dim + action_dim)
+    places = {}
+    if hasattr(os, "sysconf"):
+        places["the memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if args.resume is None:
+        there = next(each for each in (args.run_dir / "run").absolute().parents if each.exists())
+        places[f"the disk of --run-dir {args.run_dir}"] = shutil.disk_usage(there).free
+    for place, size in places.items():
+        if 8 * numbers > size:
+            needs = f"replay and labelled pairs take {8e-9 * numbers:,.1f} GB with their checkpoint"
+            room = f"{place} has {1e-9 * size:,.1f} GB"
+            raise BadInput(f"--buffer-size: {needs}, {room}; make it or --queue-size smaller")
 
 
-# ---- The run: what is not the algorithm ------------------------------------------------------------------------
-SCRIPT = Path(__file__).name
-REPLAY_FILE = "replay/transitions.f32"  # in the run folder, until the run has finished
-ANY_TIME = {"resume", "track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
-ANY_TIME |= {"checkpoint_every", "env_threads"}  # arguments that --resume may change: they leave the result as it is
+# ---- Preferences -------------------------------------------------------------------------------------
+def fragment_windows(valid: Tensor, length: int) -> Tensor:
+    """First step and environment (K, 2) of all fragments of `length` transitions within one episode.
+
+    valid (T, N) is 1 for a transition, 0 for the reset that follows each episode's end: a window with no
+    reset in it crosses no end.
+    """
+    counted = nn.functional.pad(valid.cumsum(0), (0, 0, 1, 0))
+    return (counted[length:] - counted[:-length] == length).nonzero()
 
 
-class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+def draw_pairs(windows: Tensor, count: int, length: int, *arrays: Tensor) -> list[Tensor]:
+    """`count` pairs of two different fragments, drawn uniformly from windows (K, 2): of each array
+    (T, N, ...) the part (count, 2, length, ...). No pair if there are fewer than two windows."""
+    count = count if len(windows) > 1 else 0
+    first = torch.randint(max(1, len(windows)), (count,))
+    second = (first + torch.randint(1, max(2, len(windows)), (count,))) % max(1, len(windows))
+    starts, envs = windows[torch.stack([first, second], 1)].unbind(-1)
+    steps = starts.unsqueeze(-1) + torch.arange(length)
+    return [array[steps, envs.unsqueeze(-1)] for array in arrays]
 
 
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's text, without its full stop."""
-    return re.split(r"[.?!]\s|\n", str(error))[0].rstrip(".")
+def teacher_labels(
+    rewards: Tensor, rule: str, temperature=1.0, error=0.1, threshold=0.1, gamma=0.9
+) -> tuple[Tensor, Tensor]:
+    """Labels y (P,), the probability with which the teacher puts the first fragment first, and who was
+    answered (P,).
+
+    rewards (P, 2, L), the true ones; R their undiscounted sums. The rules are B-Pref's (Lee et al. 2021):
+    oracle      y = 1 if R_1 > R_2, 0 if R_1 < R_2, 1/2 if equal: the paper's
+    stochastic  y ~ Bernoulli(sigma((R_1 - R_2) / temperature)): Bradley and Terry's
+    mistake     the oracle's, turned round with probability `error`
+    skip        the oracle's, but no answer if both R are below threshold |mean R of the fragments shown|
+    equal       1/2 if |R_1 - R_2| is below that, else the oracle's
+    myopic      the oracle's for sum_t gamma^(L-1-t) r_t, which forgets how a fragment began
+    """
+    length = rewards.shape[-1]
+    weights = gamma ** torch.arange(length - 1, -1, -1) if rule == "myopic" else torch.ones(length)
+    returns = (rewards * weights).sum(-1)
+    difference, answered = returns[:, 0] - returns[:, 1], torch.ones(len(returns), dtype=torch.bool)
+    labels = 0.5 * (difference.sign() + 1)
+    little = threshold * returns.mean().abs()
+    if rule == "stochastic":
+        labels = (torch.rand_like(labels) < torch.sigmoid(difference / temperature)).to(labels)
+    elif rule == "mistake":
+        labels = torch.where(torch.rand_like(labels) < error, 1 - labels, labels)
+    elif rule == "skip":
+        answered = returns.amax(1) >= little
+    elif rule == "equal":
+        labels = torch.where(difference.abs() < little, 0.5, labels)
+    return labels, answered
 
 
-def check_ranges(args) -> None:
-    """Raise BadInput for the first number of `args` outside the interval that its line in Args states."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(type(args)))).body[0].body
-    for field, doc in zip(body, body[1:]):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(doc, ast.Expr):
-            continue
-        interval = re.search(r"in ([\[(])([^\s,]+), ([^\s,]+)([\])])", doc.value.value)
-        value = getattr(args, field.target.id)
-        if interval is None or value is None:
-            continue
-        left, low, high, right = interval.groups()
-        above = value >= float(low) if left == "[" else value > float(low)
-        below = value <= float(high) if right == "]" else value < float(high)
-        if not (above and below):
-            raise BadInput(f"--{field.target.id.replace('_', '-')} is {value}, it must be {interval.group()}")
+def labels_wanted(args: Args, iteration: int, iterations: int, warmup_iterations: int) -> int:
+    """How many labels there are to be after an iteration (from 1) of so many, of which the first are random.
+
+    The warm-up's, evenly over its iterations; then `pairs_per_iteration`, or so that the last iteration
+    spends the last of the budget: the implicit term lives on labels of the policy's newest pairs.
+    """
+    warmup_pairs, learning = min(args.warmup_pairs, args.label_budget), iteration - warmup_iterations
+    if learning <= 0:
+        return warmup_pairs * iteration // warmup_iterations
+    if args.pairs_per_iteration is None:
+        left = args.label_budget - warmup_pairs
+        return warmup_pairs + left * learning // (iterations - warmup_iterations)
+    return min(args.label_budget, warmup_pairs + args.pairs_per_iteration * learning)
 
 
-def parse_args(cls, argv: list[str] | None = None):
-    """The command line as an instance of `cls`, checked. With --resume, the arguments of that run; one given again
-    must agree unless it is in ANY_TIME. Raises BadInput; tyro itself exits with status 2 on words it cannot parse."""
-    args = tyro.cli(cls, args=argv, description=inspect.getmodule(cls).__doc__)
-    if args.resume is not None:
+def accuracy(rewards: Tensor, truth: Tensor) -> Tensor:
+    """How often the sums of learned rewards (P, 2, L) order the fragments as those of the true ones do.
+
+    Pairs of equal true return do not count, a tie of the learned ones counts one half. NaN without pairs.
+    """
+    learned, true = (each.sum(-1)[:, 0] - each.sum(-1)[:, 1] for each in (rewards, truth))
+    return (0.5 * (learned.sign() * true.sign() + 1))[true != 0].mean()
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation of two vectors; NaN if one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.norm() * y.norm())
+
+
+# ---- Upper level: reward updates ---------------------------------------------------------------------
+def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
+    """l (P,) in nats of each pair: rewards (P, 2, L), labels (P,). Its mean is DRLHF's loss, (12) alone.
+
+    p = sigma(z), z = R_1 - R_2 with sums R (eq. 101); l = -y log p - (1 - y) log(1 - p) = softplus(z) - y z.
+    """
+    returns = rewards.sum(-1)
+    logits = returns[:, 0] - returns[:, 1]
+    return nn.functional.softplus(logits) - labels * logits
+
+
+def implicit_term(
+    losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False, shift: int = 0
+) -> Tensor:
+    """What has the gradient l sum_h (grad Q - grad V)(s_h, a_h) / alpha (eq. 13) for each pair (P,). SoBiRL
+    and HPGD add its mean to that of the cross-entropies, so that the gradient is (14).
+
+    losses (P,) are the l, through which no gradient flows; scores (P,) the sums over both fragments of
+    Q - V, linear in r, so that their derivative is the sum of grad Q - grad V. With `baseline`, l minus the
+    mean of the others' l: at pi* the scores' gradient has mean 0, and the expectation stays as it is.
+    With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the baseline leaves out
+    both. No pair meets its own l, so with independent pairs the expectation at pi* is 0.
+    """
+    losses = losses.detach()
+    taken, left, others = losses.roll(-shift), losses.sum() - losses, len(losses) - 1
+    if shift:
+        left, others = left - taken, others - 1
+    if baseline and others > 0:
+        taken = taken - left / others
+    return inverse_temperature * taken * scores
+
+
+def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
+    """Q - V (...) with Prop. 5.1's sums cut after one term, as released: r(s, a) - mean r(s, a'), a' ~ pi(s).
+
+    rewards (...), resampled (..., m). It is 0 where r does not depend on the action.
+    """
+    return rewards - resampled.mean(-1)
+
+
+@torch.no_grad()
+def resample_actions(agent: Agent, inputs: Tensor, obs_dim: int, count: int) -> Tensor:
+    """The states of inputs (..., D+A) with `count` actions of the policy's own each: (..., count, D+A)."""
+    shape, action_dim = (*inputs.shape[:-1], count), inputs.shape[-1] - obs_dim
+    obs = inputs[..., None, :obs_dim].expand(*shape, obs_dim)
+    return torch.cat([obs, agent.act(obs, torch.randn(*shape, action_dim).to(inputs))], -1)
+
+
+def rollout_advantages(from_actions: Tensor, from_policy: Tensor) -> Tensor:
+    """Q - V (...) by M rollouts each (eq. 79): discounted sums of r (..., M), from the visited action and
+    from the policy's own."""
+    return from_actions.mean(-1) - from_policy.mean(-1)
+
+
+def reward_to_go_advantages(rewards: Tensor, gamma: float) -> Tensor:
+    """Q - V (P, 2, L) by the rest of the same fragment, minus its mean over the pairs: a heuristic, no
+    estimate of (13), for the later steps are those that l scores. rewards (P, 2, L)."""
+    length = rewards.shape[-1]
+    powers = torch.arange(length).unsqueeze(1) - torch.arange(length)  # t - h
+    discounts = torch.where(powers >= 0, gamma ** powers.clamp(min=0).to(rewards.dtype), 0.0)
+    to_go = rewards @ discounts.to(rewards)  # sum_{t >= h} gamma^(t-h) r_t
+    return to_go - to_go.mean((0, 1))
+
+
+def geometric_lengths(count: int, gamma: float) -> Tensor:
+    """Numbers of steps (count,) >= 1 with P(at least t + 1) = gamma^(t/2), by inversion.
+
+    HPGD (Thoma et al. 2024): with weights gamma^(t/2), sums over rollouts of these lengths are unbiased:
+    E[sum_{t < T} gamma^(t/2) g_t] = sum_t gamma^t g_t.
+    """
+    if gamma == 0:
+        return torch.ones(count, dtype=torch.long)
+    uniform = torch.rand(count, dtype=torch.float64).clamp(min=1e-300)
+    return 1 + (uniform.log() / (0.5 * math.log(gamma))).long()
+
+
+def pbrl_term(tracker_returns: Tensor, policy_returns: Tensor, penalty: float) -> Tensor:
+    """What PBRL (Shen et al. 2024) adds to the mean cross-entropy: the value penalty lambda p,
+    p = V^{pi*} - V^{pi_y} >= 0, with the gradient lambda (E_{pi*}[sum_t gamma^t grad r] - E_{pi_y}[...]).
+
+    Discounted sums of r from the start states: tracker_returns (M,) of the tracker of pi*, policy_returns
+    (M,) of pi_y.
+    """
+    return penalty * (tracker_returns.mean() - policy_returns.mean())
+
+
+def pbrl_policy_term(losses: Tensor, logprobs: Tensor, penalty: float, gamma: float) -> Tensor:
+    """What PBRL adds to the actor loss of pi_y, which descends f + lambda p too: the score form of
+    grad f / lambda.
+
+    losses (P,) of pi_y's pairs, logprobs (P, 2, L) of their actions. SAC's loss is minus the value for one
+    step of the discounted visits, (1 - gamma) V, so the term is (1 - gamma) / lambda mean((l - b) sum
+    log pi); the baseline b is the mean of the others' l.
+    """
+    return (1 - gamma) * implicit_term(losses, logprobs.sum((1, 2)), 1 / penalty, baseline=True).mean()
+
+
+def limited_sum(
+    gradients: tuple[Tensor, ...], added: tuple[Tensor, ...], limit: float
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """gradients + f added, f = min(1, limit |gradients| / |added|), with the norm over all tensors.
+
+    Returns the sum, |added| / |gradients| and f. An estimate from a handful of pairs can be a thousand times
+    the cross-entropy's gradient, and one such enters AdamW's second moments for a thousand steps.
+    """
+    norm, other = (torch.stack(torch._foreach_norm(each)).norm() for each in (gradients, added))
+    factor = (limit * norm / other).nan_to_num(1.0).clamp(max=1.0)
+    return [each + factor * more for each, more in zip(gradients, added)], other / norm, factor
+
+
+# ---- Upper level: rollouts in a simulator ------------------------------------------------------------
+class Simulator:
+    """The task once more, for rollouts. For all methods but pbrl-style it can be put into the state of an
+    observation: it is the generative model of Algorithm 3.
+
+    An observation of those MuJoCo tasks is (qpos without its first 0, 1 or 2 numbers, qvel). What it leaves
+    out is where the robot is in the plane, on which neither dynamics nor reward depend. (Hopper and Walker2d
+    clip qvel to +-10.) Raises BadInput if the task is none of these.
+    """
+
+    def __init__(self, args: Args, seed: int):
+        with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+            env = gym.make(args.env_id, disable_env_checker=True, **json.loads(args.env_kwargs))
+        self.steps = 0
+        if args.reward_update == "pbrl-style":  # from start states
+            self.env = gym.wrappers.FlattenObservation(env)
+            self.env.reset(seed=seed)
+            return
+        self.env = env.unwrapped
         try:
-            saved = json.loads((args.resume / "args.json").read_text())
-            result = args.resume / "result.json"
-            finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
-            made_by, old = saved["script"], dict(saved["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {args.resume} is not a run folder: {error}") from error
-        if made_by != SCRIPT:
-            raise BadInput(f"--resume {args.resume} is a run of {made_by}, not of {SCRIPT}")
-        if finished:
-            raise BadInput(f"--resume {args.resume} has nothing left to do: that run has finished")
-        known = {field.name: field.type for field in fields(cls)}
-        old = {name: value for name, value in old.items() if name in known}
-        old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
-        args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
-        if args.device == "auto":
-            args.device = old.get("device", "auto")
-        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
-            if getattr(args, name) != old.get(name, getattr(args, name)):
-                raise BadInput(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
-                    "leave it out or start a new run"
-                )
-    check_ranges(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise BadInput("--track needs the package wandb: pip install wandb")
-    args.exp_name = args.exp_name or Path(SCRIPT).stem
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.env_threads == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.env_threads = min(cores, args.num_envs)
+            self.hidden = self.env.model.nq + self.env.model.nv - len(self.env.reset(seed=seed)[0])
+            obs, *_ = self.env.step(np.zeros(env.action_space.shape, np.float32))
+            self.set(obs)
+            known = 0 <= self.hidden <= 2 and np.allclose(self.env._get_obs(), obs, atol=1e-8)
+        except (AttributeError, IndexError, TypeError, ValueError, AssertionError):
+            known = False
+        if not known:
+            way = "--reward-update hpgd-style" if args.implicit == "one-step" else "--implicit rollouts"
+            needs = "needs a MuJoCo task whose state is its observation, such as Hopper-v4"
+            raise BadInput(f"{way} {needs}, which --env-id {args.env_id!r} is not")
+
+    def set(self, obs: np.ndarray) -> None:
+        """Put the task into the state of an observation (D,)."""
+        seen = self.env.model.nq - self.hidden
+        qpos = np.concatenate([np.zeros(self.hidden), obs[:seen]])
+        self.env.set_state(qpos, np.asarray(obs[seen:], dtype=np.float64))
+
+    def roll_out(
+        self, policy: Agent, lengths: Tensor, decay: float, obs=None, actions=None, seed: int | None = None
+    ) -> list[Tensor]:
+        """Independent rollouts (eq. 78) of `lengths` (R,) steps, or to an episode's end: from observations
+        (R, D), or from start states; with first actions (R, A), or with the policy's own. With a `seed`,
+        start states and noise are those of any other call with it.
+
+        Returns the inputs of the reward (R, T, D+A) and their weights (R, T): decay^t, 0 after the end.
+        """
+        rows: list[list[Tensor]] = []
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        noises = torch.randn(int(lengths.sum()), *self.env.action_space.shape, generator=generator)
+        for i, noise in enumerate(noises.split(lengths.tolist())):
+            if obs is None:
+                state, _ = self.env.reset(seed=None if seed is None else seed + i)
+            else:
+                state = obs[i].numpy()
+                self.set(state)
+            rows.append([])
+            for t in range(len(noise)):
+                state = torch.from_numpy(state).float()
+                action = policy.act(state, noise[t]) if t or actions is None else actions[i]
+                rows[i].append(torch.cat([state, action]))
+                state, _, terminated, truncated, _ = self.env.step(policy.task_actions(action).numpy())
+                if terminated or truncated:
+                    break
+        self.steps += sum(map(len, rows))
+        weights = [decay ** torch.arange(len(path)) for path in rows]
+        paths = [torch.stack(path) for path in rows]
+        return [nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (paths, weights)]
+
+
+# ---- The run: what is not the algorithm (shared) -----------------------------------------------------
+EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
+
+
+class Diverged(Exception):
+    """One sentence: which numbers stopped being finite, and when; exit status 1."""
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, above the progress bar. A reader that went away never changes a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file=sys.stderr)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume the arguments of that run, of which those given again win.
+
+    Raises BadInput; tyro itself exits with status 2 on words that it cannot parse.
+    """
+    saved, parser = None, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
+        try:
+            made = json.loads((folder / "args.json").read_text())
+            if made["script"] != Path(__file__).name:
+                raise ValueError(f"it was made by {made['script']}")
+            saved = Args(**made["args"] | {"resume": folder})
+        except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
+            raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
+    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    for name, value in saved or ():
+        if getattr(args, name) != value:
+            say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
     return args
 
 
 def provenance() -> dict:
-    """What made a run: command, commit, versions, machine."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
-    except OSError:  # no git on this machine
-        commit, dirty = None, None
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return {
-        "script": SCRIPT,
-        "argv": sys.argv,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco")},
-        "cpu": model.group(1) if model else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-    }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
-    new = path.with_name(path.name + ".new")
-    try:
-        write(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:  # a full disk should not stay full of half a file
-        new.unlink(missing_ok=True)
-        raise
-
-
-def make_folder(path: Path) -> Path:
-    """Create `path`, or path_1, path_2, ... if it is taken: mkdir is atomic, so two runs never share a folder."""
-    for copy in itertools.count():
-        folder = path if copy == 0 else path.with_name(f"{path.name}_{copy}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
-    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
-    if importlib.util.find_spec("fcntl") is None:  # as on Windows
-        return None
-    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def rng_state() -> dict:
-    """The states of the random generators of python, numpy and torch, as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """The inverse of `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-        torch.cuda.set_rng_state(cuda_state, device)
-
-
-def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint.pt of a run folder. Raises BadInput if it is missing, damaged or of another script."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT:
-            raise BadInput(f"--resume {folder}: its checkpoint.pt is one of {checkpoint['script']}, not of {SCRIPT}")
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume {folder} has no checkpoint.pt yet, so it cannot continue; start a new run") from error
-    except (BadInput, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        raise BadInput(f"--resume {folder}: its checkpoint.pt is truncated or damaged, so it cannot continue") from error
-    return checkpoint
-
-
-class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
-
-    A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
-    Raises BadInput if the folder cannot be written or another process writes it.
-    """
-
-    def __init__(self, args, checkpoint: dict | None):
-        self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
-        self.trained, self.closed = False, False
-        self.global_step = checkpoint["global_step"] if checkpoint else 0
-        self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
-        if checkpoint is None:
-            name = re.sub(r"[/:\\\s]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-            try:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                self.folder = make_folder(args.run_dir / name)
-                saved = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-                self.write_json("args.json", {"args": saved} | provenance())
-            except OSError as error:
-                raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
-        else:
-            self.folder = args.resume
-        self.lock = lock_folder(self.folder)
-        if checkpoint is not None:
-            try:
-                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-                for csv_name in ("metrics.csv", "episodes.csv"):
-                    self.cut_csv(csv_name, self.global_step)
-            except OSError as error:
-                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            try:  # W&B links the event file into its own folder; inside run_dir TensorBoard and W&B would read it again
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    dir=os.environ.get("WANDB_DIR") or self.folder.resolve().parent.parent,
-                    id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
-                )  # fmt: skip
-            except Exception as error:
-                if checkpoint is None:
-                    shutil.rmtree(self.folder)
-                reason = first_sentence(error)
-                raise BadInput(f"--track: W&B does not start: {reason}; log in, set WANDB_MODE=offline or leave it out") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if checkpoint else None)
-        self.csv_files = {name: open(self.folder / name, "a", newline="") for name in ("metrics.csv", "episodes.csv")}
-        if self.csv_files["episodes.csv"].tell() == 0:
-            self.write_rows(
-                "episodes.csv", [("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")]
-            )
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True)
-
-    def __enter__(self):
-        def ask_to_stop(number, frame):
-            if self.stop_signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.stop_signal = number
-            if self.trained and not self.closed:
-                self.stop()
-
-        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.started = time.perf_counter() - self.wall_time
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error is not None and not isinstance(error, SystemExit):
-            with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
-                self.close("failed", error=f"{kind.__name__}: {error}")
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def end_training(self) -> None:
-        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
-        self.trained = True
-        if self.stop_signal:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
-        self.close("interrupted", signal=self.stop_signal)
-        sys.exit(128 + self.stop_signal)
-
-    def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder."""
-        write_atomically(self.folder / name, lambda new: new.write_text(json.dumps(content, indent=1, default=str) + "\n"))
-
-    def write_rows(self, name: str, rows: list) -> None:
-        """Append rows to a csv file of the folder, past Python's buffer."""
-        csv.writer(self.csv_files[name]).writerows(rows)
-        self.csv_files[name].flush()
-
-    def cut_csv(self, name: str, last_step: int) -> None:
-        """Drop the rows after `last_step`, and a last line that a kill cut short."""
-        path = self.folder / name
-        header, *rows = [*csv.reader(path.read_text().splitlines() if path.exists() else [])] or [[]]
-        rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= last_step]
-        if name == "episodes.csv":
-            self.episodes = [(int(row[0]), float(row[3])) for row in rows]
-        text = "".join(",".join(row) + "\r\n" for row in [header, *rows] if row)
-        write_atomically(path, lambda new: new.write_text(text, newline=""))
-
-    def log(self, global_step: int, metrics: dict[str, float], episodes: list[tuple]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration:
-        (global_step, wall_time_s, env_index, return, length)."""
-        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        self.episodes += [(row[0], row[3]) for row in episodes]
-        if episodes:
-            self.write_rows("episodes.csv", episodes)
-        returns, lengths = [row[3] for row in episodes], [row[4] for row in episodes]
-        metrics = {
-            "charts/episodic_return": float(np.mean(returns)) if returns else math.nan,
-            "charts/episodic_length": float(np.mean(lengths)) if lengths else math.nan,
-            "charts/SPS": global_step / self.wall_time,
-        } | metrics
-        if self.csv_files["metrics.csv"].tell() == 0:
-            self.write_rows("metrics.csv", [("global_step", "wall_time_s", *metrics)])
-        row = ["" if math.isnan(value) else value for value in metrics.values()]
-        self.write_rows("metrics.csv", [(global_step, self.wall_time, *row)])
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.tensorboard.add_scalar(name, value, global_step)
-        recent = np.mean([episode[1] for episode in self.episodes[-20:]]) if self.episodes else math.nan
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
-            self.bar.update(global_step - self.bar.n)
-        elif self.wall_time - self.last_print > 10:
-            self.last_print = self.wall_time
-            speed = metrics["charts/SPS"]
-            print(f"{global_step:>10,} steps  return {recent:8.1f}  {speed:8,.0f} steps/s  {self.folder}", flush=True)
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and all random states; loads with weights_only=True."""
-        self.tensorboard.flush()
-        state |= {"script": SCRIPT, "global_step": self.global_step, "wall_time": self.wall_time, "rng": rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
-
-    def close(self, status: str, **extra) -> None:
-        """Write result.json, last and atomically."""
-        self.closed = True
-        batch_size = self.args.num_envs * self.args.num_steps
-        end = self.args.total_timesteps // batch_size * batch_size
-        last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in (*self.csv_files.values(), self.tensorboard):
-            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
-                file.close()
-        if self.bar is not None:
-            self.bar.close()
-        result = {
-            "status": status,
-            "global_step": self.global_step,
-            "wall_time_s": self.wall_time,
-            "final_return": float(np.mean(last)) if last else None,
-        }
-        self.write_json("result.json", result | extra)
-        mean = "" if result["final_return"] is None else f", final return {result['final_return']:.1f}"
-        print(f"{status} after {self.global_step:,} steps{mean}: {self.folder}", flush=True)
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if status == "finished" else 1)
-
-
-def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The trained policy in a model.pt: raw observations (..., D) -> the mean actions (..., A), in the task's box."""
-    model = torch.load(path, weights_only=True)
-    obs_dim, action_dim, width = model["sizes"]
-    action_space = gym.spaces.Box(model["action_low"].numpy(), model["action_high"].numpy())
-    actor = relu_mlp(obs_dim, width, 2 * action_dim)
-    actor.load_state_dict(model["actor"])
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            output = actor(torch.as_tensor(obs, dtype=torch.float32))
-        return task_actions(output.chunk(2, -1)[0].tanh().numpy(), action_space)
-
-    return policy
-
-
-def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
-    """Undiscounted returns of one episode in each of `episodes` fresh environments (seeds unlike the training's).
-    Where a task has no time limit, an episode counts up to its 100,000th step."""
-    seed = derived_seed(args.seed, 2**40)
-    envs, *_ = make_envs(args.env_id, episodes, seed, args.env_backend, args.env_threads, args.terminate)
-    obs, _ = envs.reset()
-    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    for _ in range(100_000):
-        if not running.any():
-            break
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs.astype(np.float32)))
-        returns += np.where(running, rewards, 0.0)
-        running &= ~(terminated | truncated)
-    envs.close()
-    return returns.tolist()
-
-
-def film(env_id: str, model: Path | None, folder: Path, seed: int, terminate: bool = True) -> None:
-    """Film one episode, up to its 5,000th step, into `folder`; without a model, only draw one frame. For a child
-    process: where no GL is, rendering may raise or kill. `terminate` as in make_envs."""
-    settings = {} if terminate else {"terminate_when_unhealthy": False}
-    if sys.platform == "linux":  # MuJoCo draws without a screen through EGL; elsewhere it refuses that word
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    if model is None:  # the caller says in one sentence what failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array", **settings))
-    if model is not None:
-        env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True)
-    obs, _ = env.reset(seed=seed)
-    if model is None:
-        env.render()
-        os._exit(0)  # drivers may crash when they are unloaded
-    policy = load_policy(model)
-    for _ in range(5_000):
-        obs, _, terminated, truncated, _ = env.step(policy(np.asarray(obs, dtype=np.float32)))
-        if terminated or truncated:
-            break
-    env.close()
-
-
-def film_in_child(*arguments) -> bool:
-    """Whether `film(*arguments)` ran to its end in a process of its own."""
-    child = multiprocessing.get_context("spawn").Process(target=film, args=arguments)
-    child.start()
-    child.join()
-    return child.exitcode == 0
+    """What makes a run: command, commit, versions."""
+    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions |= {"python": sys.version.split()[0]}
+    script, commit = Path(__file__).name, git.stdout.strip() or None
+    return {"script": script, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -1337,365 +941,530 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-# ---- Which arguments go together -------------------------------------------------------------------------------
-LEARNED = ("sobirl", "drlhf", "pbrl-style", "hpgd-style")  # values of --reward-update that ask the teacher
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Replace `path` by bytes or by what torch saves: after a crash the old or the new content is there."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk should not stay full of half a file
 
 
-def check_batch_shape(args: Args) -> None:
-    """Raise BadInput unless the sizes fit together, and the flags of one method stand with it."""
-    batch_size = args.num_envs * args.num_steps
-    if args.total_timesteps < batch_size:
-        raise BadInput(
-            f"--total-timesteps {args.total_timesteps} is less than one iteration of num-envs x num-steps = "
-            f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
-        )
-    if args.fragment_length > args.num_steps:
-        raise BadInput(f"--fragment-length {args.fragment_length} is longer than an iteration; it must be at most num-steps")
-    if args.implicit_pairs == "queue" and args.implicit == "rollouts":
-        raise BadInput("--implicit rollouts starts from the newest pairs' states; --implicit-pairs queue must be left out")
-    if args.permute_cross_entropy and args.reward_update not in ("sobirl", "hpgd-style"):
-        raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd-style, not for {args.reward_update}; leave it out")
-    if args.permute_cross_entropy and args.implicit_pairs == "queue":
-        raise BadInput("--permute-cross-entropy is for the newest pairs; --implicit-pairs queue must be left out")
-    if (args.implicit != "one-step" or args.implicit_pairs != "newest") and args.reward_update != "sobirl":
-        raise BadInput(f"--implicit and --implicit-pairs are for sobirl, not for {args.reward_update}; leave them out")
+class Run:
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals.
 
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever
+    the end is. `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which
+    the loop reads at the end of its iteration; a second one, or one after training, stops at once.
+    """
 
-# ---- Training: set-up ------------------------------------------------------------------------------------------
-def train(args: Args) -> Path:
-    """Train and return the run folder. Raises BadInput before anything is created."""
-    check_batch_shape(args)
-    batch_size = args.num_envs * args.num_steps
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    device = torch.device(args.device)
-    torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
-    threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy, which acts also where the networks live on a GPU
-    keep_freed_memory()
+    def __init__(self, args: Args):
+        self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
+        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+        self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    start = checkpoint["global_step"] if checkpoint else 0
-    envs, observation_space, action_space = make_envs(
-        args.env_id, args.num_envs, derived_seed(args.seed, start), args.env_backend, args.env_threads, args.terminate
-    )
-    if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
-        raise BadInput(
-            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo needs EGL, or the library OSMesa and the "
-            "environment variable MUJOCO_GL=osmesa; or leave --capture-video out"
-        )
-    obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
-    simulator = None
-    flag = "--implicit rollouts" if args.implicit == "rollouts" else f"--reward-update {args.reward_update}"
-    if args.implicit == "rollouts" or args.reward_update in ("hpgd-style", "pbrl-style"):
-        seed = derived_seed(args.seed, 2**41 + start)
-        simulator = Simulator(args.env_id, seed, action_space, args.terminate, args.reward_update != "pbrl-style", flag)
-        simulator.steps = checkpoint["simulator_steps"] if checkpoint else 0
-
-    # ---- Training: agents, reward, replay ----------------------------------------------------------------------
-    sizes = obs_dim, action_dim, args.actor_width, args.critic_width, args.alpha
-    agents = [Agent(*sizes).to(device)]  # the first one acts
-    if args.reward_update == "pbrl-style":
-        agents.append(Agent(*sizes).to(device))  # the tracker of pi*
-    learners = [SoftActorCritic(agent, args, action_dim) for agent in agents]
-    agent = agents[0]
-    model = RewardNetwork(obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound).to(device).eval()
-    reward_parameters = list(model.parameters())
-    reward_optimiser = torch.optim.AdamW(reward_parameters, args.reward_learning_rate, fused=True)
-    optimisers = [each for learner in learners for each in learner.optimisers] + [reward_optimiser]
-    queue = PreferenceQueue(args.queue_size, args.fragment_length, obs_dim + action_dim)
-    num_iterations = args.total_timesteps // batch_size
-    capacity, spare = min(args.buffer_size, args.total_timesteps), min(args.checkpoint_every, num_iterations) * batch_size
-    pair_inputs = pair_losses = None  # the newest labelled pairs, for PBRL's policy term
-    if checkpoint:
-        for each, state in zip(agents, checkpoint["agents"]):
-            each.load_state_dict(state)
-        for each, state in zip(optimisers, checkpoint["optimisers"]):
-            each.load_state_dict(state)
-        model.load_state_dict(checkpoint["reward"])
-        queue.load_state_dict(checkpoint["queue"])
-        set_rng_state(checkpoint["rng"])
-        if checkpoint["policy_pairs"]:
-            pair_inputs, pair_losses = (each.to(device) for each in checkpoint["policy_pairs"])
-        replay_file = args.resume / REPLAY_FILE
+    def __enter__(self):
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if it cannot."""
+        if self.folder is None:
+            return self
+        if not (self.folder / "checkpoint.pt").exists():
+            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run")
         try:
-            replay = Replay(replay_file, capacity, obs_dim, action_dim, checkpoint["replayed"])
-            if len(replay.rows) != checkpoint["replay_rows"]:
-                raise ValueError(f"{len(replay.rows)} rows instead of {checkpoint['replay_rows']}")
-        except (OSError, ValueError) as error:
-            raise BadInput(f"--resume {args.resume}: its {REPLAY_FILE} is missing or damaged, so it cannot continue") from error
-    else:
-        check_disk(args.run_dir, 4 * (2 * obs_dim + action_dim + 2) * (capacity + spare))
+            self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+        except filelock.Timeout:
+            raise BadInput(f"--resume {self.folder} is still running in another process") from None
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            reason = f"checkpoint.pt cannot be used: {type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
+        return self
 
-    # ---- Training: buffers and the loop ------------------------------------------------------------------------
-    # An iteration lives in numpy arrays (time, environment, ...); fragments are cut from it.
-    shape = (args.num_steps, args.num_envs)
-    inputs = np.zeros((*shape, obs_dim + action_dim), dtype=np.float32)
-    true_rewards, valid = (np.zeros(shape, dtype=np.float32) for _ in range(2))
-    ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
-    episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-    warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
-
-    def added_term(pairs: Tensor, rollouts: list[tuple[Tensor, Tensor]], weight: float) -> tuple[Tensor, Tensor]:
-        """What sobirl, hpgd-style or pbrl-style add to the mean cross-entropy, from these pairs of the queue and these rollouts, and
-        the pairs' scores."""
-        sums = [(model(each) * weights).sum(-1) for each, weights in rollouts]  # discounted, of each rollout
-        if args.reward_update == "pbrl-style":
-            return pbrl_term(sums[1], sums[0], weight), torch.full((1,), math.nan)
-        pair_inputs = queue.inputs[pairs].to(device)
-        rewards = model(pair_inputs)
-        losses = cross_entropies(rewards, queue.labels[pairs].to(device))
-        shift = int(torch.randint(1, len(pairs), ())) if args.permute_cross_entropy else 0
-        if args.reward_update == "hpgd-style":
-            advantages = rollout_advantages(*(each.view(len(pairs), 2, -1) for each in sums))
-            return hpgd_term(losses, advantages, args.fragment_length, weight, args.baseline, shift), advantages.sum(1)
-        if args.implicit == "one-step":
-            resampled = resample_actions(agent.actor, pair_inputs, obs_dim, args.implicit_actions)
-            advantages = one_step_advantages(rewards, model(resampled))
-        elif args.implicit == "rollouts":
-            advantages = rollout_advantages(*(each.view(*rewards.shape, -1) for each in sums))
-        else:
-            advantages = reward_to_go_advantages(rewards, args.gamma)
-        scores = advantages.sum((1, 2))
-        return sobirl_term(losses, scores, weight, args.baseline, shift), scores
-
-    def lower_reward(batch: Batch) -> Tensor:
-        """The reward (B,) that the lower level sees; the network is in evaluation mode."""
-        if args.reward_update == "ground-truth":
-            return batch.rewards
-        if args.reward_update == "constant":
-            return torch.full_like(batch.rewards, args.constant_reward)
-        with torch.no_grad():
-            return model(batch.inputs)
-
-    def update_follower(rows: Tensor, noises: Tensor) -> dict[str, Tensor]:
-        """Update each agent's critics by the rows of `Replay.sample` (B, W), then its actor by the same rows as often as there
-        is noise for: (1 + times, agents, B, A), the first for the critics. Returns what is logged of the agent that acts."""
-        batch, found = replay.batch(rows.to(device)), {}
-        critic_noise, *actor_noises = noises.to(device)
-        rewards = lower_reward(batch)
-        for learner, noise in zip(learners, critic_noise):
-            statistics = learner.update_critics(batch, rewards, noise)
-            found |= statistics if learner.agent is agent else {}
-        for actor_noise in actor_noises:
-            for learner, noise in zip(learners, actor_noise):
-                policy_term: Tensor | float = 0.0
-                if learner.agent is agent and pair_losses is not None:
-                    output = agent.actor(pair_inputs[..., :obs_dim])
-                    logprobs = squashed_logprob(output, pair_inputs[..., obs_dim:])
-                    policy_term = pbrl_policy_term(pair_losses, logprobs, args.pbrl_penalty, args.gamma)
-                statistics = learner.update_actor(batch, noise, policy_term)
-                found |= statistics if learner.agent is agent else {}
-        return found
-
-    update_of: dict[int, Callable] = dict.fromkeys((0, args.policy_frequency), update_follower)  # by the actor's updates in it
-    if args.device == "cuda" and args.reward_update != "pbrl-style":  # its policy term has pairs of any number
-        update_of = {times: GraphedUpdate(update_follower) for times in update_of}
-    acting, logged = NumpyActor(agent.actor), dict[str, Tensor]()
-
-    run = Run(args, checkpoint)
-    if not checkpoint:
+    def open(self) -> None:
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
+        args, resumed = self.args, self.checkpoint is not None
         try:
-            Replay.create(run.folder / REPLAY_FILE, capacity + spare, obs_dim, action_dim)
+            if not resumed:
+                name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+                self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+                while self.folder.exists():  # a run of the same second
+                    self.folder = self.folder.with_name(self.folder.name + "_")
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            if args.track:
+                self.start_wandb()
+            made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            self.write_json("args.json", made | {"args": saved})
+            self.metrics = self.open_csv("metrics.csv", METRICS)
+            self.episodes = self.open_csv("episodes.csv", EPISODES)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
         except OSError as error:
-            shutil.rmtree(run.folder)
-            raise BadInput(f"--run-dir {args.run_dir} cannot hold the replay: {error.strerror}; name another folder") from error
-        replay = Replay(run.folder / REPLAY_FILE, capacity, obs_dim, action_dim)
+            raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
+        bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(**bar, mininterval=seconds, delay=0.1)  # delay: nothing is printed here
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        self.opened, self.started = True, time.perf_counter() - self.wall_time
 
-    with run:
-        obs = envs.reset()[0].astype(np.float32)
+    def start_wandb(self) -> None:
+        """Send what TensorBoard gets to W&B as well; the parts of a run that was continued are one group."""
+        names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+        names |= {"group": self.folder.name, "name": f"{self.folder.name}-{self.global_step}"}
+        try:
+            import wandb
+
+            self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
+        except Exception as error:
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder)
+            raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ask the loop to stop; at once if it was asked before or has ended."""
+        at_once, self.stop_signal = self.stop_signal or self.trained, number
+        if at_once:
+            sys.exit(128 + number)
+
+    def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
+        it are dropped, and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [",".join(columns)], 0
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
+                if int(row["global_step"]) <= self.global_step:
+                    kept.append(line)
+                    if columns is EPISODES:
+                        self.returns.append((row["global_step"], row["episodic_return"]))
+            except (ValueError, OverflowError):
+                damaged += line != kept[0]
+        if damaged:
+            say(f"{path}: {damaged} lines could not be read and are dropped")
+        write_atomically(path, "\r\n".join([*kept, ""]).encode())
+        self.files.append(open(path, "a", newline=""))
+        return csv.DictWriter(self.files[-1], columns)
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
+        strict = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        write_atomically(self.folder / name, (json.dumps(strict, indent=1) + "\n").encode())
+
+    def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this
+        iteration; None is a number that does not exist."""
+        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time}
+        metrics["charts/SPS"] = global_step / self.wall_time
+        for name in ("episodic_return", "episodic_length"):
+            metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
+        self.metrics.writerow(metrics)
+        self.episodes.writerows(episodes)
+        for file in self.files:
+            file.flush()
+        for name in METRICS[2:]:
+            if metrics.get(name) is not None:
+                self.tensorboard.add_scalar(name, metrics[name], global_step)
+        self.returns += [(row["global_step"], row["episodic_return"]) for row in episodes]
+        with contextlib.suppress(OSError, ValueError):
+            recent = np.mean([value for _, value in self.returns[-20:]] or math.nan)
+            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+            self.bar.update(global_step - self.bar.n)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the
+        disk before."""
+        for file in self.files:
+            os.fsync(file.fileno())
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        write_atomically(self.folder / "checkpoint.pt", state)
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Write result.json, last and atomically, and let go of everything."""
+        if self.opened:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            status = "finished" if error is None else "failed"
+            if isinstance(error, Diverged):
+                status = "diverged"
+            elif isinstance(error, SystemExit if self.stop_signal else KeyboardInterrupt):
+                status = "interrupted"
+            last = [value for step, value in self.returns if step > 0.9 * self.end]
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
+            result |= {"final_return": float(np.mean(last or math.nan))}
+            failed = status in ("failed", "diverged")
+            result |= {"error": f"{kind.__name__}: {error}"} if failed else self.result
+            for each in (self.bar, self.tensorboard, *self.files):
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
+                    each.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self.write_json("result.json", result)
+            say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
+            if status == "interrupted":
+                say(f"continue with --resume {self.folder}")
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+        if self.lock is not None:
+            self.lock.release()
+        if self.opened and status == "failed" and isinstance(error, SystemExit):
+            raise RuntimeError("the task tried to end the process") from error
+
+
+def load_policy(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt: called with raw observations (..., D), it gives the
+    actions that are played, as the task takes them."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    agent = Agent(*saved["agent_sizes"])
+    agent.load_state_dict(saved["agent"])
+    return agent.eval().requires_grad_(False)
+
+
+def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
+    long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
+    task; without episodes it only tries."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        drawn = {"render_mode": "rgb_array"} if film_folder else {}
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
+        if film_folder:
+            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
+        env = gym.wrappers.TimeLimit(gym.wrappers.FlattenObservation(env), 5_000 if film_folder else 100_000)
+    returns = [0.0] * episodes
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
+        ended = False
+        while not ended:
+            with torch.no_grad():
+                action = agent(obs).numpy()[()]
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            ended = terminated or truncated
+    env.close()
+    return returns
+
+
+# ---- Training: set-up --------------------------------------------------------------------------------
+def train(args: Args) -> Path:
+    """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
+    with Run(args) as run:
+        checkpoint, start, batch_size = run.checkpoint, run.global_step, args.num_envs * args.num_steps
+        if start % batch_size or start > args.total_timesteps:
+            needs = "--total-timesteps must be at least that, and --num-envs x --num-steps must divide it"
+            raise BadInput(f"--resume {args.resume} has made {start} steps: {needs}")
+        torch.manual_seed(args.seed)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # networks this small lose more to a hand-over than they gain
+        envs, observation_space, action_space = make_envs(args, derived_seed(args.seed, start))
+        if args.eval_episodes or args.capture_video:
+            play(None, args, episodes=0)
+        obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
+        check_room(args, obs_dim, action_dim)
+        simulator, pbrl = None, args.reward_update == "pbrl-style"
+        if args.implicit == "rollouts" or args.reward_update in ("hpgd-style", "pbrl-style"):
+            simulator = Simulator(args, derived_seed(args.seed, 2**41 + start))
+
+        # ---- Training: agents, reward, replay --------------------------------------------------------
+        agent_sizes = obs_dim, action_dim, args.actor_width, args.critic_width
+        agents = [Agent(*agent_sizes).to(device).eval() for _ in range(2 if pbrl else 1)]
+        agent = agents[0]  # the second one tracks pi*
+        for each in agents:
+            nn.init.constant_(each.log_alpha, math.log(args.alpha))
+        learners = [SoftActorCritic(each, args) for each in agents]
+        model = RewardNetwork(obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound)
+        model.to(device).eval()
+        reward_optimiser = torch.optim.AdamW(model.parameters(), args.reward_learning_rate, fused=True)
+        optimisers = [reward_optimiser] + [each for learner in learners for each in learner.optimisers]
+        capacity = min(args.buffer_size, args.total_timesteps)
+        replay = Ring(capacity, (obs_dim + action_dim,), (obs_dim,), (), ())
+        queue = Ring(args.queue_size, (2, args.fragment_length, obs_dim + action_dim), ())
+        newest = torch.arange(0)  # rows of the queue: the last iteration's pairs, if they are the policy's
+        if checkpoint:
+            try:
+                for each, state in zip(agents, checkpoint["agents"]):
+                    each.load_state_dict(state)
+                for each, state in zip(optimisers, checkpoint["optimisers"]):
+                    each.load_state_dict(state)
+                model.load_state_dict(checkpoint["reward"])
+                replay.load_state_dict(checkpoint.pop("replay"))
+                queue.load_state_dict(checkpoint["queue"])
+                torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU
+            except (RuntimeError, ValueError, KeyError, IndexError) as error:
+                wrong = "another version made it, or networks of another shape; leave out widths and task"
+                raise BadInput(f"--resume {args.resume}: {wrong}") from error
+            newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
+            if simulator:
+                simulator.steps = checkpoint["simulator_steps"]
+        for each in agents:
+            each.set_action_space(action_space)
+
+        # ---- Training: the updates -------------------------------------------------------------------
+        def update_follower(*columns: Tensor) -> dict[str, Tensor]:
+            """Update each agent's critics by a minibatch, then its actor as often as there is noise for.
+
+            The columns are those of `Ring.sample`, and noises (1 + times, agents, B, A), the first for the
+            critics. Returns what is logged of the agent that acts.
+            """
+            inputs, next_obs, rewards, terminated, noises = (column.to(device) for column in columns)
+            if args.reward_update == "constant":
+                rewards = torch.full_like(rewards, args.constant_reward)
+            elif args.reward_update != "ground-truth":
+                with torch.no_grad():
+                    rewards = model(inputs)  # by the newest theta, without dropout
+            found = []
+            for learner, noise in zip(learners, noises.unbind(1)):
+                found.append(learner.update_critics(inputs, next_obs, rewards, terminated, noise[0]))
+                extra = policy_term if pbrl and len(newest) and learner is learners[0] else None
+                for actor_noise in noise[1:]:
+                    found[-1] |= learner.update_actor(inputs[:, :obs_dim], actor_noise, extra)
+            return found[0]
+
+        def policy_term(actor: nn.Module) -> Tensor:
+            """What pbrl-style adds to the acting policy's loss, from the pairs of the last iteration."""
+            pairs, labels = (column[newest].to(device) for column in queue.columns)
+            with torch.no_grad():
+                losses = cross_entropies(model(pairs), labels)
+            logprobs = squashed_logprob(actor(pairs[..., :obs_dim]), pairs[..., obs_dim:])
+            return pbrl_policy_term(losses, logprobs, args.pbrl_penalty, args.gamma)
+
+        def roll_out(pairs: Tensor) -> list[list[Tensor]]:
+            """The two sets of rollouts of the added term: pbrl-style's of both actors from start states, the
+            others' from the states of these pairs, first with the visited actions, then with the policy's."""
+            policy, gamma = copy.deepcopy(agent).cpu(), args.gamma  # a CPU is faster for one row
+            if pbrl:  # same starts and noise: equal actors have no penalty
+                lengths = torch.full((args.rollouts or 10,), args.rollout_length or 200)
+                seed, tracker = derived_seed(args.seed, 2**42 + global_step), copy.deepcopy(agents[1]).cpu()
+                return [simulator.roll_out(each, lengths, gamma, seed=seed) for each in (tracker, policy)]
+            visited, geometric = queue.columns[0][pairs], args.reward_update == "hpgd-style"
+            if geometric:  # one step of each fragment
+                steps = torch.randint(args.fragment_length, visited.shape[:2])
+                visited = visited.gather(2, steps[..., None, None].expand(-1, -1, 1, visited.shape[-1]))
+            visited, found = visited.flatten(0, 2).repeat_interleave(args.rollouts or 1, 0), []
+            for actions in (visited[:, obs_dim:], None):
+                lengths, decay = torch.full((len(visited),), args.rollout_length or 10), gamma
+                if geometric:
+                    lengths, decay = geometric_lengths(len(visited), gamma), math.sqrt(gamma)
+                found.append(simulator.roll_out(policy, lengths, decay, visited[:, :obs_dim], actions))
+            return found
+
+        def added_term(pairs: Tensor, rollouts: list[list[Tensor]], weight: float) -> tuple[Tensor, Tensor]:
+            """What sobirl, hpgd-style or pbrl-style add to the mean cross-entropy, from these pairs of the
+            queue and these rollouts; and the mean of the pairs' scores."""
+            paths = [(path.to(device), discounts.to(device)) for path, discounts in rollouts]
+            sums = [(model(path) * discounts).sum(-1) for path, discounts in paths]
+            if pbrl:
+                return pbrl_term(*sums, weight), torch.tensor(math.nan)
+            inputs, labels = (column[pairs].to(device) for column in queue.columns)
+            rewards = model(inputs)
+            shift = int(torch.randint(1, len(pairs), ())) if args.permute_cross_entropy else 0
+            if rollouts:
+                shape = len(pairs), 2, -1, args.rollouts or 1
+                advantages = rollout_advantages(*(each.view(shape) for each in sums))
+            elif args.implicit == "one-step":
+                resampled = resample_actions(agent, inputs, obs_dim, args.implicit_actions)
+                advantages = one_step_advantages(rewards, model(resampled))
+            else:
+                advantages = reward_to_go_advantages(rewards, args.gamma)
+            # The sum over both fragments; hpgd-style has one step of each, which stands for all.
+            scores = 2 * args.fragment_length * advantages.mean((1, 2))
+            losses = cross_entropies(rewards, labels)
+            return implicit_term(losses, scores, weight, args.baseline, shift).mean(), scores.detach().mean()
+
+        # By how often the actor is updated in it. The number of pbrl-style's pairs varies, and no graph can.
+        update_of: dict[int, Callable] = dict.fromkeys((0, args.policy_frequency), update_follower)
+        if device.type == "cuda" and args.cuda_graphs and not pbrl:
+            update_of = {times: GraphedUpdate(update_follower) for times in update_of}
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+
+        # ---- Training: buffers and the loop ----------------------------------------------------------
+        # An iteration: arrays (time, environment, ...), from which fragments are cut.
+        shape = (args.num_steps, args.num_envs)
+        inputs = torch.zeros(*shape, obs_dim + action_dim)
+        true_rewards, valid = (torch.zeros(shape) for _ in range(2))
+        ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
+        episode_returns, episode_lengths = np.zeros((2, args.num_envs))
+        num_iterations = args.total_timesteps // batch_size
+        warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
+        run.open()
+        obs = torch.tensor(envs.reset()[0]).float()
+        logged: dict[str, Tensor] = {}
         for iteration in range(start // batch_size + 1, num_iterations + 1):
             iteration_start, env_time, update_time, episodes = time.perf_counter(), 0.0, 0.0, []
-            learning = iteration > warmup_iterations
-            noise = (torch.randn if learning else torch.rand)(*shape, action_dim).numpy()
+            learning, global_step = iteration > warmup_iterations, iteration * batch_size
+            noise = (torch.randn if learning else torch.rand)(*shape, action_dim).to(device)
             for t in range(args.num_steps):
-                # ---- Training: one step of the environments ----------------------------------------------------
-                actions = acting(obs, noise[t]) if learning else 2 * noise[t] - 1
+                # ---- Training: one step of the environments ------------------------------------------
+                actions = agent.act(obs.to(device), noise[t]) if learning else 2 * noise[t] - 1
+                task_actions = agent.task_actions(actions).cpu().numpy()
                 env_start = time.perf_counter()
-                next_obs, reward, ends, cut, _ = envs.step(task_actions(actions, action_space))
+                raw_obs, reward, ends, cut, _ = envs.step(task_actions)
                 env_time += time.perf_counter() - env_start
-                next_obs, transition, ended = next_obs.astype(np.float32), ~ended, ends | cut
-                inputs[t, :, :obs_dim], inputs[t, :, obs_dim:] = obs, actions
-                true_rewards[t], valid[t] = np.where(transition, reward, 0.0), transition
-                columns = obs, actions, next_obs, reward, ends
-                replay.add(*(columns if transition.all() else (column[transition] for column in columns)))
+                transition, ended = ~ended, ends | cut
+                next_obs, reward = torch.tensor(raw_obs).float(), np.where(transition, reward, 0.0)
+                inputs[t] = torch.cat([obs, actions.cpu()], -1)
+                true_rewards[t], valid[t] = torch.from_numpy(reward), torch.from_numpy(transition)
+                columns = inputs[t], next_obs, true_rewards[t], torch.from_numpy(ends).float()
+                replay.add(*(column[transition] for column in columns))
                 obs = next_obs
-                episode_returns += true_rewards[t]
+                episode_returns += reward
                 episode_lengths += transition
-                if ended.any():
+                for index in ended.nonzero()[0].tolist():
                     step = (iteration - 1) * batch_size + (t + 1) * args.num_envs
-                    wall_time = time.perf_counter() - run.started
-                    for index in ended.nonzero()[0].tolist():
-                        episodes.append((step, wall_time, index, float(episode_returns[index]), int(episode_lengths[index])))
-                    episode_returns[ended], episode_lengths[ended] = 0.0, 0
+                    seconds, length = time.perf_counter() - run.started, int(episode_lengths[index])
+                    episode = step, seconds, index, float(episode_returns[index]), length
+                    episodes.append(dict(zip(EPISODES, episode)))
+                    episode_returns[index] = episode_lengths[index] = 0
 
-                # ---- Lower level: one update for each transition -----------------------------------------------
+                # ---- Lower level: one update for each transition -------------------------------------
                 update_start = time.perf_counter()
-                for count in range(replay.added - int(transition.sum()) + 1, replay.added + 1) if learning else ():
+                first = replay.added - int(transition.sum()) + 1
+                for count in range(first, replay.added + 1) if learning else ():
                     times = args.policy_frequency if count % args.policy_frequency == 0 else 0
-                    rows = replay.sample(args.batch_size)
-                    logged |= update_of[times](rows, torch.randn(1 + times, len(agents), args.batch_size, action_dim))
-                    if times:
-                        acting.refresh()
+                    minibatch = replay.sample(args.batch_size)
+                    noises = torch.randn(1 + times, len(agents), args.batch_size, action_dim)
+                    logged |= update_of[times](*minibatch, noises)
                 update_time += time.perf_counter() - update_start
 
-            # ---- Upper level: ask the teacher ------------------------------------------------------------------
+            # ---- Upper level: ask the teacher --------------------------------------------------------
             reward_start = time.perf_counter()
-            rollout_inputs, rollout_rewards = torch.from_numpy(inputs), torch.from_numpy(true_rewards)
-            windows = fragment_windows(torch.from_numpy(valid), args.fragment_length)
-            # Measured on pairs that nobody labels, before the network has seen a transition of this iteration.
-            heldout, heldout_rewards = draw_pairs(
-                windows, args.heldout_pairs, args.fragment_length, rollout_inputs, rollout_rewards
-            )
-            heldout_labels, _ = teacher_labels(heldout_rewards, "oracle")
-            rows = torch.from_numpy(valid).bool()
+            windows = fragment_windows(valid, args.fragment_length)
+            iteration_data = args.fragment_length, inputs, true_rewards
+            # Measured on pairs that nobody labels, before the network has seen any of this iteration.
+            heldout, heldout_rewards = draw_pairs(windows, args.heldout_pairs, *iteration_data)
+            rows = valid.bool()
             with torch.no_grad():
-                heldout_guess = model(heldout.to(device)).cpu()
-                learned_rewards = model(rollout_inputs[rows].to(device)).cpu()
-            due = max(0, labels_wanted(args, iteration, num_iterations, warmup_iterations) - queue.added)
-            due = due if args.reward_update in LEARNED else 0
-            pairs, pair_rewards = draw_pairs(windows, due, args.fragment_length, rollout_inputs, rollout_rewards)
-            labels, answered = teacher_labels(
-                pair_rewards, args.teacher, args.teacher_temperature, args.teacher_error, args.teacher_threshold,
-                args.teacher_gamma,
-            )  # fmt: skip
-            queue.push(pairs[answered], labels[answered])
-            newest = (queue.added - 1 - torch.arange(min(int(answered.sum()), args.queue_size))) % args.queue_size
+                guess, learned_rewards = (model(each.to(device)).cpu() for each in (heldout, inputs[rows]))
+            oracle, _ = teacher_labels(heldout_rewards, "oracle")
+            wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
+            asks = args.reward_update in LEARNED
+            due = max(0, wanted - queue.added) if asks else 0
+            pairs, pair_rewards = draw_pairs(windows, due, *iteration_data)
+            settings = [args.teacher_temperature, args.teacher_error]
+            settings += [args.teacher_threshold, args.teacher_gamma]
+            labels, answered = teacher_labels(pair_rewards, args.teacher, *settings)
+            queue.add(pairs[answered], labels[answered])
+            newest = queue.rows(torch.arange(min(int(answered.sum()), args.queue_size)))
 
-            # ---- Upper level: rollouts for the term that is added to the cross-entropy --------------------------
-            global_step, alpha = iteration * batch_size, float(agent.log_alpha.detach().exp())
-            weight = args.pbrl_penalty if args.reward_update == "pbrl-style" else min(1 / alpha, args.max_inverse_temperature)
+            # ---- Upper level: move theta -------------------------------------------------------------
+            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
+            # so what is added counts there and nowhere else; as released, in every minibatch, with its pairs.
+            alpha = float(agent.log_alpha.detach().exp())
+            weight = args.pbrl_penalty if pbrl else min(1 / alpha, args.max_inverse_temperature)
             adds = learning and args.reward_update in ("sobirl", "hpgd-style", "pbrl-style")
-            if args.reward_update != "pbrl-style":  # the permuted control needs a second pair
-                adds = adds and global_step > args.implicit_starts and len(newest) > int(args.permute_cross_entropy)
-            rollouts: list[tuple[Tensor, Tensor]] = []
-            if adds and args.reward_update == "pbrl-style":  # both actors with the same starts and noise: equal ones have no penalty
-                lengths = torch.full((args.rollouts or 10,), args.rollout_length or 200)
-                seed = derived_seed(args.seed, 2**42 + global_step)
-                policies = [acting, *(NumpyActor(each.actor) for each in agents[1:])]
-                rollouts = [simulator.roll_out(None, None, lengths, args.gamma, policy, seed) for policy in policies]
-            elif adds and simulator is not None:
-                visited = queue.inputs[newest]
-                if args.reward_update == "hpgd-style":  # one step of each fragment
-                    steps = torch.randint(args.fragment_length, visited.shape[:2])
-                    visited = visited.gather(2, steps[..., None, None].expand(-1, -1, 1, visited.shape[-1]))
-                visited = visited.flatten(0, 2).repeat_interleave(args.rollouts or 1, 0)
-                for first_actions in (visited[:, obs_dim:], None):
-                    lengths, decay = torch.full((len(visited),), args.rollout_length or 10), args.gamma
-                    if args.reward_update == "hpgd-style":
-                        lengths, decay = geometric_lengths(len(visited), args.gamma), math.sqrt(args.gamma)
-                    rollouts.append(simulator.roll_out(visited[:, :obs_dim], first_actions, lengths, decay, acting))
-            rollouts = [(each.to(device), weights.to(device)) for each, weights in rollouts]
-
-            # ---- Upper level: move theta -----------------------------------------------------------------------
-            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch, so what is added
-            # counts there and nowhere else; as released, it counts in every minibatch, with that one's pairs.
-            epochs = args.reward_epochs if learning else args.warmup_epochs if iteration == warmup_iterations else 0
-            epochs = epochs if len(queue) and args.reward_update in LEARNED else 0
-            minibatches = [mb for _ in range(epochs) for mb in torch.randperm(len(queue)).split(args.reward_batch_size)]
+            if not pbrl:  # the permuted control needs a second pair
+                enough = len(newest) > int(args.permute_cross_entropy)
+                adds = adds and enough and global_step > args.implicit_starts
+            rollouts = roll_out(newest) if adds and simulator else []
+            epochs = args.reward_epochs if learning else args.warmup_epochs
+            if not asks or not len(queue) or iteration < warmup_iterations:
+                epochs = 0
+            minibatches = []
+            for _ in range(epochs):
+                minibatches += torch.randperm(len(queue)).split(args.reward_batch_size)
             carriers = (minibatches if args.implicit_pairs == "queue" else [newest]) if adds else []
-            epoch_losses, scores, ratios, factors = [], [], [], []
+            epoch_losses, terms = [], []
             model.train()
             for k, mb in enumerate(minibatches):
-                losses = cross_entropies(model(queue.inputs[mb].to(device)), queue.labels[mb].to(device))
-                gradients = torch.autograd.grad(drlhf_loss(losses), reward_parameters)
+                fragments, mb_labels = (column[mb].to(device) for column in queue.columns)
+                losses = cross_entropies(model(fragments), mb_labels)
+                epoch_losses.append(losses.detach())
+                gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):
                     model.eval()  # the policy answers the reward without dropout
-                    term, pair_scores = added_term(carriers[k], rollouts, weight)
+                    term, score = added_term(carriers[k], rollouts, weight)
                     model.train()
-                    added = torch.autograd.grad(term, reward_parameters)
+                    added = torch.autograd.grad(term, list(model.parameters()))
                     gradients, ratio, factor = limited_sum(gradients, added, args.max_gradient_ratio)
-                    for values, value in ((scores, pair_scores.detach()), (ratios, ratio), (factors, factor)):
-                        values.append(value)
-                for parameter, gradient in zip(reward_parameters, gradients):
-                    parameter.grad = gradient
-                reward_optimiser.step()
-                epoch_losses.append(losses.detach())
+                    terms.append(torch.tensor([ratio, factor, score]))
+                descend(reward_optimiser, gradients)
             model.eval()
-            pair_inputs = pair_losses = None
-            if args.reward_update == "pbrl-style" and learning and len(newest):
-                pair_inputs, pair_labels = queue.inputs[newest].to(device), queue.labels[newest].to(device)
-                with torch.no_grad():
-                    pair_losses = cross_entropies(model(pair_inputs), pair_labels)
 
-            # ---- Training: log and checkpoint ------------------------------------------------------------------
+            # ---- Training: log and checkpoint --------------------------------------------------------
             now = time.perf_counter()
-            opinions = {
-                "bilevel/heldout_accuracy": accuracy(heldout_guess, heldout_rewards),
-                "bilevel/heldout_cross_entropy": cross_entropies(heldout_guess, heldout_labels).mean(),
-                "bilevel/reward_correlation": correlation(learned_rewards, rollout_rewards[rows]),
-                "bilevel/learned_reward": learned_rewards.mean(),
+            metrics = {name: float(each.mean()) for name, each in logged.items()}
+            if epoch_losses:
+                metrics["losses/cross_entropy"] = float(torch.cat(epoch_losses)[-len(queue) :].mean())
+            steps = simulator.steps if simulator else 0
+            ratio, factor, score = torch.stack(terms).nanmean(0).tolist() if terms else (math.nan,) * 3
+            bilevel = {
+                "labels": float(queue.added),
+                "true_reward": float(true_rewards[rows].mean()),
+                "implicit_weight": weight * factor if terms else 0.0,
+                "gradient_factor": factor,
+                "implicit_ratio": ratio,
+                "score_mean": score,
+                "simulator_steps": float(steps),
             }
-            if args.reward_update in ("ground-truth", "constant"):  # nobody asks the network
-                opinions = dict.fromkeys(opinions, math.nan)
-            names = ("losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/logprobs")
-            metrics = {name: float(logged.get(name, torch.tensor(math.nan)).mean()) for name in names}
+            if args.reward_update not in ("ground-truth", "constant"):  # which do not ask the network
+                bilevel |= {
+                    "heldout_accuracy": float(accuracy(guess, heldout_rewards)),
+                    "heldout_cross_entropy": float(cross_entropies(guess, oracle).mean()),
+                    "reward_correlation": float(correlation(learned_rewards, true_rewards[rows])),
+                    "learned_reward": float(learned_rewards.mean()),
+                }
+            metrics |= {f"bilevel/{name}": None if math.isnan(x) else x for name, x in bilevel.items()}
             metrics |= {
                 "losses/alpha": alpha,
-                "losses/cross_entropy": float(torch.cat(epoch_losses)[-len(queue) :].mean()) if epoch_losses else math.nan,
-                "bilevel/labels": float(queue.added),
-                "bilevel/true_reward": float(rollout_rewards[rows].mean()),
-                "bilevel/implicit_weight": weight * float(torch.stack(factors).mean()) if factors else 0.0,
-                "bilevel/gradient_factor": float(torch.stack(factors).mean()) if factors else math.nan,
-                "bilevel/implicit_ratio": float(torch.stack(ratios).nanmean()) if ratios else math.nan,
-                "bilevel/score_mean": float(torch.cat(scores).mean()) if scores else math.nan,
-                "bilevel/simulator_steps": float(simulator.steps if simulator else 0),
                 "time/env": env_time,
                 "time/policy": reward_start - iteration_start - env_time - update_time,
                 "time/update": now - reward_start + update_time,
                 "time/reward": now - reward_start,
             }
-            run.log(global_step, metrics | {name: float(value) for name, value in opinions.items()}, episodes)
-            due = iteration % args.checkpoint_every == 0 or iteration == num_iterations or replay.spare_left < batch_size
-            if due or run.stop_signal:
-                state = {
-                    "replayed": replay.save(),
-                    "replay_rows": len(replay.rows),
-                    "agents": [each.state_dict() for each in agents],
-                    "reward": model.state_dict(),
-                    "optimisers": [each.state_dict() for each in optimisers],
-                    "queue": queue.state_dict(),
-                    "policy_pairs": [] if pair_losses is None else [pair_inputs, pair_losses],
-                    "simulator_steps": simulator.steps if simulator else 0,
-                }
+            run.log(global_step, metrics, episodes)
+            parameters = [each.flatten() for network in (*agents, model) for each in network.parameters()]
+            losses = [value for name, value in metrics.items() if name.startswith("losses/")]
+            watched = {"observations": inputs[..., :obs_dim], "rewards": true_rewards}
+            watched |= {"losses": torch.tensor(losses), "weights": torch.cat(parameters)}
+            for name, numbers in watched.items():
+                if not numbers.isfinite().all():
+                    raise Diverged(f"the {name} stopped being finite by step {global_step:,}")
+            newest = newest if learning else newest[:0]
+            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
+                state["agents"] = [each.state_dict() for each in agents]
+                state["optimisers"] = [each.state_dict() for each in optimisers]
+                state |= {"reward": model.state_dict(), "newest": len(newest), "queue": queue.state_dict()}
+                state |= {"replay": replay.state_dict(), "simulator_steps": steps}
                 run.save_checkpoint(state)
             if run.stop_signal:
-                run.stop()
+                sys.exit(128 + run.stop_signal)
 
-        # ---- Training: model, evaluation, video ----------------------------------------------------------------
-        run.end_training()
+        # ---- Training: model, evaluation, film (shared) ----------------------------------------------
+        run.trained = True
         envs.close()
-        model_file = {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "actor": agent.actor.cpu().state_dict(),
-            "reward": model.cpu().state_dict(),
-            "sizes": [obs_dim, action_dim, args.actor_width],
-            "action_low": torch.as_tensor(action_space.low, dtype=torch.float32),
-            "action_high": torch.as_tensor(action_space.high, dtype=torch.float32),
-        }
-        path = run.folder / "model.pt"
-        if args.save_model or args.eval_episodes or args.capture_video:
-            write_atomically(path, lambda new: torch.save(model_file, new))
-        results = {}
+        agent.cpu()
+        if args.save_model:
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes}
+            write_atomically(run.folder / "model.pt", model | {"agent": agent.state_dict()})
+        if args.capture_video:
+            try:
+                play(agent, args, 1, run.folder / "videos")
+            except Exception as error:  # as where nothing can draw
+                say(f"no film, the run is complete: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa")
         if args.eval_episodes:
-            results["eval_returns"] = evaluate(load_policy(path), args, args.eval_episodes)
-            print(f"mean return of {args.eval_episodes} evaluation episodes: {np.mean(results['eval_returns']):.1f}")
-        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed, args.terminate):
-            print("the video could not be made; the run is complete without it", file=sys.stderr)
-        if not args.save_model:
-            path.unlink(missing_ok=True)
-        run.close("finished", **results)
-        replay.delete()
+            run.result["eval_returns"] = play(agent, args, args.eval_episodes)
+            say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
-# ---- Entry point (shared) --------------------------------------------------------------------------------------
+# ---- Entry point (shared) ----------------------------------------------------------------------------
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a task of the user's own may lie
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
-        train(parse_args(Args))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        train(parse_args())
+    except (BadInput, Diverged) as error:
+        say(f"error: {error}")
+        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -1,94 +1,121 @@
-"""SAC and STSAC: Stackelberg soft actor-critic (Zheng et al. 2022, arXiv:2109.12286), off-policy.
+"""SAC and STSAC: Stackelberg soft actor-critic (Zheng et al. 2022, arXiv:2109.12286), off-policy. The two
+players are the actor and the critics of one agent, not two agents.
 
-`stddpg.py` with a stochastic actor a = tanh(mean + std noise), two critics and an entropy term of the fixed weight eta:
+`stddpg.py` with a stochastic actor a = tanh(mean + std noise), two critics and an entropy term of the fixed
+weight eta:
 
-    f(theta, omega) = mean (eta log pi(a|s) - min_i Q_i(s, a)),  a ~ pi_theta(.|s)           eq. (9)  -> policy_loss
-    L(theta, omega) = sum_i mean (Q_i(s, a) - y)^2                                               (10)  -> critic_gradient
-    y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - eta log pi(a'|s')),  a' ~ pi_theta(.|s')      -> backup
+    f(theta, omega) = mean (eta log pi(a|s) - min_i Q_i(s, a)),  a ~ pi_theta(.|s)
+                                                                   eq. (9) -> actor_objective, policy_loss
+    L(theta, omega) = sum_i mean (Q_i(s, a) - y)^2                eq. (10) -> critic_objective, CriticJacobian
+    y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - eta log pi(a'|s')),  a' ~ pi_theta(.|s')
+                                                                           -> backup
 
-One leads, `--leader`: it descends its total derivative, the other its own gradient, both at the old point (Algorithm 1).
+One leads, `--leader`: it descends its total derivative, the other its own gradient, both at the old point
+(Algorithm 1).
 
-    actor   g = d_theta f - (d_theta d_omega L) x,    (d2_omega L + lambda I) x = d_omega f      eq. (15), Prop. 2
-    critic  g = d_omega L - (d_omega d_theta f) x,    (d2_theta f + lambda I) x = d_theta L      eq. (16)
+    actor   g = d_theta f - (d_theta d_omega L) x,  (d2_omega L + lambda I) x = d_omega f   eq. (15), Prop. 2
+    critic  g = d_omega L - (d_omega d_theta f) x,  (d2_theta f + lambda I) x = d_theta L   eq. (16)
 
-theta reaches L through y alone, so (d_theta d_omega L) x = -2 mean z d_theta y with z = sum_i d_omega Q_i(s, a).x_i, and
-**the actor descends f + 2 mean z y**. d2_omega L has a block for each critic, and d_omega f touches critic i only where
-it is the least. `--ihvp kernel`, the Gauss-Newton part, needs the rows alone: z_i = (lambda I + K_i)^-1 J_i b_i with
-K_i = 2/n J_i J_i^T -> kernel_response. `--ihvp cg` is the paper's solve with the full, indefinite Hessian and a guard
--> critic_hessian, actor_hessian, conjugate_gradient, critic_correction.
+theta reaches L through y alone, so (d_theta d_omega L) x = -2 mean z d_theta y with z = sum_i d_omega
+Q_i(s, a).x_i, and **the actor descends f + 2 mean z y**. d2_omega L has a block for each critic, and
+d_omega f touches critic i only where it is the least. `--ihvp kernel`, the Gauss-Newton part, needs the rows
+alone: z_i = (lambda I + K_i)^-1 J_i b_i with K_i = 2/n J_i J_i^T -> CriticJacobian, kernel_response.
+`--ihvp cg` is the paper's solve with the full, indefinite Hessian and a guard -> hessian_product,
+cg_response, actor_response, conjugate_gradient, critic_correction.
 
-Controls: `--leader none-simultaneous` drops the implicit term and nothing else; `none-sequential` is SAC as usual, the actor
-after the critics. docs/stackelberg.md lists what differs from the paper.
+Controls: `--leader none-simultaneous` drops the implicit term and nothing else; `none-sequential` is SAC as
+usual, the actor after the critics. docs/stackelberg.md lists what differs from the paper.
 
     python stsac.py --env-id HalfCheetah-v4
 """
 
-
-# ---- Imports (shared) ------------------------------------------------------------------------------------------
-import ast
+# ---- Imports -----------------------------------------------------------------------------------------
+import argparse
 import contextlib
+import copy
 import csv
-import ctypes
-import difflib
 import functools
 import importlib.metadata
-import importlib.util
-import inspect
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import platform
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
-import threadpoolctl
+import pydantic
 import torch
 import torch.nn as nn
 import tyro
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import envpool
-except ImportError:  # no wheel for this platform: Gymnasium serves
-    envpool = None
+
+# ---- Checked arguments (shared) ----------------------------------------------------------------------
+class BadInput(Exception):
+    """One sentence that names the argument, what is wrong and what would be right; exit status 2."""
 
 
-# ---- Arguments -------------------------------------------------------------------------------------------------
-@dataclass
-class Args:
-    """Every number must lie in the interval that its line states."""
+class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings"):
+    """Arguments whose ranges are checked whenever they are made, from a command line or in Python."""
 
-    exp_name: str | None = None
-    """name of the experiment; default: the name of this file"""
-    seed: int = 1
-    """seed of the environments, the initial weights, the actions and the minibatches, in [0, 2147483647]"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels (on a CPU a run repeats bitwise, on CPUs of the same kind)"""
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadInput for the first argument that is out of its range."""
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
+
+
+def json_object(text: str) -> str:
+    """The text; raises ValueError unless it is a JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("it must be a JSON object")
+    return text
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------
+class Args(CheckedArgs):
+    """The run, the task, then the algorithm."""
+
+    exp_name: str = Path(__file__).stem
+    """name of the experiment"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """seed of the environments, the initial weights, the actions and the minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
+    cuda_graphs: bool = True
+    """launch an update on a CUDA device as one graph; otherwise kernel by kernel, for debugging"""
     run_dir: Path = Path("runs")
-    """the run's own folder is created in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
+    """the run's own folder is made in this one: {run_dir}/{env_id}__{exp_name}__{seed}__{time}"""
     resume: Path | None = None
-    """continue the run in this folder, with its arguments, from its last checkpoint"""
-    checkpoint_every: int = 50
-    """iterations between two checkpoints, in [1, inf)"""
+    """continue, extend or replay the run in this folder, with its arguments; those given again win"""
+    checkpoint_every: PositiveInt = 50
+    """iterations between two checkpoints"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "bilevel-actor-critic"
@@ -96,204 +123,212 @@ class Args:
     wandb_entity: str | None = None
     """W&B team"""
     save_model: bool = False
-    """write model.pt (weights) at the end"""
-    eval_every: int = 10000
-    """environment steps between two evaluations, in [1, inf)"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, without exploration, in [0, 10000]; 0: never"""
+    """write model.pt (the policy) at the end"""
+    eval_every: PositiveInt = 10_000
+    """environment steps between two evaluations"""
+    eval_episodes: NonNegativeInt = 10
+    """episodes of an evaluation, without exploration, through Gymnasium; 0: never"""
     capture_video: bool = False
-    """film one such episode after training through Gymnasium (MuJoCo needs EGL, or MUJOCO_GL=osmesa)"""
+    """film one such episode"""
 
-    # Algorithm
     env_id: str = "HalfCheetah-v4"
     """any task with a bounded Box action space; also namespace/Name-v0 and module:Name-v0"""
-    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
-    """who steps the environments; auto: EnvPool where it has the task"""
-    env_threads: int = 0
-    """EnvPool threads, in [0, 1024]; 0: one for each usable core, at most num_envs"""
-    total_timesteps: int = 400000
-    """environment steps in all, in [1, inf); rounded down to whole iterations; 400000 in the paper's figures"""
-    num_envs: int = 1
-    """parallel environments, in [1, 65536]"""
-    num_steps: int = 250
-    """steps of each environment in an iteration, which ends with a row of metrics.csv, in [1, inf)"""
+    env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
+    """keyword arguments of the task, as JSON: '{"forward_reward_weight": 2}'"""
+    env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
+    """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
+    where it has the task, else sync"""
+    env_threads: NonNegativeInt = 0
+    """EnvPool threads; 0: one for each usable core, at most num_envs"""
+    total_timesteps: PositiveInt = 400_000
+    """environment steps in all, rounded down to whole iterations; 400,000 in the paper's figures"""
+    num_envs: PositiveInt = 1
+    """parallel environments"""
+
+    num_steps: PositiveInt = 250
+    """steps of each environment in an iteration, which ends with a row of metrics.csv"""
     leader: Literal["actor", "critic", "none-simultaneous", "none-sequential"] = "actor"
-    """who follows its total derivative; none-simultaneous: nobody; none-sequential: nobody, the actor steps after the critic"""
+    """who follows its total derivative; none-simultaneous: nobody; none-sequential: nobody, the actor steps
+    after the critic"""
     ihvp: Literal["kernel", "cg"] = "kernel"
-    """solve if the actor leads: kernel, exact with the Gauss-Newton Hessian, or cg, the paper's; a leading critic has cg"""
-    regularisation: float = 10.0
-    """lambda, added to the follower's Hessian, in [0, inf]; inf: none-simultaneous; the paper has 500, its code 0"""
-    regularisation_decay: float = math.inf
-    """environment steps in which lambda falls by the factor e, in (0, inf]; 100000 in the paper's code"""
-    cg_iterations: int = 10
-    """iterations of conjugate gradient, in [1, 10000]; 10 in the paper"""
-    follower_steps: int = 1
-    """m, steps of the follower for one of the leader, in [1, 1000000]; 1 in the paper; the critic follows if nobody leads"""
-    learning_rate: float = 1e-3
-    """Adam step size of the actor, in (0, inf)"""
-    critic_learning_rate: float = 1e-3
-    """Adam step size of the critic, in (0, inf)"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1]"""
-    polyak: float = 0.995
-    """what the target keeps of itself in an update, in [0, 1]"""
-    batch_size: int = 100
-    """transitions in a minibatch, in [1, inf)"""
-    buffer_size: int = 1000000
-    """latest transitions that minibatches are drawn from, in [1, inf)"""
-    random_steps: int = 10000
-    """environment steps with uniformly random actions, in [0, inf)"""
-    learning_starts: int = 1000
-    """environment steps before the first update, in [0, inf)"""
-    update_every: int = 50
-    """steps of each environment between two blocks of updates, in [1, inf); a block has one update for each new transition"""
-    entropy_coef: float = 0.2
-    """eta, the fixed weight of the entropy, in [0, inf)"""
-    actor_width: int = 256
-    """units in each of the actor's two hidden layers, in [1, 65536]"""
-    critic_width: int = 256
-    """units in each of the critic's two hidden layers, in [1, 65536]"""
+    """solve if the actor leads: kernel, exact with the Gauss-Newton Hessian, or cg, the paper's; a leading
+    critic has cg"""
+    regularisation: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 10.0
+    """lambda, added to the follower's Hessian; inf: none-simultaneous; the paper has 500, its code 0"""
+    regularisation_decay: Annotated[float, Field(gt=0, allow_inf_nan=True)] = math.inf
+    """environment steps in which lambda falls by the factor e; 100000 in the paper's code"""
+    cg_iterations: PositiveInt = 10
+    """iterations of conjugate gradients; 10 in the paper"""
+    follower_steps: PositiveInt = 1
+    """m, steps of the follower for one of the leader; 1 in the paper; the critic follows if nobody leads"""
+    learning_rate: PositiveFloat = 1e-3
+    """Adam step size of the actor"""
+    critic_learning_rate: PositiveFloat = 1e-3
+    """Adam step size of the critic"""
+    gamma: Fraction = 0.99
+    """discount factor"""
+    polyak: Fraction = 0.995
+    """what the target keeps of itself in an update"""
+    batch_size: PositiveInt = 100
+    """transitions in a minibatch"""
+    buffer_size: PositiveInt = 1_000_000
+    """latest transitions that minibatches are drawn from"""
+    random_steps: NonNegativeInt = 10_000
+    """environment steps with uniformly random actions"""
+    learning_starts: NonNegativeInt = 1_000
+    """environment steps before the first update"""
+    update_every: PositiveInt = 50
+    """steps of each environment between two blocks of updates, of one for each new transition"""
+    entropy_coef: NonNegativeFloat = 0.2
+    """eta, the fixed weight of the entropy"""
+    actor_width: Width = 256
+    """units in each of the actor's two hidden layers"""
+    critic_width: Width = 256
+    """units in each of the critic's two hidden layers"""
+
+    @pydantic.model_validator(mode="after")
+    def check_shapes(self):
+        """Raise BadInput unless there is a whole iteration of whole blocks and the solve is defined."""
+        steps = self.num_envs * self.num_steps
+        if self.total_timesteps < steps:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one iteration of {steps}")
+        if self.num_steps % self.update_every:
+            raise BadInput(f"--update-every {self.update_every} must divide --num-steps {self.num_steps}")
+        if self.leader == "actor" and self.ihvp == "kernel" and self.regularisation == 0:
+            raise BadInput(
+                "--regularisation is 0: with --ihvp kernel it must be above, its Hessian is singular"
+            )
+        return self
+
+    def agent_sizes(self, obs_dim: int, action_dim: int) -> tuple:
+        """What `Agent` is made of."""
+        return obs_dim, action_dim, self.actor_width, self.critic_width, self.entropy_coef
 
 
-# ---- Environments ----------------------------------------------------------------------------------------------
-def make_envs(
-    env_id: str, num_envs: int, seed: int, backend: str = "auto", threads: int = 1
-) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.spaces.Space]:
-    """Parallel environments that reset on the step after an episode's end (Gymnasium's NEXT_STEP mode).
+METRICS = (
+    "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
+    "losses/qf_loss", "losses/q_values", "losses/actor_loss", "losses/actor_gradient_norm",
+    "bilevel/direct_norm", "bilevel/correction_norm", "bilevel/multiplier", "bilevel/cosine",
+    "bilevel/ihvp_residual", "bilevel/negative_curvature", "bilevel/plain_fraction", "bilevel/weight_mean",
+    "bilevel/weight_std", "bilevel/regularisation", "bilevel/inner_gradient_norm_before",
+    "bilevel/inner_gradient_norm_after", "charts/eval_return", "time/env", "time/policy", "time/update",
+    "time/evaluation",
+)  # fmt: skip
 
-    That mode lets one loop serve both backends: at the end of an episode `step` returns its true final observation;
-    the next `step` ignores the action and returns the first observation of the new episode with reward 0.
 
-    Returns the environments, already seeded, and the spaces of a single one: observations, a flat Box, and actions.
-    Raises BadInput if the task is unknown, cannot be made, or has spaces that this script cannot use.
+# ---- Environments (shared) ---------------------------------------------------------------------------
+@contextlib.contextmanager
+def task_errors(env_id: str):
+    """Turn whatever a task raises while it is made into one sentence that says where: BadInput."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames[1:] if not re.search("-packages|importlib", f.filename)]  # the task's
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        raise BadInput(f"--env-id {env_id!r} cannot be made: {text}{where}") from error
+
+
+def leave_interrupts(env: gym.Env) -> gym.Env:
+    """The environment; in a process of its own it ignores Ctrl-C, which is the training loop's to answer."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
+
+
+def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gym.Space]:
+    """The parallel environments of `args`, and the spaces of one: observations, a flat Box, and actions.
+
+    They reset on the step after an episode's end (Gymnasium's NEXT_STEP mode), so that one loop serves all
+    backends: at the end of an episode `step` returns its true final observation; the next `step` ignores
+    the action and returns the first observation of the new episode with reward 0. Raises BadInput if the
+    task is unknown or cannot be used.
     """
-    has_envpool = envpool is not None and env_id in envpool.list_all_envs()
-    if backend == "envpool" and not has_envpool:
-        reason = "is not installed" if envpool is None else f"does not have {env_id!r}"
-        raise BadInput(f"--env-backend envpool: EnvPool {reason}; use --env-backend gymnasium")
-    if backend != "gymnasium" and has_envpool:
-        with warnings.catch_warnings():  # of float64 boxes that become float32
-            warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
-            envs = envpool.make(
-                env_id, env_type="gymnasium", num_envs=num_envs, seed=seed, num_threads=threads,
-                thread_affinity_offset=first_core(threads),
-            )  # fmt: skip
+    try:
+        import envpool
+
+        has_envpool = args.env_id in envpool.list_all_envs()
+    except ImportError:  # no wheel for this platform: Gymnasium serves
+        has_envpool = False
+    if args.env_backend == "envpool" and not has_envpool:
+        raise BadInput(f"--env-backend envpool does not have {args.env_id!r} here; use sync or async")
+    kwargs = json.loads(args.env_kwargs)
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        if has_envpool and args.env_backend in ("auto", "envpool"):
+            cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(os.cpu_count())
+            threads = args.env_threads or min(len(cores), args.num_envs)
+            # Pinned threads take a quarter to a third less time a step. They are pinned only where they
+            # fill all the cores of this process, so that several small runs never crowd on the same ones.
+            pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
+            kwargs = {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1} | kwargs
+            envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
-    else:
-        try:
-            envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync")
-        except (gym.error.Error, ImportError, ValueError, TypeError, AttributeError, OSError) as error:
-            known = sorted({*gym.registry, *(envpool.list_all_envs() if envpool is not None else [])} - {env_id})
-            near = difflib.get_close_matches(env_id, known, n=3)
-            hint = f"; the nearest known names are {', '.join(near)}" if near else ""
-            if ":" in env_id and isinstance(error, ImportError):
-                hint = f"; a module must lie beside {SCRIPT} or in a folder of PYTHONPATH"
-            raise BadInput(f"--env-id {env_id!r} cannot be made: {first_sentence(error)}{hint}") from error
-        if not isinstance(envs.single_observation_space, gym.spaces.Box) or len(envs.single_observation_space.shape) != 1:
-            envs = gym.wrappers.vector.FlattenObservation(envs)
-        envs.reset(seed=seed)
-        observation_space, action_space = envs.single_observation_space, envs.single_action_space
-    check_action_space(env_id, action_space)
+        else:
+            mode = "async" if args.env_backend == "async" else "sync"
+            envs = gym.make_vec(args.env_id, args.num_envs, mode, wrappers=[leave_interrupts], **kwargs)
+            if len(envs.single_observation_space.shape or ()) != 1:
+                envs = gym.wrappers.vector.FlattenObservation(envs)
+            envs.reset(seed=seed)
+            envs.step(envs.action_space.sample())  # what the task refuses shows here
+            envs.reset(seed=seed)
+            observation_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise BadInput(f"--env-id {env_id!r} has the observation space {observation_space}; this script needs a flat Box")
+        observations = f"observation space {observation_space}; this script needs a flat Box"
+        raise BadInput(f"--env-id {args.env_id!r} has the {observations}")
+    check_action_space(args.env_id, action_space)
     return envs, observation_space, action_space
 
 
-def first_core(threads: int) -> int:
-    """The core of EnvPool's first thread, the others following; -1: the system moves them about.
-
-    Pinned threads take a quarter to a third less time a step where PyTorch works between the steps. They are pinned only
-    if they fill all the cores that this process may use, so that several small runs never crowd on the same ones.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return cores[0] if cores and threads >= len(cores) == cores[-1] - cores[0] + 1 else -1
-
-
-# ---- Networks --------------------------------------------------------------------------------------------------
+# ---- Networks (shared) -------------------------------------------------------------------------------
 def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """Two hidden ReLU layers with PyTorch's initial weights, as in Spinning Up, which the paper builds on."""
-    hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    hidden = nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
     return nn.Sequential(*hidden, nn.Linear(width, outputs))
 
 
-def numpy_mlp(network: nn.Sequential) -> Callable[[np.ndarray], np.ndarray]:
-    """The network as it is now, in numpy: x (n, inputs) -> (n, outputs). For the few rows of a step, PyTorch takes four
-    times as long, and a GPU longer still."""
-    parameters = [parameter.detach().cpu().numpy() for parameter in network.parameters()]
-    *hidden, output = zip(parameters[::2], parameters[1::2])
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        for weight, bias in hidden:
-            x = np.maximum(x @ weight.T + bias, 0.0)
-        return x @ output[0].T + output[1]
-
-    return forward
+def check_action_space(env_id: str, space: gym.Space) -> None:
+    """Raise BadInput unless the actions are vectors of numbers in a box whose size is a number (float32)."""
+    box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+    if box:
+        low, high = torch.tensor(space.low).float(), torch.tensor(space.high).float()
+        box = len(low) > 0 and bool((low < high).all() and (high - low).isfinite().all())
+    if not box:
+        needs = "this script needs a flat Box of floats with low < high, high - low finite in float32"
+        raise BadInput(f"--env-id {env_id!r} has the action space {space}; {needs}")
 
 
-def flat_view(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
-    """One vector (P,) that the parameters, and their gradients, become views of: theta or omega as the paper has it.
-
-    An optimiser then steps one tensor instead of six, a fifth of the time. A weight lies in memory with its longer side
-    contiguous: for 11 observations the gradient of the first layer takes a third of the time that way. So the order of
-    its elements is not that of `torch.nn.utils.parameters_to_vector`: add no vector to it that was made otherwise. Gradients
-    accumulate in place: zero them with `.grad.zero_()`, never by setting them to None.
-    """
-    parameters = list(parameters)
-    flat, start = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters])), 0
-    flat.grad = torch.zeros_like(flat)
-    for parameter in parameters:
-        end = start + parameter.numel()
-        data, grad = (vector[start:end].view(sorted(parameter.shape)) for vector in (flat.data, flat.grad))
-        if data.shape != parameter.shape:
-            data, grad = data.T, grad.T
-        parameter.data, parameter.grad, start = data.copy_(parameter.data), grad, end
-    return flat
-
-
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on flat vectors. `update` runs PyTorch's fused kernel and nothing else; what `step` does around
-    it takes six times as long as the kernel. Give it parameter groups with `params`, a flat vector, and `lr`."""
-
-    def __init__(self, *groups: dict):
-        super().__init__(groups, eps=1e-5, fused=True)
-        for group in self.param_groups:
-            for vector in group["params"]:
-                zeros = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[vector] = {"step": torch.zeros((), device=vector.device)} | zeros
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """One step along the vectors' gradients (Kingma and Ba 2015, alg. 1), bitwise that of `step`."""
-        for group in self.param_groups:
-            vectors, (beta1, beta2) = group["params"], group["betas"]
-            grads, states = [vector.grad for vector in vectors], [self.state[vector] for vector in vectors]
-            means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_add_(steps, 1)
-            torch._fused_adam_(
-                vectors, grads, means, squares, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-                weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
-
-
-# ---- Policy ----------------------------------------------------------------------------------------------------
+# ---- Policy ------------------------------------------------------------------------------------------
 class Agent(nn.Module):
-    """A squashed Gaussian actor, two critics Q(s, a) and their targets. The actions lie in [-1, 1]."""
+    """A squashed Gaussian actor, two critics Q(s, a) and their targets; their actions lie in [-1, 1].
 
-    def __init__(self, obs_dim: int, action_dim: int, args):
+    The actor may be any module from observations (..., D) to (..., 2A), means and log standard deviations; a
+    critic one that `check_critics` takes. Called with raw observations, the agent is the policy as played.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, actor_width: int, critic_width: int, entropy_coef: float
+    ):
         super().__init__()
-        self.entropy_coef, self.noise_dim = args.entropy_coef, action_dim
-        self.actor = mlp(obs_dim, args.actor_width, 2 * action_dim)
-        self.critics = nn.ModuleList([mlp(obs_dim + action_dim, args.critic_width, 1) for _ in range(2)])
-        self.targets = nn.ModuleList([mlp(obs_dim + action_dim, args.critic_width, 1) for _ in range(2)])
-        self.targets.requires_grad_(False)
-        self.targets.load_state_dict(self.critics.state_dict())
+        self.entropy_coef = entropy_coef
+        self.noise_dim = action_dim  # random numbers that an action takes in an update
+        self.actor = mlp(obs_dim, actor_width, 2 * action_dim)
+        self.critics = nn.ModuleList([mlp(obs_dim + action_dim, critic_width, 1) for _ in range(2)])
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.register_buffer("action_low", torch.full((action_dim,), -1.0))  # the task's action box
+        self.register_buffer("action_high", torch.full((action_dim,), 1.0))
+
+    def set_action_space(self, space: gym.spaces.Box) -> None:
+        """Keep the task's action box."""
+        self.action_low.copy_(torch.as_tensor(space.low))
+        self.action_high.copy_(torch.as_tensor(space.high))
 
     def policy(self, outputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions (n, A) for the actor's outputs (n, 2A), means and log standard deviations, and standard normal noise
-        (n, A); and what each costs besides its value (n,), eta log pi(a|s).
+        """Actions (n, A) for the actor's outputs (n, 2A), means and log standard deviations, and standard
+        normal noise (n, A); and what each costs besides its value (n,), eta log pi(a|s).
 
-        log pi has the term -sum log(1 - tanh(u)^2) of the squashing (Haarnoja et al. 2018, appendix C), in the form
-        log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) that does not underflow.
+        log pi has the term -sum log(1 - tanh(u)^2) of the squashing (Haarnoja et al. 2018, appendix C), in
+        the form log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) that does not underflow.
         """
         mean, logstd = outputs.chunk(2, -1)
         logstd = logstd.clamp(-20, 2)
@@ -302,136 +337,144 @@ class Agent(nn.Module):
         squashing = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return torch.tanh(u), self.entropy_coef * (gaussian - squashing).sum(-1)
 
-    def act(self, outputs: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
-        """Sampled actions (N, A) for the actor's outputs (N, 2A) and standard normal noise (N, A); 0: the squashed means."""
-        mean, logstd = np.split(outputs, 2, -1)
-        return np.tanh(mean + np.exp(np.clip(logstd, -20, 2)) * noise)
+    def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Sampled actions (N, A) at obs (N, D) with standard normal noise (N, A)."""
+        return self.policy(self.actor(obs), noise)[0]
+
+    def task_actions(self, actions: Tensor) -> Tensor:
+        """Actions (..., A) in [-1, 1] as the task takes them: spread over its box."""
+        spread = self.action_low + 0.5 * (actions + 1) * (self.action_high - self.action_low)
+        return spread.clamp(self.action_low, self.action_high)
+
+    def forward(self, raw_obs: Tensor) -> Tensor:
+        """The policy as it is played: raw observations (..., D) -> squashed means in the box (..., A)."""
+        outputs = self.actor(torch.as_tensor(raw_obs).float())
+        return self.task_actions(torch.tanh(outputs.chunk(2, -1)[0]))
 
 
-def check_action_space(env_id: str, space: gym.spaces.Space) -> None:
-    """Raise BadInput unless the actions are vectors of numbers between bounds."""
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-        raise BadInput(f"--env-id {env_id!r} has the action space {space}; this script needs a flat Box with finite bounds")
-
-
-def task_actions(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
-    """Actions (..., A) in [-1, 1] as the task takes them: spread over its box."""
-    spread = space.low + 0.5 * (actions + 1.0) * (space.high - space.low)
-    return np.clip(spread, space.low, space.high).astype(space.dtype)
-
-
-# ---- Derivatives of a ReLU stack -------------------------------------------------------------------------------
-class ReluStack:
-    """A Linear / ReLU stack at n rows, with its derivatives as products; tests/ holds the torch.func versions.
-
-    The gradient of an output in a layer's weights is the outer product of two vectors: its derivative by the layer's
-    outputs (`deltas`) and the layer's inputs (`inputs`). Second derivatives take the slope of ReLU as constant, which it
-    is but for a set of measure zero. Parameters are lists in the order of `parameters()`.
-    """
-
-    def __init__(self, network: nn.Sequential, rows: Tensor):
-        """One forward pass at rows (n, D), without a graph; keeps the outputs (n, O) and the inputs of each layer."""
-        self.linears, self.inputs = [layer for layer in network if isinstance(layer, nn.Linear)], [rows]
-        with torch.no_grad():
-            for linear in self.linears[:-1]:
-                self.inputs.append(torch.relu_(linear(self.inputs[-1])))
-            self.outputs = self.linears[-1](self.inputs[-1])
-
-    def parameters(self) -> list[Tensor]:
-        """Weight and bias of each layer."""
-        return [parameter for linear in self.linears for parameter in (linear.weight, linear.bias)]
-
-    @torch.no_grad()
-    def deltas(self, slopes: Tensor) -> list[Tensor]:
-        """The derivative of sum_k slopes_k.outputs_k by the outputs of each layer (n, width): slopes (n, O)."""
-        deltas = [slopes]
-        for linear, hidden in zip(self.linears[:0:-1], self.inputs[:0:-1]):
-            deltas.insert(0, threshold_backward(deltas[0] @ linear.weight, hidden, 0))
-        return deltas
-
-    @functools.cached_property
-    def unit(self) -> list[Tensor]:
-        """`deltas` of the sum of a scalar output: one backward pass, of which J and its products are made."""
-        return self.deltas(torch.ones_like(self.outputs))
-
-    @torch.no_grad()
-    def vjp(self, u: Tensor) -> list[Tensor]:
-        """J^T u for the Jacobian J of a scalar output in the parameters: u (n,)."""
-        parts = []
-        for inputs, delta in zip(self.inputs, self.unit):
-            delta = delta * u[:, None]
-            parts += [delta.T @ inputs, delta.sum(0)]
-        return parts
-
-    @torch.no_grad()
-    def jvp(self, v: list[Tensor]) -> Tensor:
-        """J v (n,)."""
-        layers = zip(v[::2], v[1::2], self.inputs, self.unit)
-        return sum((torch.addmm(bias, inputs, weight.T) * delta).sum(1) for weight, bias, inputs, delta in layers)
-
-    @torch.no_grad()
-    def kernel(self, other: "ReluStack") -> Tensor:
-        """J J_other^T (n, m) of one critic at two sets of rows, layer by layer."""
-        layers = zip(self.inputs, self.unit, other.inputs, other.unit)
-        return sum((a @ b.T + 1) * (c @ d.T) for a, c, b, d in layers)
-
-    @torch.no_grad()
-    def move(self, v: list[Tensor]) -> list[Tensor]:
-        """How the inputs of the later layers, and the outputs, move with the parameters along v (forward mode)."""
-        moved = []
-        for k, (linear, weight, bias) in enumerate(zip(self.linears, v[::2], v[1::2])):
-            image = torch.addmm(bias, self.inputs[k], weight.T)
-            if k:
-                image.addmm_(moved[-1], linear.weight.T)
-            moved.append(threshold_backward(image, self.inputs[k + 1], 0) if k + 1 < len(self.linears) else image)
-        return moved
-
-    @torch.no_grad()
-    def hessian_product(self, deltas: list[Tensor], bend: Callable[[Tensor], Tensor], v: list[Tensor]) -> list[Tensor]:
-        """H v for the Hessian H in the parameters of a loss of the outputs (Pearlmutter 1994): the gradient's own
-        forward-mode derivative. deltas: of the loss's slopes; bend: the product with its Hessian in the outputs (n, O)."""
-        *moved, image = self.move(v)
-        turned, parts = bend(image), []
-        for k in reversed(range(len(self.linears))):
-            weight = turned.T @ self.inputs[k]
-            if k:
-                weight.addmm_(deltas[k].T, moved[k - 1])
-            parts = [weight, turned.sum(0), *parts]
-            if k:
-                turned = torch.addmm(deltas[k] @ v[2 * k], turned, self.linears[k].weight)
-                turned = threshold_backward(turned, self.inputs[k], 0)
-        return parts
-
-    @torch.no_grad()
-    def slope_gradient(self, u: Tensor, direction: Tensor) -> list[Tensor]:
-        """The gradient in the parameters of sum_k u_k d output_k / d row_k . direction_k: u (n,), direction (n, D)."""
-        parts = []
-        for k, (linear, delta) in enumerate(zip(self.linears, self.unit)):
-            parts += [(delta * u[:, None]).T @ direction, torch.zeros_like(linear.bias)]
-            if k + 1 < len(self.linears):
-                direction = threshold_backward(direction @ linear.weight.T, self.inputs[k + 1], 0)
-        return parts
-
-
-threshold_backward = torch.ops.aten.threshold_backward  # slope where the hidden unit is above 0, else 0
-
-
+# ---- Derivatives of the critics (shared) -------------------------------------------------------------
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """One vector (P,) of the numbers of all tensors."""
+    """One vector (P,) of the numbers of all tensors: theta or omega, if they are a network's parameters."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def unflatten(vector: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+def unflatten(vector: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     """The inverse of `flatten`: views of a vector (P,) in the shapes of the parameters."""
-    parameters = list(parameters)
-    return [part.view(each.shape) for part, each in zip(vector.split([each.numel() for each in parameters]), parameters)]
+    parts = vector.split([each.numel() for each in parameters])
+    return [part.view(each.shape) for part, each in zip(parts, parameters)]
 
 
-# ---- The two players' objectives -------------------------------------------------------------------------------
+def call(network: nn.Module, parameters: Tensor, rows: Tensor) -> Tensor:
+    """The outputs (n, O) of the network with its parameters taken from a vector (P,), at rows (n, D)."""
+    names, own = zip(*network.named_parameters())
+    return torch.func.functional_call(network, dict(zip(names, unflatten(parameters, own))), (rows,))
+
+
+class CriticJacobian:
+    """Q_i (E, n) of E critics at n rows (s, a), and J_i = d_omega Q_i (n, P / E) of each as products with it.
+
+    Q is one number a row, so its gradient in the weights of a linear layer is the outer product of delta,
+    the derivative of Q by the layer's outputs, and the layer's inputs h. One torch.func.vjp by zeros that
+    are added to the outputs of all layers gives every delta, whatever lies between the layers. A critic may
+    be any module whose parameters are those of nn.Linear layers, each used once (`check_critics`).
+
+    With `least` J is d_omega min_i Q_i: the row k of J_i is 0 unless critic i is the least in that row.
+    """
+
+    def __init__(self, critics: nn.ModuleList, rows: Tensor, least: bool = False):
+        """Forward and backward pass at rows (n, D + A); keeps the values, the factors of J, and slopes
+        (n, D + A), the derivative of min_i Q_i (without `least` of sum_i Q_i) by the rows."""
+        layers = [module for module in critics.modules() if type(module) is nn.Linear]
+
+        def shifted_values(rows: Tensor, shifts: list[Tensor]) -> tuple[Tensor, dict[nn.Linear, Tensor]]:
+            inputs = {}
+
+            def shift(layer, arguments, outputs):
+                inputs[layer] = arguments[0]
+                return outputs + shifts[layers.index(layer)]
+
+            with contextlib.ExitStack() as hooks:
+                for layer in layers:
+                    hooks.enter_context(layer.register_forward_hook(shift))
+                return torch.stack([critic(rows).squeeze(-1) for critic in critics]), inputs
+
+        with torch.no_grad():
+            zeros = [rows.new_zeros(len(rows), layer.out_features) for layer in layers]
+            self.values, pull_back, inputs = torch.func.vjp(shifted_values, rows, zeros, has_aux=True)
+            chosen = torch.ones_like(self.values)
+            if least:
+                chosen = torch.zeros_like(self.values).scatter(0, self.values.argmin(0, keepdim=True), 1.0)
+            self.slopes, deltas = pull_back(chosen)
+        factors, depth = [*zip(deltas, (inputs[layer] for layer in layers))], len(layers) // len(critics)
+        self.factors = [factors[first : first + depth] for first in range(0, len(factors), depth)]
+
+    @torch.no_grad()
+    def vjp(self, u: Tensor) -> Tensor:
+        """J^T u: (E, n) -> (P,)."""
+        parts = []
+        for own, factors in zip(u, self.factors):
+            for delta, h in factors:
+                scaled = delta * own[:, None]
+                parts += [scaled.T @ h, scaled.sum(0)]
+        return flatten(parts)
+
+    @torch.no_grad()
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v: (P,) -> (E, n)."""
+        results = torch.zeros_like(self.values)
+        for result, own, factors in zip(results, v.chunk(len(self.factors)), self.factors):
+            for delta, h in factors:
+                size = delta.shape[1] * h.shape[1]
+                weight, bias, own = own.tensor_split([size, size + delta.shape[1]])
+                result += (torch.addmm(bias, h, weight.view(-1, h.shape[1]).T) * delta).sum(1)
+        return results
+
+    @torch.no_grad()
+    def kernel(self, other: "CriticJacobian") -> Tensor:
+        """J_i J_i^T (E, n, m) of the same critics at two sets of rows, layer by layer."""
+        kernels = []
+        for factors, others in zip(self.factors, other.factors):
+            layers = zip(factors, others)
+            kernels.append(sum((h @ k.T + 1) * (delta @ gamma.T) for (delta, h), (gamma, k) in layers))
+        return torch.stack(kernels)
+
+
+def hessian_product(loss: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[Tensor], Tensor]:
+    """v -> H v, (P,) -> (P,), for the Hessian H of a scalar loss(at). H is symmetric, so the pull-back of
+    the gradient is the product: what it needs is recorded once, a product is one backward pass."""
+    pull_back = torch.func.vjp(torch.func.grad(loss), at.detach())[1]
+
+    def product(v: Tensor) -> Tensor:
+        with torch.no_grad():
+            return pull_back(v)[0]
+
+    return product
+
+
+def check_critics(critics: nn.ModuleList, width: int) -> None:
+    """Raise BadInput if `CriticJacobian` does not hold for these critics of rows (n, width), as with a layer
+    that is used twice."""
+    critics, generator = copy.deepcopy(critics).cpu().double(), torch.Generator().manual_seed(0)
+    for parameter in critics.parameters():  # a last layer of zeros would hide all others
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    rows = torch.randn(8, width, generator=generator).double()
+    try:
+        jacobian, values = CriticJacobian(critics, rows), torch.cat([critic(rows) for critic in critics], 1).T
+        expected = flatten(torch.autograd.grad(values.square().sum(), [*critics.parameters()]))
+        holds = torch.allclose(jacobian.vjp(2 * values.detach()), expected, rtol=1e-6, atol=1e-9)
+    except (RuntimeError, KeyError):  # a layer that torch.func does not take, or that is not used
+        holds = False
+    if not holds:
+        wrong = "the critic's derivatives do not hold: its parameters must be those of nn.Linear layers"
+        raise BadInput(f"{wrong} with biases, each used once, on rows that do not depend on each other")
+
+
+# ---- The two players' objectives (shared) ------------------------------------------------------------
 def backup(agent: Agent, rewards: Tensor, discounts: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
     """y (n,), differentiable in theta: rewards, discounts = gamma (1 - terminated) (n,), next_obs (n, D).
 
-    The targets' parameters carry no graph, their action input does. Were y detached, d_theta d_omega L would be 0.
+    The targets' parameters carry no graph, their action input does. Were y detached, d_theta d_omega L
+    would be 0.
     """
     actions, costs = agent.policy(agent.actor(next_obs), noise)
     rows = torch.cat([next_obs, actions], 1)
@@ -439,181 +482,115 @@ def backup(agent: Agent, rewards: Tensor, discounts: Tensor, next_obs: Tensor, n
     return rewards + discounts * (values - costs)
 
 
-def stacks(critics: Iterable[nn.Sequential], rows: Tensor) -> list[ReluStack]:
-    """Each critic at the rows (n, D + A) of observations and actions."""
-    return [ReluStack(critic, rows) for critic in critics]
-
-
-def td_errors(data: list[ReluStack], backups: Tensor) -> Tensor:
-    """Q_i(s, a) - y (E, n) of E critics."""
-    return torch.cat([critic.outputs for critic in data], 1).T - backups.detach()
-
-
-def critic_gradient(data: list[ReluStack], errors: Tensor) -> list[Tensor]:
-    """d_omega L, L = sum_i mean (Q_i(s, a) - y)^2: errors (E, n)."""
-    return [part for critic, error in zip(data, errors) for part in critic.vjp(2 / len(error) * error)]
-
-
-def led_critics(agent: Agent, obs: Tensor, actions: Tensor) -> tuple[list[ReluStack], Tensor, Tensor]:
-    """The critics at the actor's own actions (n, A); which of them is the least, as 0/1 (E, n); and d_a min_i Q_i (n, A)."""
-    led = stacks(agent.critics, torch.cat([obs, actions.detach()], 1))
-    values = torch.cat([critic.outputs for critic in led], 1)
-    least = (torch.arange(len(led), device=obs.device)[:, None] == values.argmin(1)).to(values)
-    with torch.no_grad():
-        weights = [critic.linears[0].weight[:, obs.shape[1] :] for critic in led]
-        slopes = sum((critic.unit[0] @ weight) * mask[:, None] for critic, weight, mask in zip(led, weights, least))
-    return led, least, slopes
-
-
-def least_values(critics: list[ReluStack]) -> Tensor:
-    """min_i Q_i (n,)."""
-    return torch.cat([critic.outputs for critic in critics], 1).amin(1)
-
-
 def policy_loss(actions: Tensor, costs: Tensor, slopes: Tensor) -> Tensor:
-    """A scalar with the gradient d_theta f, f = mean (costs - min_i Q_i(s, a)): actions, slopes = d_a min_i Q_i (n, A).
-    The deterministic policy gradient (Silver et al. 2014): a critic's own graph is not needed."""
+    """A scalar with the gradient d_theta f, f = mean (costs - min_i Q_i(s, a)): actions (n, A), costs (n,),
+    slopes = d_a min_i Q_i (n, A). The deterministic policy gradient (Silver et al. 2014)."""
     return (costs - (slopes * actions).sum(1)).mean()
+
+
+def critic_objective(agent: Agent, omega: Tensor, pairs: Tensor, backups: Tensor) -> Tensor:
+    """L as a function of omega (P,): pairs (n, D + A) of observations and actions, backups (n,)."""
+    critics = zip(agent.critics, omega.chunk(len(agent.critics)))
+    return sum((call(critic, own, pairs).squeeze(-1) - backups).square().mean() for critic, own in critics)
+
+
+def actor_objective(agent: Agent, theta: Tensor, omega: Tensor, obs: Tensor, noise: Tensor) -> Tensor:
+    """f as a function of theta and omega (P,), at obs (n, D)."""
+    actions, costs = agent.policy(call(agent.actor, theta, obs), noise)
+    rows, critics = torch.cat([obs, actions], 1), zip(agent.critics, omega.chunk(len(agent.critics)))
+    return (costs - torch.cat([call(critic, own, rows) for critic, own in critics], 1).amin(1)).mean()
 
 
 def follower_gradient(
     agent: Agent, follower: str, pairs: Tensor, obs: Tensor, noise: Tensor, following: tuple[Tensor, ...]
-) -> list[Tensor]:
-    """The gradient of the follower's own objective where both players are now: d_omega L, or d_theta f of the actor.
-    pairs (n, D + A) of observations and actions; obs (n, D), noise for the actor's own; following: of `backup`."""
+) -> Tensor:
+    """The gradient (P,) of the follower's own objective where both players are now: d_omega L, or d_theta f
+    of the actor. pairs (n, D + A); obs (n, D), noise for the actor's own; following: of `backup`."""
     if follower == "critic":
+        data = CriticJacobian(agent.critics, pairs)
         with torch.no_grad():
-            backups = backup(agent, *following)
-        data = stacks(agent.critics, pairs)
-        return critic_gradient(data, td_errors(data, backups))
+            return data.vjp(2 / len(pairs) * (data.values - backup(agent, *following)))
     actions, costs = agent.policy(agent.actor(obs), noise)
-    loss = policy_loss(actions, costs, led_critics(agent, obs, actions)[2])
-    return list(torch.autograd.grad(loss, list(agent.actor.parameters())))
+    led = CriticJacobian(agent.critics, torch.cat([obs, actions.detach()], 1), least=True)
+    loss = policy_loss(actions, costs, led.slopes[:, obs.shape[1] :])
+    return flatten(torch.autograd.grad(loss, [*agent.actor.parameters()]))
 
 
-# ---- Stackelberg mathematics -----------------------------------------------------------------------------------
-@dataclass
-class Solve:
-    """How (H + lambda I) x = b was solved."""
+# ---- Stackelberg mathematics (shared) ----------------------------------------------------------------
+def kernel_response(data: CriticJacobian, led: CriticJacobian, damping: float | Tensor) -> Tensor:
+    """z = d_omega Q_i(s, a).x of each critic (E, n), where (H + damping I) x = b = d_omega f, exactly, for
+    the Gauss-Newton H = 2/n J^T J and b = -1/n J_led^T 1. data: the critics at (s, a); led: their least at
+    (s, mu(s)).
 
-    stopped: bool  # by the guard, at negative curvature
-    plain: bool | Tensor  # x = 0: the leader's step is the individual gradient
-    residual: Callable[[], Tensor]  # |(H + lambda I) x - b| / |b|, computed when it is asked for
-
-
-def critic_response(
-    data: list[ReluStack], errors: Tensor, led: list[ReluStack], least: Tensor, damping: float | Tensor, ihvp: str,
-    iterations: int,
-) -> tuple[Tensor, Solve]:
-    """z = d_omega Q_i(s, a).x of each critic (E, n), where (d2_omega L + damping I) x = b = d_omega f, by `ihvp`.
-
-    (d_theta d_omega L) x = -2 mean sum_i z_i d_theta y: the actor that leads descends f + 2 mean (sum_i z_i) y.
+    J (H + damping I)^-1 = (K + damping I)^-1 J with K = 2/n J J^T (n, n), so x is never formed: the kernels
+    J J^T and J J_led^T of n x n numbers, and a Cholesky factor in float64, are all there is. H is positive
+    semidefinite, so any damping > 0 makes the solve safe; z is 0, the individual gradient, where the system
+    is not finite.
     """
-    if ihvp == "kernel":
-        z = kernel_response(data, led, least, damping)
-        return z, Solve(False, ~z.any(), lambda: kernel_residual(data, led, least, z, damping))
-    b = flatten(part for critic, mask in zip(led, least) for part in critic.vjp(-mask / len(mask)))
-    x, solve = guarded_solve(critic_hessian(data, errors), b, damping, iterations)
-    each_x = x.view(len(data), -1)
-    return torch.stack([critic.jvp(unflatten(own, critic.parameters())) for critic, own in zip(data, each_x)]), solve
-
-
-def kernel_response(data: list[ReluStack], led: list[ReluStack], least: Tensor, damping: float | Tensor) -> Tensor:
-    """z of `critic_response` (E, n) exactly, for the Gauss-Newton H = 2/n J^T J and b = -1/n sum_k least_k dQ(s_k, mu(s_k)).
-
-    J (H + damping I)^-1 = (K + damping I)^-1 J with K = 2/n J J^T (n, n), so x is never formed: the kernels J J^T and
-    J J_led^T of n x n numbers, and a Cholesky factor in float64, are all there is. H is positive semidefinite, so any
-    damping > 0 makes the solve safe; z is 0, the individual gradient, where the system is not finite.
-    """
-    n, right, systems = least.shape[1], [], []
-    for critic, other, mask in zip(data, led, least):
-        right.append(-(critic.kernel(other) @ mask) / n)
-        systems.append(critic.kernel(critic) * (2 / n))
-    systems, right = torch.stack(systems).double(), torch.stack(right).double()[..., None]
+    n = data.values.shape[1]
+    right, systems = -data.kernel(led).sum(2, keepdim=True).double() / n, data.kernel(data).double() * (2 / n)
     systems.diagonal(dim1=1, dim2=2).add_(damping)
     factors, failed = torch.linalg.cholesky_ex(systems)
     # Two triangular solves: cholesky_solve of two critics' systems cannot be captured in a CUDA graph.
     half = torch.linalg.solve_triangular(factors, right, upper=False)
-    z = torch.linalg.solve_triangular(factors.mT, half, upper=True)[..., 0].to(least)
+    z = torch.linalg.solve_triangular(factors.mT, half, upper=True)[..., 0].to(data.values)
     return torch.where((failed == 0)[:, None] & z.isfinite(), z, 0.0)
 
 
-def kernel_residual(
-    data: list[ReluStack], led: list[ReluStack], least: Tensor, z: Tensor, damping: float | Tensor
-) -> Tensor:
-    """|(H + damping I) x - b| / |b| in the space of the parameters, for the x = (b - 2/n J^T z) / damping that belongs to
-    the z (E, n) of `kernel_response`; it is |2/n J^T (J x - z)| / |b|."""
-    n, residual, right = least.shape[1], [], []
-    for critic, other, mask, each in zip(data, led, least, z):
-        b, response = other.vjp(-mask / n), critic.vjp(2 / n * each)
-        x = [(first - second) / damping for first, second in zip(b, response)]
-        residual += critic.vjp(2 / n * (critic.jvp(x) - each))
-        right += b
-    return flatten(residual).norm() / flatten(right).norm()
+def kernel_residual(z: Tensor, data: CriticJacobian, led: CriticJacobian, damping: float | Tensor) -> Tensor:
+    """|(H + damping I) x - b| / |b| in the space of the parameters, for the x = (b - 2/n J^T z) / damping
+    that belongs to the z (E, n) of `kernel_response`; it is |2/n J^T (J x - z)| / |b|."""
+    n = z.shape[1]
+    b = led.vjp(torch.full_like(z, -1 / n))
+    x = (b - data.vjp(2 / n * z)) / damping
+    return data.vjp(2 / n * (data.jvp(x) - z)).norm() / b.norm()
 
 
-def critic_hessian(data: list[ReluStack], errors: Tensor) -> Callable[[Tensor], Tensor]:
-    """v -> d2_omega L v, (P,) -> (P,): H = 2/n sum_k [dQ dQ^T + (Q - y) d2Q], a block for each critic. Indefinite."""
-    n = errors.shape[1]
-    deltas = [[delta * (2 / n * error)[:, None] for delta in critic.unit] for critic, error in zip(data, errors)]
-
-    def product(v: Tensor) -> Tensor:
-        products = []
-        for critic, delta, own in zip(data, deltas, v.view(len(data), -1)):
-            products += critic.hessian_product(delta, lambda image: 2 / n * image, unflatten(own, critic.parameters()))
-        return flatten(products)
-
-    return product
+def cg_response(
+    data: CriticJacobian, led: CriticJacobian, product: Callable, damping: float | Tensor, iterations: int
+) -> tuple[Tensor, bool, Callable[[], Tensor]]:
+    """z (E, n) as in `kernel_response`, with the H of `product`, by `guarded_solve`; whether its guard
+    stopped it, and its residual."""
+    b = led.vjp(torch.full_like(led.values, -1 / led.values.shape[1]))
+    x, stopped, residual = guarded_solve(product, b, damping, iterations)
+    return data.jvp(x), stopped, residual
 
 
-def actor_response(
-    agent: Agent, obs: Tensor, noise: Tensor, slopes: Tensor, b: Tensor, damping: float | Tensor, iterations: int
-) -> tuple[Tensor, Solve]:
-    """x (P,) with (d2_theta f + damping I) x = b = d_theta L, for the critic that leads: slopes = d_a min_i Q_i (n, A)."""
-    return guarded_solve(actor_hessian(agent, obs, noise, slopes), b, damping, iterations)
+def critic_hessian(agent: Agent, pairs: Tensor, backups: Tensor) -> Callable[[Tensor], Tensor]:
+    """v -> d2_omega L v, (P,) -> (P,), at pairs (n, D + A) and backups (n,). Indefinite."""
+    omega, backups = flatten(agent.critics.parameters()), backups.detach()
+    return hessian_product(lambda omega: critic_objective(agent, omega, pairs, backups), omega)
 
 
-def actor_hessian(agent: Agent, obs: Tensor, noise: Tensor, slopes: Tensor) -> Callable[[Tensor], Tensor]:
-    """v -> d2_theta f v, (P,) -> (P,), at obs (n, D): the Hessian of `policy_loss` with fixed slopes (n, A).
-
-    A ReLU critic is piecewise linear in the action, so its slopes do not change and the curvature is the actor's alone.
-    Indefinite as well, and f may have no minimum: here lambda is needed. f is what the actor minimises; on the Hessian
-    of -f, as Algorithm 2 has it, lambda would make the matrix singular.
-    """
-    actor = ReluStack(agent.actor, obs)
-    outputs, parameters = actor.outputs.requires_grad_(), list(agent.actor.parameters())
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(policy_loss(*agent.policy(outputs, noise), slopes), outputs, create_graph=True)
-    deltas = actor.deltas(slope.detach())
-
-    def bend(image: Tensor) -> Tensor:
-        return torch.autograd.grad(slope, outputs, image, retain_graph=True)[0]
-
-    return lambda v: flatten(actor.hessian_product(deltas, bend, unflatten(v, parameters)))
+def actor_hessian(agent: Agent, obs: Tensor, noise: Tensor) -> Callable[[Tensor], Tensor]:
+    """v -> d2_theta f v, (P,) -> (P,), at obs (n, D). Indefinite as well, and f may have no minimum: here
+    lambda is needed. f is what the actor minimises; on the Hessian of -f, as Algorithm 2 has it, lambda would
+    make the matrix singular."""
+    theta, omega = (flatten(each.parameters()).detach() for each in (agent.actor, agent.critics))
+    return hessian_product(lambda theta: actor_objective(agent, theta, omega, obs, noise), theta)
 
 
-def critic_correction(
-    agent: Agent, obs: Tensor, noise: Tensor, led: list[ReluStack], least: Tensor, x: Tensor
-) -> list[Tensor]:
-    """(d_omega d_theta f) x for x (P,) in the space of theta. Along x the actions move by t, and omega is in f only as
-    -mean min_i Q_i(s, mu(s)): it is the gradient in omega of -mean d_a min_i Q_i . t. Two forward modes, no graph."""
-    actor = ReluStack(agent.actor, obs)
-    image = actor.move(unflatten(x, agent.actor.parameters()))[-1]
-    moved = torch.func.jvp(lambda outputs: agent.policy(outputs, noise)[0], (actor.outputs,), (image,))[1]
-    direction = torch.cat([torch.zeros_like(obs), moved], 1)
-    return [part for critic, mask in zip(led, least) for part in critic.slope_gradient(-mask / len(mask), direction)]
+def critic_correction(agent: Agent, obs: Tensor, noise: Tensor, x: Tensor) -> Tensor:
+    """(d_omega d_theta f) x (P,) for x in the space of theta: the pull-back of d_theta f, taken as a function
+    of omega."""
+    theta, omega = (flatten(each.parameters()).detach() for each in (agent.actor, agent.critics))
+    gradient = torch.func.grad(lambda theta, omega: actor_objective(agent, theta, omega, obs, noise))
+    pull_back = torch.func.vjp(lambda omega: gradient(theta, omega), omega)[1]
+    with torch.no_grad():
+        return pull_back(x)[0]
 
 
 def guarded_solve(
     product: Callable[[Tensor], Tensor], b: Tensor, damping: float | Tensor, iterations: int
-) -> tuple[Tensor, Solve]:
-    """x (P,) with (H + damping I) x = b by `conjugate_gradient`, H given by its `product`."""
+) -> tuple[Tensor, bool, Callable[[], Tensor]]:
+    """x (P,) with (H + damping I) x = b by `conjugate_gradient`, H given by its `product`; whether the guard
+    stopped it; and |(H + damping I) x - b| / |b|, computed when it is asked for."""
 
     def damped(v: Tensor) -> Tensor:
         return product(v) + damping * v
 
     x, stopped = conjugate_gradient(damped, b, iterations)
-    return x, Solve(stopped, not x.any(), lambda: (damped(x) - b).norm() / b.norm())
+    return x, stopped, lambda: (damped(x) - b).norm() / b.norm()
 
 
 def conjugate_gradient(
@@ -621,10 +598,11 @@ def conjugate_gradient(
 ) -> tuple[Tensor, bool]:
     """x with A x = b, approximately, for a symmetric A given by `product`, and whether the guard stopped it.
 
-    b, x (P,). Hestenes and Stiefel 1952, from x = 0. The method needs a positive definite A, and the Hessian of a network
-    is not: at a direction p of curvature p.Ap <= 0, to rounding relative to the largest one met, or that is not finite, it
-    keeps the x that it has (0 in the first iteration, which makes the leader's step the individual gradient). Without
-    the guard such a step may turn the actor's direction round. Also stops once |b - A x| <= tolerance |b|, thus at b = 0.
+    b, x (P,). Hestenes and Stiefel 1952, from x = 0. The method needs a positive definite A, and the Hessian
+    of a network is not: at a direction p of curvature p.Ap <= 0, to rounding relative to the largest one met,
+    or that is not finite, it keeps the x that it has (0 in the first iteration, which makes the leader's step
+    the individual gradient). Without the guard such a step may turn the actor's direction round. Also stops
+    once |b - A x| <= tolerance |b|, thus at b = 0.
     """
     x, residual, p = torch.zeros_like(b), b, b
     squared, target, largest = b @ b, tolerance**2 * (b @ b), 0.0
@@ -644,22 +622,24 @@ def conjugate_gradient(
 
 
 def leader_diagnostics(own: Tensor, total: Tensor) -> dict[str, float]:
-    """The leader's own gradient (P,) and its total one in numbers; no multiplier where the own one is 0."""
+    """The leader's own gradient (P,) and its total one in numbers; the multiplier is not finite where the own
+    one is 0."""
     return {
         "bilevel/direct_norm": own.norm().item(),
         "bilevel/correction_norm": (total - own).norm().item(),
-        "bilevel/multiplier": (total.norm() / own.norm()).item() if own.any() else math.nan,
+        "bilevel/multiplier": (total.norm() / own.norm()).item(),
         "bilevel/cosine": torch.cosine_similarity(total, own, 0).item(),
     }
 
 
-# ---- CUDA graph ------------------------------------------------------------------------------------------------
+# ---- CUDA graph (shared) -----------------------------------------------------------------------------
 class GraphedUpdate:
-    """`update(*inputs)` on a CUDA device by one launch in place of one for each of its hundred and more small kernels. The
-    first three calls launch every kernel, the fourth captures the graph.
+    """`update(*inputs)` on a CUDA device by one launch in place of one for each of its hundred and more
+    small kernels. The first three calls launch every kernel, the fourth captures the graph.
 
-    A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not wait for the
-    device; its inputs are copied into buffers of the graph's own, and the next call overwrites the tensors that it returns.
+    A graph repeats kernels at fixed addresses. So `update` must change what it changes in place, and must not
+    wait for the device; its inputs are copied into buffers of the graph's own, and the next call overwrites
+    the tensors that it returns.
     """
 
     def __init__(self, update: Callable):
@@ -672,7 +652,7 @@ class GraphedUpdate:
             self.inputs = [torch.zeros(each.shape, dtype=each.dtype, device="cuda") for each in inputs]
         torch._foreach_copy_(self.inputs, inputs)
         self.calls += 1
-        if self.calls <= 3:  # libraries allocate and choose kernels in the first calls, which no graph may hold
+        if self.calls <= 3:  # libraries allocate and choose kernels at first, which no graph may hold
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.result = self.update(*self.inputs)
@@ -686,21 +666,20 @@ class GraphedUpdate:
         return self.result
 
 
-# ---- Replay ----------------------------------------------------------------------------------------------------
+# ---- Replay (shared) ---------------------------------------------------------------------------------
 class Replay:
-    """All transitions of a run in a memory-mapped file, of which the last `window` serve. A row: observation, action,
-    reward, next observation, terminated, in float32.
+    """All transitions of a run in a memory-mapped file, of which the last `window` serve. A row: observation,
+    action, reward, next observation, terminated, in float32.
 
-    The file is only appended to, so the rows that a checkpoint counts are never written again: a kill at any moment
-    leaves them whole, and a resumed run overwrites what came after. Its space is taken at once: a full disk shows
-    before the training, not as a crash in its midst.
+    The file is only appended to, so the rows that a checkpoint counts are never written again: a kill at any
+    moment leaves them whole, and a resumed run overwrites what came after. Its space is taken at once: a full
+    disk shows before the training, not as a crash in its midst.
     """
 
-    def __init__(self, folder: Path, capacity: int, obs_dim: int, action_dim: int, window: int, size: int = 0):
-        """For `capacity` rows in folder/transitions.bin, the first `size` of which are there. Raises OSError."""
+    def __init__(self, path: Path, capacity: int, obs_dim: int, action_dim: int, window: int, size: int = 0):
+        """For `capacity` rows, the first `size` of which are there. Raises OSError."""
         self.widths, self.window, self.size = [obs_dim + action_dim, 1, obs_dim, 1], window, size
-        folder.mkdir(exist_ok=True)
-        path, shape = folder / "transitions.bin", (capacity, sum(self.widths))
+        shape = capacity, sum(self.widths)
         with open(path, "ab") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
@@ -710,448 +689,86 @@ class Replay:
         self.rows = np.asarray(self.file)
 
     def add(self, *columns: np.ndarray) -> None:
-        """Append n transitions: obs (n, D), actions (n, A), rewards (n,), next_obs (n, D), terminated (n,)."""
+        """Append n rows: obs (n, D), actions (n, A), rewards (n,), next_obs (n, D), terminated (n,)."""
         rows = np.column_stack(columns)
         self.rows[self.size : self.size + len(rows)] = rows
         self.size += len(rows)
 
     def sample(self, count: int, batch_size: int) -> tuple[Tensor, ...]:
-        """`count` minibatches, drawn with replacement: observations with actions (count, batch_size, D + A), rewards
-        (count, batch_size), next observations (count, batch_size, D), terminated (count, batch_size)."""
+        """`count` minibatches, drawn with replacement: observations with actions (count, batch_size, D + A),
+        rewards (count, batch_size), next observations (.., D), terminated (count, batch_size)."""
         index = torch.randint(max(0, self.size - self.window), self.size, (count * batch_size,)).numpy()
         rows = torch.from_numpy(self.rows.take(index, 0)).view(count, batch_size, sum(self.widths))
         pairs, rewards, next_obs, terminated = rows.split(self.widths, -1)
         return pairs, rewards.squeeze(-1), next_obs, terminated.squeeze(-1)
 
 
-def replay_bytes(capacity: int, obs_dim: int, action_dim: int) -> int:
-    """The size of the file of a `Replay`."""
-    return 4 * capacity * (2 * obs_dim + action_dim + 2)
+def check_replay(args: Args, capacity: int, size: int, obs_dim: int, action_dim: int) -> None:
+    """Raise BadInput if the disk cannot hold the file of a `Replay`, or if the file of a run to resume lacks
+    some of the first `size` rows."""
+    row, path = 4 * (2 * obs_dim + action_dim + 2), args.resume and args.resume / "replay.bin"
+    there = path.stat().st_size if path and path.exists() else 0
+    if there < size * row:
+        raise BadInput(f"--resume {args.resume}: its replay.bin is missing or damaged; start a new run")
+    folder = (args.resume or args.run_dir).absolute()
+    place = next(each for each in (folder, *folder.parents) if each.exists())
+    needed, free = capacity * row - there, shutil.disk_usage(place).free
+    if needed > free:
+        numbers = f"{needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free in {place}"
+        needs = (
+            f"the replay of {capacity:,} transitions with observations of {obs_dim:,} numbers takes {numbers}"
+        )
+        raise BadInput(
+            f"--total-timesteps {args.total_timesteps}: {needs}; name another --run-dir or less steps"
+        )
 
 
-# ---- The run: what is not the algorithm ------------------------------------------------------------------------
-SCRIPT = Path(__file__).name
-ANY_TIME = {"resume", "track", "wandb_project_name", "wandb_entity", "save_model", "eval_episodes", "capture_video"}
-ANY_TIME |= {"checkpoint_every", "env_threads"}  # arguments that --resume may change: they leave the result as it is
+# ---- The run: what is not the algorithm (shared) -----------------------------------------------------
+EPISODES = ("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")
 
 
-class BadInput(Exception):
-    """One sentence that names the argument, what is wrong and what would be right; printed, exit status 2."""
+class Diverged(Exception):
+    """One sentence: which numbers stopped being finite, and when; exit status 1."""
 
 
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's text, without its full stop."""
-    return re.split(r"[.?!]\s|\n", str(error))[0].rstrip(".")
+def say(text: str) -> None:
+    """Print a line on stderr, above the progress bar. A reader that went away never changes a run."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file=sys.stderr)
 
 
-def check_ranges(args) -> None:
-    """Raise BadInput for the first number of `args` outside the interval that its line in Args states."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(type(args)))).body[0].body
-    for field, doc in zip(body, body[1:]):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(doc, ast.Expr):
-            continue
-        interval = re.search(r"in ([\[(])([^\s,]+), ([^\s,]+)([\])])", doc.value.value)
-        value = getattr(args, field.target.id)
-        if interval is None or value is None:
-            continue
-        left, low, high, right = interval.groups()
-        above = value >= float(low) if left == "[" else value > float(low)
-        below = value <= float(high) if right == "]" else value < float(high)
-        if not (above and below):
-            raise BadInput(f"--{field.target.id.replace('_', '-')} is {value}, it must be {interval.group()}")
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; with --resume the arguments of that run, of which those given again win.
 
-
-def nearest_divisors(number: int, near: int) -> str:
-    """The divisors of `number` on both sides of `near`, in words."""
-    divisors = {d for i in range(1, math.isqrt(number) + 1) if number % i == 0 for d in (i, number // i)}
-    below, above = max(d for d in divisors if d <= near), min(d for d in divisors if d >= min(near, number))
-    return " or ".join(str(d) for d in sorted({below, above}))
-
-
-def parse_args(cls, argv: list[str] | None = None):
-    """The command line as an instance of `cls`, checked. With --resume, the arguments of that run; one given again
-    must agree unless it is in ANY_TIME. Raises BadInput; tyro itself exits with status 2 on words it cannot parse."""
-    args = tyro.cli(cls, args=argv, description=inspect.getmodule(cls).__doc__)
-    if args.resume is not None:
+    Raises BadInput; tyro itself exits with status 2 on words that it cannot parse.
+    """
+    saved, parser = None, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
         try:
-            saved = json.loads((args.resume / "args.json").read_text())
-            result = args.resume / "result.json"
-            finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
-            made_by, old = saved["script"], dict(saved["args"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume {args.resume} is not a run folder: {error}") from error
-        if made_by != SCRIPT:
-            raise BadInput(f"--resume {args.resume} is a run of {made_by}, not of {SCRIPT}")
-        if finished:
-            raise BadInput(f"--resume {args.resume} has nothing left to do: that run has finished")
-        known = {field.name: field.type for field in fields(cls)}
-        old = {name: value for name, value in old.items() if name in known}
-        old |= {name: Path(value) for name, value in old.items() if "Path" in str(known[name]) and value is not None}
-        args = tyro.cli(cls, args=argv, default=cls(**old | {"resume": None}))
-        if args.device == "auto":
-            args.device = old.get("device", "auto")
-        for name in known.keys() - ANY_TIME - {"run_dir", "device"}:
-            if getattr(args, name) != old.get(name, getattr(args, name)):
-                raise BadInput(
-                    f"--{name.replace('_', '-')} is {getattr(args, name)}, but the run to --resume has {old[name]}; "
-                    "leave it out or start a new run"
-                )
-    check_ranges(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise BadInput("--track needs the package wandb: pip install wandb")
-    args.exp_name = args.exp_name or Path(SCRIPT).stem
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.env_threads == 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.env_threads = min(cores, args.num_envs)
+            made = json.loads((folder / "args.json").read_text())
+            if made["script"] != Path(__file__).name:
+                raise ValueError(f"it was made by {made['script']}")
+            saved = Args(**made["args"] | {"resume": folder})
+        except (OSError, ValueError, KeyError, TypeError, BadInput) as error:
+            raise BadInput(f"--resume {folder} is not a run folder of this script: {error}") from error
+    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    for name, value in saved or ():
+        if getattr(args, name) != value:
+            say(f"--{name.replace('_', '-')} was {value} and is now {getattr(args, name)}")
     return args
 
 
 def provenance() -> dict:
-    """What made a run: command, commit, versions, machine."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "*.py"))
-    except OSError:  # no git on this machine
-        commit, dirty = None, None
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    return {
-        "script": SCRIPT,
-        "argv": sys.argv,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco")},
-        "cpu": model.group(1) if model else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
-    }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts into a new file: after a crash either the old or the new content is there."""
-    new = path.with_name(path.name + ".new")
-    try:
-        write(new)
-        with open(new, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:  # a full disk should not stay full of half a file
-        new.unlink(missing_ok=True)
-        raise
-
-
-def make_folder(path: Path) -> Path:
-    """Create `path`, or path_1, path_2, ... if it is taken: mkdir is atomic, so two runs never share a folder."""
-    for copy in itertools.count():
-        folder = path if copy == 0 else path.with_name(f"{path.name}_{copy}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold the run folder until this process ends or closes the descriptor that is returned; None where a file cannot be
-    locked. Raises BadInput if another process holds it: two runs would cut and write the same files."""
-    if importlib.util.find_spec("fcntl") is None:  # as on Windows
-        return None
-    fcntl, descriptor = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BadInput(f"--resume {folder} is still running in another process; wait for it or stop it first") from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free. By default glibc gives blocks above 128 KiB back to the system, and
-    the next minibatch pays page faults to get them again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def rng_state() -> dict:
-    """The states of the random generators of python, numpy and torch, as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict) -> None:
-    """The inverse of `rng_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"]):
-        torch.cuda.set_rng_state(cuda_state, device)
-
-
-def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint.pt of a run folder. Raises BadInput if it is missing, damaged or of another script."""
-    try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT:
-            raise BadInput(f"--resume {folder}: its checkpoint.pt is one of {checkpoint['script']}, not of {SCRIPT}")
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume {folder} has no checkpoint.pt yet, so it cannot continue; start a new run") from error
-    except (BadInput, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        raise BadInput(f"--resume {folder}: its checkpoint.pt is truncated or damaged, so it cannot continue") from error
-    return checkpoint
-
-
-class Run:
-    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals, progress.
-
-    A context manager: an exception inside is recorded in result.json as a failure. SIGINT and SIGTERM ask the loop to
-    stop at the end of its iteration through `stop_signal`; a second one stops at once, as does the first after training.
-    Raises BadInput if the folder cannot be written or another process writes it.
-    """
-
-    def __init__(self, args, checkpoint: dict | None):
-        self.args, self.stop_signal, self.last_print, self.episodes = args, 0, 0.0, []
-        self.trained, self.closed = False, False
-        self.global_step = checkpoint["global_step"] if checkpoint else 0
-        self.wall_time = checkpoint["wall_time"] if checkpoint else 0.0
-        if checkpoint is None:
-            name = re.sub(r"[/:\\\s]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-            try:
-                args.run_dir.mkdir(parents=True, exist_ok=True)
-                self.folder = make_folder(args.run_dir / name)
-                saved = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-                self.write_json("args.json", {"args": saved} | provenance())
-            except OSError as error:
-                raise BadInput(f"--run-dir {args.run_dir} cannot be written: {error}; name another folder") from error
-        else:
-            self.folder = args.resume
-        self.lock = lock_folder(self.folder)
-        if checkpoint is not None:
-            try:
-                (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
-                for csv_name in ("metrics.csv", "episodes.csv"):
-                    self.cut_csv(csv_name, self.global_step)
-            except OSError as error:
-                raise BadInput(f"--resume {args.resume} cannot be written: {error}; make it writable") from error
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            try:  # W&B links the event file into its own folder; inside run_dir TensorBoard and W&B would read it again
-                self.wandb = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    dir=os.environ.get("WANDB_DIR") or self.folder.resolve().parent.parent,
-                    id=re.sub(r"[^\w-]", "_", self.folder.name), resume="allow", config=asdict(args), sync_tensorboard=True,
-                )  # fmt: skip
-            except Exception as error:
-                if checkpoint is None:
-                    shutil.rmtree(self.folder)
-                reason = first_sentence(error)
-                raise BadInput(f"--track: W&B does not start: {reason}; log in, set WANDB_MODE=offline or leave it out") from error
-        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if checkpoint else None)
-        self.csv_files = {name: open(self.folder / name, "a", newline="") for name in ("metrics.csv", "episodes.csv")}
-        if self.csv_files["episodes.csv"].tell() == 0:
-            self.write_rows(
-                "episodes.csv", [("global_step", "wall_time_s", "env_index", "episodic_return", "episodic_length")]
-            )
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit="step", unit_scale=True)
-
-    def __enter__(self):
-        def ask_to_stop(number, frame):
-            if self.stop_signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.stop_signal = number
-            if self.trained and not self.closed:
-                self.stop()
-
-        self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.started = time.perf_counter() - self.wall_time
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error is not None and not isinstance(error, SystemExit):
-            with contextlib.suppress(OSError):  # on a full disk the error itself is what counts
-                self.close("failed", error=f"{kind.__name__}: {error}")
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def end_training(self) -> None:
-        """The last checkpoint is that of the end: from here on a signal stops at once, and a resumed run goes on from here."""
-        self.trained = True
-        if self.stop_signal:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the program as the signal asks: interrupted, exit status 128 plus its number."""
-        self.close("interrupted", signal=self.stop_signal)
-        sys.exit(128 + self.stop_signal)
-
-    def write_json(self, name: str, content: dict) -> None:
-        """Write or replace a json file of the folder."""
-        write_atomically(self.folder / name, lambda new: new.write_text(json.dumps(content, indent=1, default=str) + "\n"))
-
-    def write_rows(self, name: str, rows: list) -> None:
-        """Append rows to a csv file of the folder, past Python's buffer."""
-        csv.writer(self.csv_files[name]).writerows(rows)
-        self.csv_files[name].flush()
-
-    def cut_csv(self, name: str, last_step: int) -> None:
-        """Drop the rows after `last_step`, and a last line that a kill cut short."""
-        path = self.folder / name
-        header, *rows = [*csv.reader(path.read_text().splitlines() if path.exists() else [])] or [[]]
-        rows = [row for row in rows if len(row) == len(header) and int(row[0]) <= last_step]
-        if name == "episodes.csv":
-            self.episodes = [(int(row[0]), float(row[3])) for row in rows]
-        text = "".join(",".join(row) + "\r\n" for row in [header, *rows] if row)
-        write_atomically(path, lambda new: new.write_text(text, newline=""))
-
-    def log(self, global_step: int, metrics: dict[str, float], episodes: list[tuple]) -> None:
-        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this iteration:
-        (global_step, wall_time_s, env_index, return, length)."""
-        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
-        self.episodes += [(row[0], row[3]) for row in episodes]
-        if episodes:
-            self.write_rows("episodes.csv", episodes)
-        returns, lengths = [row[3] for row in episodes], [row[4] for row in episodes]
-        metrics = {
-            "charts/episodic_return": float(np.mean(returns)) if returns else math.nan,
-            "charts/episodic_length": float(np.mean(lengths)) if lengths else math.nan,
-            "charts/SPS": global_step / self.wall_time,
-        } | metrics
-        if self.csv_files["metrics.csv"].tell() == 0:
-            self.write_rows("metrics.csv", [("global_step", "wall_time_s", *metrics)])
-        row = ["" if math.isnan(value) else value for value in metrics.values()]
-        self.write_rows("metrics.csv", [(global_step, self.wall_time, *row)])
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                self.tensorboard.add_scalar(name, value, global_step)
-        recent = np.mean([episode[1] for episode in self.episodes[-20:]]) if self.episodes else math.nan
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
-            self.bar.update(global_step - self.bar.n)
-        elif self.wall_time - self.last_print > 10:
-            self.last_print = self.wall_time
-            speed = metrics["charts/SPS"]
-            print(f"{global_step:>10,} steps  return {recent:8.1f}  {speed:8,.0f} steps/s  {self.folder}", flush=True)
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Replace checkpoint.pt by `state`, the counters and all random states; loads with weights_only=True."""
-        self.tensorboard.flush()
-        state |= {"script": SCRIPT, "global_step": self.global_step, "wall_time": self.wall_time, "rng": rng_state()}
-        write_atomically(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
-
-    def close(self, status: str, **extra) -> None:
-        """Write result.json, last and atomically."""
-        self.closed = True
-        batch_size = self.args.num_envs * self.args.num_steps
-        end = self.args.total_timesteps // batch_size * batch_size
-        last = [value for step, value in self.episodes if step > 0.9 * end]
-        for file in (*self.csv_files.values(), self.tensorboard):
-            with contextlib.suppress(OSError):  # what a full disk has refused is refused again; the result may still fit
-                file.close()
-        if self.bar is not None:
-            self.bar.close()
-        result = {
-            "status": status,
-            "global_step": self.global_step,
-            "wall_time_s": self.wall_time,
-            "final_return": float(np.mean(last)) if last else None,
-        }
-        self.write_json("result.json", result | extra)
-        mean = "" if result["final_return"] is None else f", final return {result['final_return']:.1f}"
-        print(f"{status} after {self.global_step:,} steps{mean}: {self.folder}", flush=True)
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=0 if status == "finished" else 1)
-
-
-def load_policy(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The trained policy in a model.pt: observations (..., D) -> its actions without exploration, as the task takes them."""
-    model = torch.load(path, weights_only=True)
-    space = gym.spaces.Box(model["action_low"].numpy(), model["action_high"].numpy())
-    agent = Agent(model["obs_dim"], len(space.low), Args(**model["widths"]))
-    agent.load_state_dict(model["agent"])
-    actor = numpy_mlp(agent.actor)
-    return lambda obs: task_actions(agent.act(actor(np.asarray(obs, dtype=np.float32)), 0.0), space)
-
-
-def evaluate(policy: Callable[[np.ndarray], np.ndarray], args, episodes: int) -> list[float]:
-    """Undiscounted returns of one episode in each of `episodes` fresh environments (seeds unlike the training's).
-    Where a task has no time limit, an episode counts up to its 100,000th step."""
-    envs, *_ = make_envs(args.env_id, episodes, derived_seed(args.seed, 2**40), args.env_backend, args.env_threads)
-    obs, _ = envs.reset()
-    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    for _ in range(100_000):
-        if not running.any():
-            break
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs.astype(np.float32)))
-        returns += np.where(running, rewards, 0.0)
-        running &= ~(terminated | truncated)
-    envs.close()
-    return returns.tolist()
-
-
-def film(env_id: str, model: Path | None, folder: Path, seed: int) -> None:
-    """Film one episode, up to its 5,000th step, into `folder`; without a model, only draw one frame. For a child
-    process: where no GL is, rendering may raise or kill."""
-    if sys.platform == "linux":  # MuJoCo draws without a screen through EGL; elsewhere it refuses that word
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    if model is None:  # the caller says in one sentence what failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, render_mode="rgb_array"))
-    if model is not None:
-        env = gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True)
-    obs, _ = env.reset(seed=seed)
-    if model is None:
-        env.render()
-        os._exit(0)  # drivers may crash when they are unloaded
-    policy = load_policy(model)
-    for _ in range(5_000):
-        obs, _, terminated, truncated, _ = env.step(policy(np.asarray(obs, dtype=np.float32)))
-        if terminated or truncated:
-            break
-    env.close()
-
-
-def film_in_child(*arguments) -> bool:
-    """Whether `film(*arguments)` ran to its end in a process of its own."""
-    child = multiprocessing.get_context("spawn").Process(target=film, args=arguments)
-    child.start()
-    child.join()
-    return child.exitcode == 0
+    """What makes a run: command, commit, versions."""
+    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions |= {"python": sys.version.split()[0]}
+    script, commit = Path(__file__).name, git.stdout.strip() or None
+    return {"script": script, "argv": sys.argv, "commit": commit, "versions": versions}
 
 
 def derived_seed(seed: int, step: int) -> int:
@@ -1159,229 +776,421 @@ def derived_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31 if step else seed
 
 
-# ---- Batch shape -----------------------------------------------------------------------------------------------
-def check_batch_shape(args: Args) -> None:
-    """Raise BadInput unless an iteration holds whole blocks and the chosen solve is defined."""
-    if args.num_steps % args.update_every:
-        raise BadInput(
-            f"--update-every {args.update_every} does not divide num-steps = {args.num_steps}; "
-            f"{nearest_divisors(args.num_steps, args.update_every)} would"
-        )
-    if args.leader == "actor" and args.ihvp == "kernel" and args.regularisation == 0:
-        raise BadInput("--regularisation is 0.0, with --ihvp kernel it must be in (0, inf]: the Gauss-Newton Hessian is singular")
-
-
-# ---- Training: set-up ------------------------------------------------------------------------------------------
-METRICS = (
-    "losses/qf_loss", "losses/q_values", "losses/actor_loss", "losses/actor_gradient_norm", "bilevel/direct_norm",
-    "bilevel/correction_norm", "bilevel/multiplier", "bilevel/cosine", "bilevel/ihvp_residual",
-    "bilevel/negative_curvature", "bilevel/plain_fraction", "bilevel/weight_mean", "bilevel/weight_std",
-    "bilevel/regularisation", "bilevel/inner_gradient_norm_before", "bilevel/inner_gradient_norm_after",
-)  # fmt: skip
-
-
-def train(args: Args) -> Path:
-    """Train and return the run folder. Raises BadInput before anything is created."""
-    batch_size = args.num_envs * args.num_steps  # steps in an iteration
-    if args.total_timesteps < batch_size:
-        raise BadInput(
-            f"--total-timesteps {args.total_timesteps} is less than one iteration of num-envs x num-steps = "
-            f"{args.num_envs} x {args.num_steps} = {batch_size}; ask for at least {batch_size}"
-        )
-    check_batch_shape(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device(args.device)
-    torch.set_num_threads(1)  # networks this small lose more to the hand-over between threads than they gain
-    threadpoolctl.threadpool_limits(1, "blas")  # and so does numpy, which acts also where the networks live on a GPU
-    keep_freed_memory()
-
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    start = checkpoint["global_step"] if checkpoint else 0
-    envs, observation_space, action_space = make_envs(
-        args.env_id, args.num_envs, derived_seed(args.seed, start), args.env_backend, args.env_threads
-    )
-    if args.capture_video and not film_in_child(args.env_id, None, args.run_dir, args.seed):
-        raise BadInput(
-            f"--capture-video: Gymnasium cannot draw {args.env_id} here; MuJoCo needs EGL, or the library OSMesa and the "
-            "environment variable MUJOCO_GL=osmesa; or leave --capture-video out"
-        )
-    obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
-    capacity = args.total_timesteps // batch_size * batch_size
-    if checkpoint:
-        path, size = args.resume / "replay" / "transitions.bin", replay_bytes(capacity, obs_dim, action_dim)
-        if not path.exists() or path.stat().st_size != size:
-            raise BadInput(f"--resume {args.resume}: its {path.name} is missing or damaged, so it cannot continue")
-
-    # ---- Training: networks and optimisers ---------------------------------------------------------------------
-    agent = Agent(obs_dim, action_dim, args).to(device)
-    theta, omega, target = (flat_view(part.parameters()) for part in (agent.actor, agent.critics, agent.targets))
-    actor_optimiser = FlatAdam({"params": theta, "lr": args.learning_rate, "eps": 1e-8})
-    critic_optimiser = FlatAdam({"params": omega, "lr": args.critic_learning_rate, "eps": 1e-8})
-    thetas, omegas = list(agent.actor.parameters()), list(agent.critics.parameters())
-    theta_grads, omega_grads = ([parameter.grad for parameter in each] for each in (thetas, omegas))
-    follower = "actor" if args.leader == "critic" else "critic"
-    follower_optimiser = actor_optimiser if follower == "actor" else critic_optimiser
-    follower_grads = theta_grads if follower == "actor" else omega_grads
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for optimiser, state in zip((actor_optimiser, critic_optimiser), checkpoint["optimisers"]):
-            optimiser.load_state_dict(state)
-        set_rng_state(checkpoint["rng"])
-    leads = args.leader in ("actor", "critic") and args.regularisation < math.inf  # whether there is an implicit term
-    damping = torch.zeros((), dtype=torch.float64, device=device)  # lambda
-    stops, plain = torch.zeros(2, dtype=torch.int64, device=device)  # updates whose solve the guard stopped; without correction
-
-    # ---- Training: one update ----------------------------------------------------------------------------------
-    def update(
-        pairs: Tensor, b_rewards: Tensor, b_next_obs: Tensor, b_terminated: Tensor, here: Tensor, there: Tensor,
-        metrics: dict[str, float] | None = None,
-    ) -> None:  # fmt: skip
-        """Step both players, and the targets, by a minibatch of `Replay.sample` and the policy's noise in s and in s';
-        with `metrics`, to put the diagnostics into."""
-        b_obs, following = pairs[:, :obs_dim], (b_rewards, args.gamma * (1 - b_terminated), b_next_obs, there)
-
-        # ---- Both players: their own gradients ------------------------------------------------------------------
-        with torch.set_grad_enabled(leads):
-            backups = backup(agent, *following)
-        data = stacks(agent.critics, pairs)
-        errors = td_errors(data, backups)
-        torch._foreach_copy_(omega_grads, critic_gradient(data, errors))
-        if args.leader == "none-sequential":
-            critic_optimiser.update()
-        actions, costs = agent.policy(agent.actor(b_obs), here)
-        led, least, slopes = led_critics(agent, b_obs, actions)
-        actor_loss = policy_loss(actions, costs, slopes)
-
-        # ---- Leader: the implicit term --------------------------------------------------------------------------
-        if metrics is not None:
-            own = {"actor": flatten(torch.autograd.grad(actor_loss, thetas, retain_graph=True))}
-            own["critic"] = flatten(omega_grads)
-        if leads and args.leader == "actor":
-            z, solve = critic_response(data, errors, led, least, damping, args.ihvp, args.cg_iterations)
-            weights = 2 * z.sum(0)  # of the backups
-            actor_loss = actor_loss + (weights * backups).mean()
-        elif leads:
-            b = flatten(torch.autograd.grad(-2 * (errors.sum(0) * backups).mean(), thetas))  # d_theta L
-            x, solve = actor_response(agent, b_obs, here, slopes, b, damping, args.cg_iterations)
-            torch._foreach_sub_(omega_grads, critic_correction(agent, b_obs, here, led, least, x))
-        torch._foreach_copy_(theta_grads, torch.autograd.grad(actor_loss, thetas))
-        if leads:
-            stops.add_(solve.stopped)
-            plain.add_(solve.plain)
-        if metrics is not None:
-            metrics["losses/qf_loss"] = (errors * errors).mean(1).sum().item()
-            metrics["losses/q_values"] = data[0].outputs.mean().item()
-            metrics["losses/actor_loss"] = (costs - least_values(led)).mean().item()
-            metrics["losses/actor_gradient_norm"] = own["actor"].norm().item()
-            metrics["bilevel/inner_gradient_norm_before"] = own[follower].norm().item()
-        if metrics is not None and leads:
-            total = flatten(theta_grads if args.leader == "actor" else omega_grads)
-            metrics |= leader_diagnostics(own[args.leader], total)
-            metrics["bilevel/ihvp_residual"] = solve.residual().item()
-        if metrics is not None and leads and args.leader == "actor":
-            metrics["bilevel/weight_mean"] = weights.mean().item()
-            metrics["bilevel/weight_std"] = weights.std(correction=0).item()
-
-        # ---- Steps: both players, then the follower alone, then the target --------------------------------------
-        actor_optimiser.update()
-        if args.leader != "none-sequential":
-            critic_optimiser.update()
-        for _ in range(args.follower_steps - 1):
-            gradient = follower_gradient(agent, follower, pairs, b_obs, here, following)
-            torch._foreach_copy_(follower_grads, gradient)
-            follower_optimiser.update()
-        if metrics is not None:
-            gradient = follower_gradient(agent, follower, pairs, b_obs, here, following)
-            metrics["bilevel/inner_gradient_norm_after"] = flatten(gradient).norm().item()
-        with torch.no_grad():
-            target.lerp_(omega, 1 - args.polyak)
-
-    uses_cg = leads and (args.leader == "critic" or args.ihvp == "cg")  # its guard reads numbers back, which no graph may do
-    undiagnosed_update = GraphedUpdate(update) if args.device == "cuda" and not uses_cg else update
-
-    run, stored = Run(args, checkpoint), checkpoint["replay_size"] if checkpoint else 0
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Replace `path` by bytes or by what torch saves: after a crash the old or the new content is there."""
+    new = path.with_name(path.name + ".new")
     try:
-        replay = Replay(run.folder / "replay", capacity, obs_dim, action_dim, args.buffer_size, stored)
-    except (OSError, OverflowError) as error:
-        if not checkpoint:
-            shutil.rmtree(run.folder)
-        needed = replay_bytes(capacity, obs_dim, action_dim) / 2**20
-        reason = error.strerror if isinstance(error, OSError) else "no file can be that large"
-        raise BadInput(
-            f"--run-dir {args.run_dir} cannot hold {needed:,.0f} MiB of replay: {reason}; name another folder"
-        ) from error
+        with open(new, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk should not stay full of half a file
 
-    with run:
-        obs, _ = envs.reset()
-        ended = np.zeros(args.num_envs, dtype=bool)  # whether the last step ended an episode: the next row is its reset
-        episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-        num_iterations = args.total_timesteps // batch_size
-        for iteration in range(start // batch_size + 1, num_iterations + 1):
+
+class Run:
+    """The run folder (docs/run_folder.md): arguments, csv files, TensorBoard, W&B, checkpoints, signals.
+
+    A context manager: it holds the folder of a run to resume, and writes result.json at the end, whatever
+    the end is. `open` writes to the folder for the first time. SIGINT and SIGTERM set `stop_signal`, which
+    the loop reads at the end of its iteration; a second one, or one after training, stops at once.
+    """
+
+    def __init__(self, args: Args):
+        self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
+        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
+        self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
+
+    def __enter__(self):
+        """Lock the folder of a run to resume, then read its checkpoint. Raises BadInput if it cannot."""
+        if self.folder is None:
+            return self
+        if not (self.folder / "checkpoint.pt").exists():
+            raise BadInput(f"--resume {self.folder} has no checkpoint.pt yet; start a new run")
+        try:
+            self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+        except filelock.Timeout:
+            raise BadInput(f"--resume {self.folder} is still running in another process") from None
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            reason = f"checkpoint.pt cannot be used: {type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--resume {self.folder}: {reason}; start a new run") from error
+        return self
+
+    def open(self) -> None:
+        """Make the folder, or go on in it, and start all logs. Raises BadInput if that is not possible."""
+        args, resumed = self.args, self.checkpoint is not None
+        try:
+            if not resumed:
+                name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+                self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
+                while self.folder.exists():  # a run of the same second
+                    self.folder = self.folder.with_name(self.folder.name + "_")
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
+            if args.track:
+                self.start_wandb()
+            made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            self.write_json("args.json", made | {"args": saved})
+            self.metrics = self.open_csv("metrics.csv", METRICS)
+            self.episodes = self.open_csv("episodes.csv", EPISODES)
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+        except OSError as error:
+            raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
+        self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
+        bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        self.bar = tqdm(**bar, mininterval=seconds, delay=0.1)  # delay: nothing is printed here
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
+        self.opened, self.started = True, time.perf_counter() - self.wall_time
+
+    def start_wandb(self) -> None:
+        """Send what TensorBoard gets to W&B as well; the parts of a run that was continued are one group."""
+        names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+        names |= {"group": self.folder.name, "name": f"{self.folder.name}-{self.global_step}"}
+        try:
+            import wandb
+
+            self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
+        except Exception as error:
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder)
+            raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ask the loop to stop; at once if it was asked before or has ended."""
+        at_once, self.stop_signal = self.stop_signal or self.trained, number
+        if at_once:
+            sys.exit(128 + number)
+
+    def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
+        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
+        it are dropped, and so is, with a message, what cannot be read."""
+        path, kept, damaged = self.folder / name, [",".join(columns)], 0
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
+                if int(row["global_step"]) <= self.global_step:
+                    kept.append(line)
+                    if columns is EPISODES:
+                        self.returns.append((row["global_step"], row["episodic_return"]))
+            except (ValueError, OverflowError):
+                damaged += line != kept[0]
+        if damaged:
+            say(f"{path}: {damaged} lines could not be read and are dropped")
+        write_atomically(path, "\r\n".join([*kept, ""]).encode())
+        self.files.append(open(path, "a", newline=""))
+        return csv.DictWriter(self.files[-1], columns)
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
+        strict = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        write_atomically(self.folder / name, (json.dumps(strict, indent=1) + "\n").encode())
+
+    def log(self, global_step: int, metrics: dict[str, float | None], episodes: list[dict]) -> None:
+        """One row of metrics.csv, the same scalars for TensorBoard, and the episodes that ended in this
+        iteration; None is a number that does not exist."""
+        self.global_step, self.wall_time = global_step, time.perf_counter() - self.started
+        metrics |= {"global_step": global_step, "wall_time_s": self.wall_time}
+        metrics["charts/SPS"] = global_step / self.wall_time
+        for name in ("episodic_return", "episodic_length"):
+            metrics[f"charts/{name}"] = float(np.mean([row[name] for row in episodes])) if episodes else None
+        self.metrics.writerow(metrics)
+        self.episodes.writerows(episodes)
+        for file in self.files:
+            file.flush()
+        for name in METRICS[2:]:
+            if metrics.get(name) is not None:
+                self.tensorboard.add_scalar(name, metrics[name], global_step)
+        self.returns += [(row["global_step"], row["episodic_return"]) for row in episodes]
+        with contextlib.suppress(OSError, ValueError):
+            recent = np.mean([value for _, value in self.returns[-20:]] or math.nan)
+            self.bar.set_postfix_str(f"return {recent:.1f}", refresh=False)
+            self.bar.update(global_step - self.bar.n)
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Replace checkpoint.pt by `state`, the counters and torch's random state; the csv files reach the
+        disk before."""
+        for file in self.files:
+            os.fsync(file.fileno())
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        write_atomically(self.folder / "checkpoint.pt", state)
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Write result.json, last and atomically, and let go of everything."""
+        if self.opened:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            status = "finished" if error is None else "failed"
+            if isinstance(error, Diverged):
+                status = "diverged"
+            elif isinstance(error, SystemExit if self.stop_signal else KeyboardInterrupt):
+                status = "interrupted"
+            last = [value for step, value in self.returns if step > 0.9 * self.end]
+            result = {"status": status, "global_step": self.global_step, "wall_time_s": self.wall_time}
+            result |= {"final_return": float(np.mean(last or math.nan))}
+            failed = status in ("failed", "diverged")
+            result |= {"error": f"{kind.__name__}: {error}"} if failed else self.result
+            for each in (self.bar, self.tensorboard, *self.files):
+                with contextlib.suppress(OSError, ValueError):  # on a full disk or without a reader
+                    each.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self.write_json("result.json", result)
+            say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
+            if status == "interrupted":
+                say(f"continue with --resume {self.folder}")
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+        if self.lock is not None:
+            self.lock.release()
+        if self.opened and status == "failed" and isinstance(error, SystemExit):
+            raise RuntimeError("the task tried to end the process") from error
+
+
+def load_policy(path: str | Path) -> Agent:
+    """The agent in a model.pt or a checkpoint.pt: called with raw observations (..., D), it gives the
+    actions that are played, as the task takes them."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    agent = Agent(*saved["agent_sizes"])
+    agent.load_state_dict(saved["agent"])
+    return agent.eval().requires_grad_(False)
+
+
+def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
+    """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
+    long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
+    task; without episodes it only tries."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
+        drawn = {"render_mode": "rgb_array"} if film_folder else {}
+        env = gym.make(args.env_id, **json.loads(args.env_kwargs) | drawn)
+        if film_folder:
+            env = gym.wrappers.RecordVideo(env, str(film_folder), episode_trigger=lambda episode: True)
+        env = gym.wrappers.TimeLimit(gym.wrappers.FlattenObservation(env), 5_000 if film_folder else 100_000)
+    returns = [0.0] * episodes
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=derived_seed(args.seed, 2**40 + episode))
+        ended = False
+        while not ended:
+            with torch.no_grad():
+                action = agent(obs).numpy()[()]
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            ended = terminated or truncated
+    env.close()
+    return returns
+
+
+# ---- Off-policy training: set-up (shared) ------------------------------------------------------------
+def train(args: Args) -> Path:
+    """Train, play and return the run folder. Raises BadInput before anything is created, and Diverged."""
+    with Run(args) as run:
+        checkpoint, start, iteration_steps = run.checkpoint, run.global_step, args.num_envs * args.num_steps
+        if start % iteration_steps or start > args.total_timesteps:
+            needs = "--total-timesteps must be at least that, and --num-envs x --num-steps must divide it"
+            raise BadInput(f"--resume {args.resume} has made {start} steps: {needs}")
+        torch.manual_seed(args.seed)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        torch.set_num_threads(1)  # networks this small lose more to a hand-over than they gain
+        envs, observation_space, action_space = make_envs(args, derived_seed(args.seed, start))
+        if args.eval_episodes or args.capture_video:
+            play(None, args, episodes=0)
+        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
+        stored = checkpoint["replay_size"] if checkpoint else 0
+        if start < run.end:
+            check_replay(args, run.end, stored, obs_dim, action_dim)
+
+        # ---- Off-policy training: networks and optimisers (shared) -----------------------------------
+        agent_sizes = args.agent_sizes(obs_dim, action_dim)
+        agent = Agent(*agent_sizes)
+        agent.set_action_space(action_space)
+        agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
+        check_critics(agent.critics, obs_dim + action_dim)
+        thetas, omegas = [*agent.actor.parameters()], [*agent.critics.parameters()]
+        adam = {"fused": True, "capturable": True}  # so that a CUDA graph can hold a step
+        optimisers = [
+            torch.optim.Adam(thetas, args.learning_rate, **adam),
+            torch.optim.Adam(omegas, args.critic_learning_rate, **adam),
+        ]
+        actor_optimiser, critic_optimiser = optimisers
+        if checkpoint:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+                for each, state in zip(optimisers, checkpoint["optimisers"]):
+                    each.load_state_dict(state)
+                    each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
+                torch.set_rng_state(checkpoint["rng"])  # every random number is drawn on the CPU
+            except (RuntimeError, ValueError, KeyError) as error:
+                wrong = "its networks have another shape; leave out the widths and the task"
+                raise BadInput(f"--resume {args.resume}: {wrong}") from error
+        follower = "actor" if args.leader == "critic" else "critic"
+        # Whether there is an implicit term.
+        leads = args.leader in ("actor", "critic") and args.regularisation < math.inf
+        damping = torch.zeros((), dtype=torch.float64, device=device)  # lambda
+        # Updates whose solve the guard stopped, and updates without a correction.
+        stops, plain = torch.zeros(2, dtype=torch.int64, device=device)
+
+        def step(optimiser: torch.optim.Adam, gradient: Tensor) -> None:
+            """One step of Adam along a gradient (P,)."""
+            parameters = optimiser.param_groups[0]["params"]
+            for parameter, part in zip(parameters, unflatten(gradient, parameters)):
+                parameter.grad = part
+            optimiser.step()
+
+        # ---- Off-policy training: one update (shared) ------------------------------------------------
+        def update(pairs, rewards, next_obs, terminated, here, there, metrics: dict | None = None) -> None:
+            """Step both players, and the targets, by a minibatch: pairs (n, D + A), rewards, terminated (n,),
+            next_obs (n, D), the policy's noise in s and in s'; with `metrics`, to put diagnostics into."""
+            obs, following = pairs[:, :obs_dim], (rewards, args.gamma * (1 - terminated), next_obs, there)
+
+            # ---- Both players: their own gradients (shared) ------------------------------------------
+            with torch.set_grad_enabled(leads):
+                backups = backup(agent, *following)
+            data = CriticJacobian(agent.critics, pairs)
+            errors = data.values - backups.detach()
+            omega_gradient = data.vjp(2 / len(pairs) * errors)
+            own = {"critic": omega_gradient}
+            if args.leader == "none-sequential":
+                step(critic_optimiser, omega_gradient)
+            actions, costs = agent.policy(agent.actor(obs), here)
+            led = CriticJacobian(agent.critics, torch.cat([obs, actions.detach()], 1), least=True)
+            actor_loss = policy_loss(actions, costs, led.slopes[:, obs_dim:])
+
+            # ---- Leader: the implicit term (shared) --------------------------------------------------
+            if metrics is not None:
+                own["actor"] = flatten(torch.autograd.grad(actor_loss, thetas, retain_graph=True))
+            if leads and args.leader == "actor":
+                if args.ihvp == "kernel":
+                    response, stopped = kernel_response(data, led, damping), False
+                    residual = functools.partial(kernel_residual, response, data, led, damping)
+                else:
+                    system = data, led, critic_hessian(agent, pairs, backups)
+                    response, stopped, residual = cg_response(*system, damping, args.cg_iterations)
+                weights = 2 * response.sum(0)  # of the backups
+                actor_loss = actor_loss + (weights * backups).mean()
+            elif leads:
+                b = torch.autograd.grad(-2 * (errors.sum(0) * backups).mean(), thetas)  # d_theta L
+                system = actor_hessian(agent, obs, here), flatten(b)
+                response, stopped, residual = guarded_solve(*system, damping, args.cg_iterations)
+                omega_gradient = omega_gradient - critic_correction(agent, obs, here, response)
+            theta_gradient = flatten(torch.autograd.grad(actor_loss, thetas))
+            if leads:
+                stops.add_(stopped)
+                plain.add_(~response.any())
+            if metrics is not None:
+                metrics["losses/qf_loss"] = errors.square().mean(1).sum().item()
+                metrics["losses/q_values"] = data.values[0].mean().item()
+                metrics["losses/actor_loss"] = (costs - led.values.amin(0)).mean().item()
+                metrics["losses/actor_gradient_norm"] = own["actor"].norm().item()
+                metrics["bilevel/inner_gradient_norm_before"] = own[follower].norm().item()
+            if metrics is not None and leads:
+                total = theta_gradient if args.leader == "actor" else omega_gradient
+                metrics |= leader_diagnostics(own[args.leader], total)
+                metrics["bilevel/ihvp_residual"] = residual().item()
+                if args.leader == "actor":
+                    metrics["bilevel/weight_mean"] = weights.mean().item()
+                    metrics["bilevel/weight_std"] = weights.std(correction=0).item()
+
+            # ---- Steps: both players, then the follower alone, then the targets (shared) -------------
+            step(actor_optimiser, theta_gradient)
+            if args.leader != "none-sequential":
+                step(critic_optimiser, omega_gradient)
+            for _ in range(args.follower_steps - 1):
+                gradient = follower_gradient(agent, follower, pairs, obs, here, following)
+                step(actor_optimiser if follower == "actor" else critic_optimiser, gradient)
+            if metrics is not None:
+                gradient = follower_gradient(agent, follower, pairs, obs, here, following)
+                metrics["bilevel/inner_gradient_norm_after"] = gradient.norm().item()
+            with torch.no_grad():
+                torch._foreach_lerp_([*agent.targets.parameters()], omegas, 1 - args.polyak)
+
+        # No graph holds conjugate gradients, whose guard reads numbers back.
+        uses_cg = leads and (args.leader == "critic" or args.ihvp == "cg")
+        graphed = args.cuda_graphs and device.type == "cuda" and not uses_cg
+        undiagnosed_update = GraphedUpdate(update) if graphed else update
+
+        # ---- Off-policy training: the loop (shared) --------------------------------------------------
+        run.open()
+        if start < run.end:
+            try:
+                sizes = run.end, obs_dim, action_dim, args.buffer_size, stored
+                replay = Replay(run.folder / "replay.bin", *sizes)
+            except OSError as error:  # as where a quota ends
+                raise BadInput(f"--run-dir {args.run_dir} cannot hold the replay: {error}") from error
+        obs = envs.reset()[0]
+        ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
+        episode_returns, episode_lengths = np.zeros((2, args.num_envs))
+        for iteration in range(start // iteration_steps + 1, run.end // iteration_steps + 1):
             env_time, policy_time, update_time, episodes = 0.0, 0.0, 0.0, []
-            metrics, updates = dict.fromkeys(METRICS, math.nan), 0
+            metrics, updates, rows_before = dict.fromkeys(METRICS), 0, replay.size
             stops.zero_()
             plain.zero_()
-            noise = torch.randn(args.num_steps, args.num_envs, action_dim).numpy()
-            uniform = 2 * torch.rand(noise.shape).numpy() - 1
+            noise = torch.randn(args.num_steps, args.num_envs, action_dim)
+            uniform = 2 * torch.rand(noise.shape) - 1
             for first in range(0, args.num_steps, args.update_every):
-                # ---- Training: collect a block of transitions --------------------------------------------------
-                block_start, block_env_time, size_before = time.perf_counter(), env_time, replay.size
-                actor = numpy_mlp(agent.actor)
+                # ---- Off-policy training: collect a block of transitions (shared) --------------------
+                block_start, block_env_time, block_rows = time.perf_counter(), env_time, replay.size
+                # A CPU is faster than a GPU for a few rows.
+                behaviour = agent if device.type == "cpu" else copy.deepcopy(agent).cpu()
                 for t in range(first, first + args.update_every):
-                    step = (iteration - 1) * batch_size + (t + 1) * args.num_envs  # with this one
-                    actions = agent.act(actor(obs.astype(np.float32)), noise[t]) if step > args.random_steps else uniform[t]
+                    global_step = (iteration - 1) * iteration_steps + (t + 1) * args.num_envs  # with this one
+                    with torch.no_grad():
+                        actions = uniform[t]
+                        if global_step > args.random_steps:
+                            actions = behaviour.explore(torch.as_tensor(obs).float(), noise[t])
+                        task_actions = behaviour.task_actions(actions).numpy()
                     env_start = time.perf_counter()
-                    next_obs, reward, ends, cut, _ = envs.step(task_actions(actions, action_space))
+                    next_obs, reward, ends, cut, _ = envs.step(task_actions)
                     env_time += time.perf_counter() - env_start
-                    transition = ~ended
-                    ended = ends | cut
-                    # A reset row is no transition; a time limit is no end: its final observation is bootstrapped from.
-                    columns = (obs, actions, reward, next_obs, ends)
-                    replay.add(*columns if transition.all() else [column[transition] for column in columns])
+                    transition, ended = ~ended, ends | cut
+                    # A reset row is no transition. A time limit is no end: s' is the final observation.
+                    columns = obs, actions.numpy(), reward, next_obs, ends
+                    replay.add(*(column[transition] for column in columns))
                     episode_returns += np.where(transition, reward, 0.0)
                     episode_lengths += transition
                     obs = next_obs
-                    if ended.any():
-                        wall_time = time.perf_counter() - run.started
-                        for index in ended.nonzero()[0].tolist():
-                            mine = float(episode_returns[index]), int(episode_lengths[index])
-                            episodes.append((step, wall_time, index, *mine))
-                        episode_returns[ended], episode_lengths[ended] = 0.0, 0
+                    for index in ended.nonzero()[0].tolist():
+                        seconds, length = time.perf_counter() - run.started, int(episode_lengths[index])
+                        episode = global_step, seconds, index, float(episode_returns[index]), length
+                        episodes.append(dict(zip(EPISODES, episode)))
+                        episode_returns[index] = episode_lengths[index] = 0
                 update_start = time.perf_counter()
                 policy_time += update_start - block_start - (env_time - block_env_time)
-                if step <= args.learning_starts:
+                if global_step <= args.learning_starts:
                     continue
 
-                # ---- Update ------------------------------------------------------------------------------------
-                count = replay.size - size_before  # one update for each new transition; a row of resets is none
+                # ---- Off-policy training: a block of updates (shared) --------------------------------
+                count = replay.size - block_rows  # one update for each transition; a row of resets is none
                 arrays = [array.to(device) for array in replay.sample(count, args.batch_size)]
-                arrays += torch.randn(2, count, args.batch_size, agent.noise_dim).to(device)  # of the policy in s and in s'
-                if leads:
-                    damping.fill_(args.regularisation * math.exp(-step / args.regularisation_decay))
+                # The policy's noise in s and in s'.
+                arrays += torch.randn(2, count, args.batch_size, agent.noise_dim).to(device)
+                damping.fill_(args.regularisation * math.exp(-global_step / args.regularisation_decay))
                 for index, minibatch in enumerate(zip(*arrays)):
-                    # In an iteration's last update: of the last block, or of the one before if that is a row of resets.
+                    # The iteration's last update; one block earlier if the last may be a row of resets.
                     if index == count - 1 and first >= args.num_steps - max(2, args.update_every):
                         update(*minibatch, metrics)
                     else:
                         undiagnosed_update(*minibatch)
                 updates += count
-                if args.device == "cuda":  # so that update_time holds the device's work; the next step waits for it in any case
-                    torch.cuda.synchronize()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # so that update_time holds the device's work
                 update_time += time.perf_counter() - update_start
 
-            # ---- Training: evaluate, log and checkpoint --------------------------------------------------------
-            step, eval_start = iteration * batch_size, time.perf_counter()
-            metrics["charts/eval_return"] = math.nan
-            if args.eval_episodes and step // args.eval_every > (step - batch_size) // args.eval_every:
-                actor = numpy_mlp(agent.actor)
-
-                def policy(obs: np.ndarray) -> np.ndarray:
-                    return task_actions(agent.act(actor(obs), 0.0), action_space)
-
-                metrics["charts/eval_return"] = float(np.mean(evaluate(policy, args, args.eval_episodes)))
+            # ---- Off-policy training: evaluate, log and checkpoint (shared) --------------------------
+            global_step, eval_start = iteration * iteration_steps, time.perf_counter()
+            due = global_step // args.eval_every > (global_step - iteration_steps) // args.eval_every
+            if args.eval_episodes and due:
+                returns = play(copy.deepcopy(agent).cpu(), args, args.eval_episodes)
+                metrics["charts/eval_return"] = float(np.mean(returns))
             if leads and updates:
                 metrics["bilevel/negative_curvature"] = stops.item() / updates
                 metrics["bilevel/plain_fraction"] = plain.item() / updates
@@ -1392,46 +1201,50 @@ def train(args: Args) -> Path:
                 "time/update": update_time,
                 "time/evaluation": time.perf_counter() - eval_start,
             }
-            run.log(step, metrics, episodes)
-            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
+            for name, value in metrics.items():  # a ratio whose denominator is 0 does not exist
+                if name.startswith("bilevel/") and value is not None and not math.isfinite(value):
+                    metrics[name] = None
+            run.log(global_step, metrics, episodes)
+            new_rows = torch.from_numpy(replay.rows[rows_before : replay.size])
+            pairs, rewards, next_obs, _ = new_rows.split(replay.widths, 1)
+            answers = pairs.isfinite().all(1).cumprod(0).bool()  # of the task, to actions that were finite
+            losses = [metrics[name] or 0.0 for name in METRICS if name.startswith("losses/")]
+            watched = {"observations": next_obs[answers], "rewards": rewards[answers]}
+            watched |= {"losses": torch.tensor(losses), "weights": flatten(agent.parameters())}
+            for name, numbers in watched.items():
+                if not numbers.isfinite().all():
+                    raise Diverged(f"the {name} stopped being finite by step {global_step:,}")
+            if iteration % args.checkpoint_every == 0 or global_step == run.end or run.stop_signal:
                 replay.file.flush()
-                optimisers = [each.state_dict() for each in (actor_optimiser, critic_optimiser)]
-                run.save_checkpoint({"agent": agent.state_dict(), "optimisers": optimisers, "replay_size": replay.size})
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict(), "replay_size": replay.size}
+                run.save_checkpoint(state | {"optimisers": [each.state_dict() for each in optimisers]})
             if run.stop_signal:
-                run.stop()
+                sys.exit(128 + run.stop_signal)
 
-        # ---- Training: model, evaluation, video ----------------------------------------------------------------
-        run.end_training()
+        # ---- Training: model, evaluation, film (shared) ----------------------------------------------
+        run.trained = True
         envs.close()
-        model = {
-            "script": SCRIPT,
-            "env_id": args.env_id,
-            "agent": agent.cpu().state_dict(),
-            "obs_dim": obs_dim,
-            "widths": {"actor_width": args.actor_width, "critic_width": args.critic_width},
-            "action_low": torch.as_tensor(action_space.low).float(),
-            "action_high": torch.as_tensor(action_space.high).float(),
-        }
-        path = run.folder / "model.pt"
-        if args.save_model or args.eval_episodes or args.capture_video:
-            write_atomically(path, lambda new: torch.save(model, new))
-        results = {}
+        agent.cpu()
+        if args.save_model:
+            model = {"script": Path(__file__).name, "env_id": args.env_id, "agent_sizes": agent_sizes}
+            write_atomically(run.folder / "model.pt", model | {"agent": agent.state_dict()})
+        if args.capture_video:
+            try:
+                play(agent, args, 1, run.folder / "videos")
+            except Exception as error:  # as where nothing can draw
+                say(f"no film, the run is complete: {error}; for MuJoCo set MUJOCO_GL to egl or osmesa")
         if args.eval_episodes:
-            results["eval_returns"] = evaluate(load_policy(path), args, args.eval_episodes)
-            print(f"mean return of {args.eval_episodes} evaluation episodes: {np.mean(results['eval_returns']):.1f}")
-        if args.capture_video and not film_in_child(args.env_id, path, run.folder / "videos", args.seed):
-            print("the video could not be made; the run is complete without it", file=sys.stderr)
-        if not args.save_model:
-            path.unlink(missing_ok=True)
-        run.close("finished", **results)
-        shutil.rmtree(run.folder / "replay", ignore_errors=True)
+            run.result["eval_returns"] = play(agent, args, args.eval_episodes)
+            say(f"mean return of {args.eval_episodes} episodes: {np.mean(run.result['eval_returns']):.1f}")
     return run.folder
 
 
-# ---- Entry point (shared) --------------------------------------------------------------------------------------
+# ---- Entry point (shared) ----------------------------------------------------------------------------
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where a task of the user's own may lie
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed
     try:
-        train(parse_args(Args))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        train(parse_args())
+    except (BadInput, Diverged) as error:
+        say(f"error: {error}")
+        sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -3,7 +3,7 @@
     python -m benchmark.speed_sobirl                                      some ten minutes on an idle core
     python -m benchmark.speed_sobirl --results-dir benchmark/results/speed_sobirl      and write the table there
 
-How the numbers are taken. On the CPU, one torch thread, float32 at the highest precision (but for `sobirl-medium`), Hopper-v4, one environment, both
+How the numbers are taken. On the CPU, one torch thread, float32 at the highest precision, Hopper-v4, one environment, both
 networks 256-256, batch 256, one update for each step. Competitors live in processes of their own and take turns A B C A B
 C ..., an iteration of the script (2000 steps) each, so that a change of the machine's load meets all of them alike; a number
 is the median over the turns with (lowest..highest), and a ratio is taken within a turn before its median. Before the first turn
@@ -40,14 +40,13 @@ from torch import Tensor
 import sobirl_rlhf
 from benchmark.turns import Row, loops_in_turns, provenance_of, ratios, script_loop, show, with_processor_time, write_csv
 
-STEPS = sobirl_rlhf.Args.num_steps  # of a turn: an iteration of the script with default arguments
+STEPS = sobirl_rlhf.Args().num_steps  # of a turn: an iteration of the script with default arguments
 RANDOM_TURNS = 50  # before the first
 METHODS = {
     "ground-truth": "--reward-update ground-truth",
     "drlhf": "--reward-update drlhf",
     "sobirl": "--reward-update sobirl",
     "sobirl-queue": "--reward-update sobirl --implicit-pairs queue",
-    "sobirl-medium": "--reward-update sobirl --matmul-precision medium",  # less than float32 where the processor can
 }
 TARGETS = {"ground-truth": 1.3, "sobirl": 1.2}  # at least so many times the reference's steps per second
 
@@ -58,10 +57,10 @@ class Args:
     """turns of each competitor, in [1, inf)"""
     env_id: str = "Hopper-v4"
     """environment"""
-    env_backend: str = "auto"
-    """who steps the script's environment: auto, envpool or gymnasium"""
-    methods: tuple[Literal["ground-truth", "drlhf", "sobirl", "sobirl-queue", "sobirl-medium"], ...] = tuple(METHODS)
-    """which of ground-truth, drlhf, sobirl, sobirl-queue, sobirl-medium to measure"""
+    env_backend: str = "sync"
+    """who steps the script's environment: auto, envpool, sync or async"""
+    methods: tuple[Literal["ground-truth", "drlhf", "sobirl", "sobirl-queue"], ...] = tuple(METHODS)
+    """which of ground-truth, drlhf, sobirl, sobirl-queue to measure"""
     results_dir: Path | None = None
     """folder for speed_sobirl.csv and speed_sobirl.json; default: print alone"""
 

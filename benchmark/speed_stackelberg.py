@@ -5,7 +5,7 @@
     python -m benchmark.speed_stackelberg --device cuda                                   with the networks on a GPU
 
 The reference is `--leader none-sequential` of the same script: DDPG or SAC as usual, with the same networks (256-256),
-batch (100) and optimiser (Adam in one fused kernel on a flat vector). What is timed is the training as it is: the
+batch (100) and optimiser (fused Adam). What is timed is the training as it is: the
 column time/update of metrics.csv, minibatches, both players' steps, targets and diagnostics (one update of an iteration)
 included, environments and evaluation not. The column `loop` has the whole iteration, environments and logging included.
 
@@ -79,13 +79,11 @@ def all_iterations(script) -> None:
 
 
 def competitor(
-    script, words: list[str], all_of_them: bool, launched: bool, rollout_done: Callable[[dict[str, float]], None]
+    script, words: list[str], all_of_them: bool, rollout_done: Callable[[dict[str, float]], None]
 ) -> None:
     """The training with these words, for `loops_in_turns`."""
     if all_of_them:
         all_iterations(script)
-    if launched:
-        script.GraphedUpdate = lambda update: update
     script_loop(script, words, rollout_done)
 
 
@@ -95,12 +93,13 @@ def measure(script, args: Args) -> dict[str, list[dict[str, float]]]:
         common = f"--env-id {args.env_id} --device {args.device} --env-threads 1 --run-dir {runs} --eval-episodes 0"
         common += f" --num-steps {args.num_steps} --update-every {math.gcd(50, args.num_steps)}"
         common += f" --learning-starts 0 --total-timesteps {(args.rounds + 2) * args.num_steps}"
-        competitors = {name: (*each, False) for name, each in COMPETITORS.items()}
+        competitors = dict(COMPETITORS)
         if args.device == "cuda":
-            competitors |= {name + LAUNCHED: (*COMPETITORS[name], True) for name in (REFERENCE, "actor, kernel")}
+            for name in (REFERENCE, "actor, kernel"):
+                competitors[name + LAUNCHED] = COMPETITORS[name][0] + " --no-cuda-graphs", False
         loops = {
-            name: partial(competitor, script, [*common.split(), *words.split()], all_of_them, launched)
-            for name, (words, all_of_them, launched) in competitors.items()
+            name: partial(competitor, script, [*common.split(), *words.split()], all_of_them)
+            for name, (words, all_of_them) in competitors.items()
         }
         return loops_in_turns(loops, args.rounds, 1)
 

@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ import tyro
 
 import stddpg
 import stsac
+from benchmark.machine import provenance, write_atomically
 
 SCRIPTS = {"stddpg.py": stddpg, "stsac.py": stsac}
 LAMBDAS = {
@@ -70,60 +72,64 @@ def interrupted_run(script, env_id: str, args: Args, run_dir: Path) -> Path:
     words += " --regularisation 1"
     words += f" --total-timesteps {2 * args.steps} --run-dir {run_dir}"
     script.Run.log = log_and_stop
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        script.train(script.parse_args(script.Args, words.split()))
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        script.train(script.parse_args(words.split()))
     script.Run.log = log
     return next(run_dir.iterdir())
 
 
 def solves(script, folder: Path, batches: int) -> list[dict]:
     """One row for each solver and lambda."""
-    saved = json.loads((folder / "args.json").read_text())["args"]
-    args = script.Args(**{name: value for name, value in saved.items() if name != "run_dir"})
+    args = script.parse_args(["--resume", str(folder)])
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    envs, observation_space, action_space = script.make_envs(args.env_id, 1, 0)
-    envs.close()
-    obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
-    agent = script.Agent(obs_dim, action_dim, args)
+    agent = script.Agent(*checkpoint["agent_sizes"])
     agent.load_state_dict(checkpoint["agent"])
-    replay = script.Replay(
-        folder / "replay", args.total_timesteps, obs_dim, action_dim, args.buffer_size, checkpoint["replay_size"]
-    )
+    obs_dim, action_dim, *_ = checkpoint["agent_sizes"]
+    sizes = args.total_timesteps, obs_dim, action_dim, args.buffer_size, checkpoint["replay_size"]
+    replay = script.Replay(folder / "replay.bin", *sizes)
     thetas, found = list(agent.actor.parameters()), {}
     torch.manual_seed(0)
     for _ in range(batches):
         pairs, rewards, next_obs, terminated = (array[0] for array in replay.sample(1, args.batch_size))
         obs, (here, there) = pairs[:, :obs_dim], torch.randn(2, args.batch_size, agent.noise_dim)
         backups = script.backup(agent, rewards, args.gamma * (1 - terminated), next_obs, there)
-        data = script.stacks(agent.critics, pairs)
-        errors = script.td_errors(data, backups)
+        data = script.CriticJacobian(agent.critics, pairs)
+        errors = data.values - backups.detach()
         actions, costs = agent.policy(agent.actor(obs), here)
-        led, least, slopes = script.led_critics(agent, obs, actions)
-        loss = script.policy_loss(actions, costs, slopes)
+        led = script.CriticJacobian(agent.critics, torch.cat([obs, actions.detach()], 1), least=True)
+        loss = script.policy_loss(actions, costs, led.slopes[:, obs_dim:])
 
         def gradient(objective: torch.Tensor) -> torch.Tensor:
             return script.flatten(torch.autograd.grad(objective, thetas, retain_graph=True))
 
-        own = {"actor": gradient(loss), "critic": script.flatten(script.critic_gradient(data, errors))}
+        own = {"actor": gradient(loss), "critic": data.vjp(2 / len(pairs) * errors)}
+        critic_hessian = script.critic_hessian(agent, pairs, backups)
+        actor_hessian = script.actor_hessian(agent, obs, here)
         b = gradient(-2 * (errors.sum(0) * backups).mean())
         for name, lambdas in LAMBDAS.items():
-            leader, ihvp = name.split(", ")
+            leader = name.split(", ")[0]
             for damping in lambdas:
-                if leader == "actor":
-                    z, solve = script.critic_response(data, errors, led, least, damping, ihvp, 10)
-                    total = gradient(loss + 2 * (z.sum(0) * backups).mean())
+                if name == "actor, kernel":
+                    response, stopped = script.kernel_response(data, led, damping), False
+                    residual = partial(script.kernel_residual, response, data, led, damping)
+                elif name == "actor, cg":
+                    response, stopped, residual = script.cg_response(data, led, critic_hessian, damping, 10)
                 else:
-                    x, solve = script.actor_response(agent, obs, here, slopes, b, damping, 10)
-                    total = own[leader] - script.flatten(script.critic_correction(agent, obs, here, led, least, x))
+                    response, stopped, residual = script.guarded_solve(actor_hessian, b, damping, 10)
+                if leader == "actor":
+                    total = gradient(loss + 2 * (response.sum(0) * backups).mean())
+                else:
+                    total = own[leader] - script.critic_correction(agent, obs, here, response)
                 numbers = script.leader_diagnostics(own[leader], total)
-                weight = 2 * z.sum(0).mean().item() if leader == "actor" else math.nan
-                sample = (solve.residual().item(), numbers["bilevel/multiplier"], numbers["bilevel/cosine"], weight)
-                found.setdefault((name, damping), []).append((*sample, float(solve.stopped), float(solve.plain)))
+                weight = 2 * response.sum(0).mean().item() if leader == "actor" else math.nan
+                multiplier = numbers["bilevel/multiplier"] if own[leader].any() else math.nan
+                sample = (residual().item(), multiplier, numbers["bilevel/cosine"], weight)
+                found.setdefault((name, damping), []).append((*sample, float(stopped), float(not response.any())))
     rows = []
     for (name, damping), samples in found.items():
         residuals, multipliers, cosines, weights, stopped, plain = zip(*samples)
         rows.append({
-            "script": script.SCRIPT, "env_id": args.env_id, "solve": name, "lambda": f"{damping:g}",
+            "script": f"{script.__name__}.py", "env_id": args.env_id, "solve": name, "lambda": f"{damping:g}",
             "residual": f"{statistics.median(residuals):.1e}", "largest": f"{max(residuals):.1e}",
             "multiplier": f"{statistics.median(multipliers):.2f}", "cosine": f"{statistics.median(cosines):.3f}",
             "weight": f"{statistics.median(weights):.2f}",
@@ -149,10 +155,9 @@ def main(args: Args) -> None:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        made = {name: value for name, value in stddpg.provenance().items() if name not in ("script", "argv")}
-        made |= {"command": " ".join(["python", "-m", "benchmark.stackelberg_damping", *sys.argv[1:]])}
+        made = provenance() | {"command": " ".join(["python", "-m", "benchmark.stackelberg_damping", *sys.argv[1:]])}
         text = json.dumps(made, indent=1) + "\n"
-        stddpg.write_atomically(args.results_dir / "provenance.json", lambda new: new.write_text(text))
+        write_atomically(args.results_dir / "provenance.json", lambda new: new.write_text(text))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections import defaultdict
 
 import pytest
@@ -122,6 +123,16 @@ def test_no_script_imports_another(script):
             imported.add(node.module.split(".")[0])
     assert "torch" in imported
     assert not imported & own
+
+
+@pytest.mark.parametrize("script", EVERY)
+def test_every_module_that_is_used_is_imported(script):
+    """A shared block may use one that the imports of a script do not have."""
+    tree = ast.parse((REPO / script).read_text())
+    used = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    missing = {name for name in used & sys.stdlib_module_names if not hasattr(load(script), name)}
+    local = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assert missing - local == set()
 
 
 @pytest.mark.parametrize("script", EVERY)

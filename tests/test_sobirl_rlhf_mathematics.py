@@ -3,8 +3,11 @@ update against its formula, the practical forms of the implicit term on a tabula
 
 import copy
 import itertools
+import json
 import math
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import sobirl_rlhf as rlhf
@@ -63,49 +66,25 @@ def test_logprob_is_finite_where_tanh_is_one():
     assert rlhf.squashed_logprob(torch.zeros(1, 2), torch.ones(1, 1)).isfinite().all()
 
 
-def test_numpy_actor_draws_what_the_network_draws():
-    actor = rlhf.relu_mlp(OBS, 16, 2 * ACTIONS)
-    obs, noise = torch.randn(7, OBS), torch.randn(7, ACTIONS)
-    acting = rlhf.NumpyActor(actor)
-    close(torch.from_numpy(acting(obs.numpy(), noise.numpy())), rlhf.squashed_sample(actor(obs), noise)[0].detach())
-    before = actor[0].weight.detach().clone()
-    rlhf.FusedAdam(actor.parameters(), 0.1).update([torch.ones_like(parameter) for parameter in actor.parameters()])
-    acting.refresh()
-    close(torch.from_numpy(acting(obs.numpy(), noise.numpy())), rlhf.squashed_sample(actor(obs), noise)[0].detach())
-    assert not torch.equal(actor[0].weight, before)
+def test_the_agent_acts_as_it_learns():
+    agent, obs, noise = rlhf.Agent(OBS, ACTIONS, 16, 16), torch.randn(7, OBS), torch.randn(7, ACTIONS)
+    close(agent.act(obs, noise), rlhf.squashed_sample(agent.actor(obs), noise)[0].detach())
+    space = gym.spaces.Box(np.array([0.1, -1.0]), np.array([0.4, 2.0]), dtype=np.float64)
+    agent.set_action_space(space)
+    actions = agent.task_actions(torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]]))
+    close(actions, torch.tensor([[0.1, -1.0], [0.25, 0.5], [0.4, 2.0]]))
+    agent, obs = agent.float(), obs.float()
+    expected = agent.task_actions(agent.act(obs, torch.zeros(7, ACTIONS, dtype=torch.float32)))
+    close(agent(obs.double()).detach(), expected, 1e-6)  # any dtype is taken
 
 
 # ---- Critics and targets ---------------------------------------------------------------------------------------
-def sequential(critics: rlhf.TwinCritics, i: int) -> nn.Sequential:
-    """Critic i on its own."""
-    layers = []
-    for weight, bias in zip(critics.weights, critics.biases):
-        layer = nn.Linear(*weight.shape[1:])
-        layer.weight.data, layer.bias.data = weight[i].detach().T.clone(), bias[i, 0].detach().clone()
-        layers += [layer, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def test_stacked_critics_are_two_networks():
+def test_twin_critics_are_two_networks():
     critics, inputs = rlhf.TwinCritics(OBS + ACTIONS, 16), torch.randn(9, OBS + ACTIONS)
-    singles = [sequential(critics, i) for i in range(2)]
     values = critics(inputs)
-    assert not torch.allclose(values[0], values[1])
-    for i, single in enumerate(singles):
-        close(values[i], single(inputs).squeeze(-1))
-        single(inputs).square().sum().backward()
-    gradients = torch.autograd.grad(values.square().sum(), list(critics.parameters()))
-    for k in range(3):
-        for i, single in enumerate(singles):
-            close(gradients[k][i], single[2 * k].weight.grad.T)
-            close(gradients[3 + k][i, 0], single[2 * k].bias.grad)
-
-
-def test_initial_weights_have_the_law_of_linear_layers():
-    critics = rlhf.TwinCritics(14, 256)
-    for weight, bias in zip(critics.weights, critics.biases):
-        bound = 1 / math.sqrt(weight.shape[1])
-        assert bound * 0.9 < weight.abs().max() <= bound and bias.abs().max() <= bound
+    assert values.shape == (2, 9) and not torch.allclose(values[0], values[1])
+    for value, critic in zip(values, critics.critics):
+        close(value, critic(inputs).squeeze(-1))
 
 
 def test_targets_bootstrap_unless_terminated():
@@ -115,35 +94,24 @@ def test_targets_bootstrap_unless_terminated():
     assert found.tolist() == pytest.approx([1 + 0.9 * (3 - 0.2 * 0.5), 2.0], rel=1e-12)
 
 
-def test_temperature_gradient_is_that_of_its_loss():
-    log_alpha, logprobs = torch.tensor(-0.7, requires_grad=True), torch.randn(8)
-    loss = (-log_alpha.exp() * (logprobs - 3.0)).mean()
-    (expected,) = torch.autograd.grad(loss, log_alpha)
-    assert rlhf.temperature_gradient(log_alpha.detach(), logprobs, -3.0).item() == pytest.approx(expected.item(), rel=1e-12)
+def test_temperature_loss():
+    """Its derivative in log alpha is itself; nothing flows into the policy."""
+    log_alpha, logprobs = torch.tensor(-0.7, requires_grad=True), torch.randn(8, requires_grad=True)
+    loss = rlhf.temperature_loss(log_alpha, logprobs, -3.0)
+    assert loss.item() == pytest.approx(-math.exp(-0.7) * (logprobs.mean().item() - 3.0), rel=1e-12)
+    loss.backward()
+    assert log_alpha.grad.item() == pytest.approx(loss.item(), rel=1e-12) and logprobs.grad is None
 
 
-def test_fused_update_is_adams_step_bitwise():
-    torch.set_default_dtype(torch.float32)
-    first = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
-    second = copy.deepcopy(first)
-    ours, theirs = rlhf.FusedAdam(first, 1e-2), torch.optim.Adam(second, 1e-2, fused=True)
-    for _ in range(3):
-        gradients = [torch.randn_like(parameter) for parameter in first]
-        ours.update(gradients)
-        for parameter, gradient in zip(second, gradients):
-            parameter.grad = gradient.clone()
-        theirs.step()
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+def random_batch(rows: int = 12) -> tuple[torch.Tensor, ...]:
+    """Observations and actions, next observations, rewards, terminated."""
+    return torch.randn(rows, OBS + ACTIONS), torch.randn(rows, OBS), torch.randn(rows), (torch.rand(rows) < 0.3).double()
 
 
-def random_batch(rows: int = 12) -> rlhf.Batch:
-    inputs = torch.randn(rows, OBS + ACTIONS)
-    return rlhf.Batch(inputs[:, :OBS], inputs, torch.randn(rows, OBS), torch.randn(rows), (torch.rand(rows) < 0.3).double())
-
-
-def slow_update(learner: rlhf.SoftActorCritic, batch: rlhf.Batch, rewards: torch.Tensor, noises) -> dict[str, torch.Tensor]:
-    """One critic and one actor update, line by line, with nn.Linear, torch.distributions and torch.optim.Adam."""
-    agent, args = copy.deepcopy(learner.agent), learner.args
+def slow_update(learner: rlhf.SoftActorCritic, batch: tuple[torch.Tensor, ...], noises) -> dict[str, torch.Tensor]:
+    """One critic and one actor update, line by line, with torch.distributions, backward() and torch.optim.Adam."""
+    agent, args, (inputs, next_obs, rewards, terminated) = copy.deepcopy(learner.agent), learner.args, batch
+    obs = inputs[:, :OBS]
     alpha = agent.log_alpha.detach().exp()
 
     def sample(obs, noise):
@@ -154,19 +122,19 @@ def slow_update(learner: rlhf.SoftActorCritic, batch: rlhf.Batch, rewards: torch
         return u.tanh(), density.sum(-1)
 
     with torch.no_grad():
-        actions, logprobs = sample(batch.next_obs, noises[0])
-        following = [sequential(agent.targets, i)(torch.cat([batch.next_obs, actions], -1)).squeeze(-1) for i in range(2)]
-        going = 1 - batch.terminated
+        actions, logprobs = sample(next_obs, noises[0])
+        following = [target(torch.cat([next_obs, actions], -1)).squeeze(-1) for target in agent.targets.critics]
+        going = 1 - terminated
         targets = rewards + args.gamma * going * (torch.minimum(*following) - alpha * logprobs)
     old = {name: value.clone() for name, value in agent.critics.state_dict().items()}
     optimiser = torch.optim.Adam(agent.critics.parameters(), args.critic_learning_rate)
-    sum(nn.functional.mse_loss(value, targets) for value in agent.critics(batch.inputs)).backward()
+    sum(nn.functional.mse_loss(value, targets) for value in agent.critics(inputs)).backward()
     optimiser.step()
     for name, value in agent.targets.state_dict().items():
         value.copy_((1 - args.target_rate) * value + args.target_rate * agent.critics.state_dict()[name])
     assert any(not torch.equal(old[name], value) for name, value in agent.critics.state_dict().items())
-    actions, logprobs = sample(batch.obs, noises[1])
-    values = agent.critics(torch.cat([batch.obs, actions], -1))
+    actions, logprobs = sample(obs, noises[1])
+    values = agent.critics(torch.cat([obs, actions], -1))
     optimiser = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)
     (alpha * logprobs - torch.minimum(*values)).mean().backward()
     optimiser.step()
@@ -178,15 +146,16 @@ def slow_update(learner: rlhf.SoftActorCritic, batch: rlhf.Batch, rewards: torch
 
 
 def test_one_update_is_the_slow_one():
-    agent, batch, rewards = rlhf.Agent(OBS, ACTIONS, 8, 8, 0.7), random_batch(), torch.randn(12)
+    agent, batch = rlhf.Agent(OBS, ACTIONS, 8, 8), random_batch()
     with torch.no_grad():
+        agent.log_alpha.fill_(math.log(0.7))
         for target in agent.targets.parameters():
             target += 0.1 * torch.randn_like(target)
-    learner = rlhf.SoftActorCritic(agent, rlhf.Args(learning_rate=1e-2, critic_learning_rate=2e-2, target_rate=0.1), ACTIONS)
+    learner = rlhf.SoftActorCritic(agent, rlhf.Args(learning_rate=1e-2, critic_learning_rate=2e-2, target_rate=0.1))
     noises = [torch.randn(12, ACTIONS) for _ in range(2)]
-    expected = slow_update(learner, batch, rewards, noises)
-    learner.update_critics(batch, rewards, noises[0])
-    learner.update_actor(batch, noises[1])
+    expected = slow_update(learner, batch, noises)
+    learner.update_critics(*batch, noises[0])
+    learner.update_actor(batch[0][:, :OBS], noises[1])
     for name, value in agent.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-12), name
 
@@ -194,30 +163,30 @@ def test_one_update_is_the_slow_one():
 def test_an_update_can_be_a_cuda_graph():
     """All that it changes stays where it is, and it reads no number."""
     agent, batch, noise = rlhf.Agent(OBS, ACTIONS, 8, 8), random_batch(), torch.randn(2, 12, ACTIONS)
-    learner, addresses = rlhf.SoftActorCritic(agent, rlhf.Args(), ACTIONS), []
+    learner, addresses = rlhf.SoftActorCritic(agent, rlhf.Args()), []
     with Reads() as reads:
         for _ in range(3):
-            learner.update_critics(batch, batch.rewards, noise[0])
-            learner.update_actor(batch, noise[1])
+            learner.update_critics(*batch, noise[0])
+            learner.update_actor(batch[0][:, :OBS], noise[1])
             states = [each for optimiser in learner.optimisers for state in optimiser.state.values() for each in state.values()]
             addresses.append([tensor.data_ptr() for tensor in (*agent.parameters(), *states)])
     assert reads.count == 0 and addresses[0] == addresses[1] == addresses[2]
 
 
 def test_a_fixed_temperature_stays():
-    agent = rlhf.Agent(OBS, ACTIONS, 8, 8, 0.3)
-    learner = rlhf.SoftActorCritic(agent, rlhf.Args(autotune=False), ACTIONS)
-    learner.update_actor(random_batch(), torch.randn(12, ACTIONS))
-    assert agent.log_alpha.exp().item() == pytest.approx(0.3, rel=1e-12)
+    agent = rlhf.Agent(OBS, ACTIONS, 8, 8)
+    learner = rlhf.SoftActorCritic(agent, rlhf.Args(autotune=False))
+    learner.update_actor(torch.randn(12, OBS), torch.randn(12, ACTIONS))
+    assert agent.log_alpha.item() == 0
 
 
 def test_the_extra_loss_moves_the_actor():
     first, second = (rlhf.Agent(OBS, ACTIONS, 8, 8) for _ in range(2))
     second.load_state_dict(first.state_dict())
-    batch, noise = random_batch(), torch.randn(12, ACTIONS)
-    for agent, weight in ((first, 0.0), (second, 5.0)):
-        extra = weight * rlhf.squashed_logprob(agent.actor(batch.obs), batch.inputs[:, OBS:].tanh()).mean()
-        rlhf.SoftActorCritic(agent, rlhf.Args(), ACTIONS).update_actor(batch, noise, extra)
+    inputs, noise = torch.randn(12, OBS + ACTIONS), torch.randn(12, ACTIONS)
+    obs, actions = inputs[:, :OBS], inputs[:, OBS:].tanh()
+    for agent, extra in ((first, None), (second, lambda actor: 5 * rlhf.squashed_logprob(actor(obs), actions).mean())):
+        rlhf.SoftActorCritic(agent, rlhf.Args()).update_actor(obs, noise, extra)
     assert not torch.allclose(first.actor[0].weight, second.actor[0].weight)
 
 
@@ -265,7 +234,7 @@ def test_cross_entropy_and_its_gradient(tiny):
 
 
 def test_drlhf_follows_the_explicit_term_alone(tiny):
-    loss = rlhf.drlhf_loss(rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels))
+    loss = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels).mean()
     close(tiny.gradient(loss), sum(tiny.l_and_gradient(pair)[1] for pair in range(PAIRS)) / PAIRS)
 
 
@@ -286,7 +255,7 @@ def test_sobirl_one_step(tiny, baseline):
     rewards = tiny.model(tiny.inputs)
     losses = rlhf.cross_entropies(rewards, tiny.labels)
     scores = rlhf.one_step_advantages(rewards, tiny.model(resampled)).sum((1, 2))
-    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.sobirl_term(losses, scores, tiny.c, baseline))
+    found = tiny.gradient(losses.mean() + rlhf.implicit_term(losses, scores, tiny.c, baseline).mean())
     expected = implicit_by_hand(
         tiny,
         lambda i, j, h: tiny.grad_r(tiny.inputs[i, j, h]) - sum(tiny.grad_r(row) for row in resampled[i, j, h]) / 4,
@@ -305,7 +274,7 @@ def test_sobirl_rollouts(tiny):
     losses = rlhf.cross_entropies(rewards, tiny.labels)
     sums = (tiny.model(paths) * weights).sum(-1)
     scores = rlhf.rollout_advantages(*sums).sum((1, 2))
-    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.sobirl_term(losses, scores, tiny.c))
+    found = tiny.gradient(losses.mean() + rlhf.implicit_term(losses, scores, tiny.c).mean())
 
     def advantage_gradient(i, j, h):
         total = 0.0
@@ -330,14 +299,14 @@ def test_reward_to_go_heuristic(tiny):
     def advantage_gradient(i, j, h):
         return to_go(i, j, h) - sum(to_go(*pair, h) for pair in itertools.product(range(PAIRS), range(2))) / (2 * PAIRS)
 
-    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.sobirl_term(losses, scores, tiny.c))
+    found = tiny.gradient(losses.mean() + rlhf.implicit_term(losses, scores, tiny.c).mean())
     close(found, implicit_by_hand(tiny, advantage_gradient))
 
 
 def test_the_cross_entropy_carries_no_gradient_in_the_implicit_term(tiny):
     rewards = tiny.model(tiny.inputs)
     losses = rlhf.cross_entropies(rewards, tiny.labels)
-    found = tiny.gradient(rlhf.sobirl_term(losses, rewards.sum((1, 2)), tiny.c))
+    found = tiny.gradient(rlhf.implicit_term(losses, rewards.sum((1, 2)), tiny.c).mean())
     expected = 0.0
     for pair in range(PAIRS):
         score = sum(tiny.grad_r(row) for row in tiny.inputs[pair].flatten(0, 1))
@@ -351,7 +320,7 @@ def test_hpgd(tiny):
     weights = math.sqrt(0.9) ** torch.arange(4)
     losses = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)
     sums = [(tiny.model(each) * weights).sum(-1) for each in (from_actions, from_policy)]
-    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.hpgd_term(losses, rlhf.rollout_advantages(*sums), LENGTH, tiny.c))
+    found = tiny.gradient(losses.mean() + rlhf.implicit_term(losses, LENGTH * rlhf.rollout_advantages(*sums).sum(1), tiny.c).mean())
     expected = 0.0
     for pair in range(PAIRS):
         value, grad = tiny.l_and_gradient(pair)
@@ -402,14 +371,14 @@ def test_pbrl_reward_and_policy_terms(tiny):
     weights = gamma ** torch.arange(4)
     losses = rlhf.cross_entropies(tiny.model(tiny.inputs), tiny.labels)
     sums = [(tiny.model(each) * weights).sum(-1) for each in (tracker, policy)]
-    found = tiny.gradient(rlhf.drlhf_loss(losses) + rlhf.pbrl_term(*sums, penalty))
+    found = tiny.gradient(losses.mean() + rlhf.pbrl_term(*sums, penalty))
     expected = sum(tiny.l_and_gradient(pair)[1] for pair in range(PAIRS)) / PAIRS
     for sign, paths in ((1, tracker), (-1, policy)):
         value = sum(weights[t] * tiny.grad_r(paths[k, t]) for k in range(3) for t in range(4)) / 3
         expected = expected + sign * penalty * value
     close(found, expected)
 
-    actor, losses = rlhf.relu_mlp(OBS, 6, 2 * ACTIONS), losses.detach()
+    actor, losses = rlhf.mlp(OBS, 6, 2 * ACTIONS), losses.detach()
     pairs = tiny.inputs.clone()
     pairs[..., OBS:] = pairs[..., OBS:].tanh()
 
@@ -474,14 +443,13 @@ def test_gradient_is_that_of_the_bounded_reward(bound):
 
 
 def test_resampled_actions_are_the_policys_at_the_same_states():
-    actor, inputs = rlhf.relu_mlp(OBS, 8, 2 * ACTIONS), torch.randn(3, 2, LENGTH, OBS + ACTIONS)
+    agent, inputs = rlhf.Agent(OBS, ACTIONS, 8, 8), torch.randn(3, 2, LENGTH, OBS + ACTIONS)
     torch.manual_seed(3)
-    found = rlhf.resample_actions(actor, inputs, OBS, 7)
+    found = rlhf.resample_actions(agent, inputs, OBS, 7)
     assert found.shape == (3, 2, LENGTH, 7, OBS + ACTIONS) and not found.requires_grad
     assert torch.equal(found[..., :OBS], inputs[..., :OBS].unsqueeze(-2).expand(3, 2, LENGTH, 7, OBS))
     torch.manual_seed(3)
-    output = actor(found[..., :OBS])
-    close(found[..., OBS:], rlhf.squashed_sample(output, torch.randn(3, 2, LENGTH, 7, ACTIONS))[0].detach())
+    close(found[..., OBS:], agent.act(found[..., :OBS], torch.randn(3, 2, LENGTH, 7, ACTIONS)))
     assert found[..., OBS:].std(-2).min() > 0.01  # a draw of its own for each
 
 
@@ -566,7 +534,7 @@ def test_permuted_cross_entropy_has_no_implicit_term_in_the_mean(pairs, baseline
         mean = 0.0
         for draw in itertools.product(range(3), repeat=pairs):
             index = torch.tensor(draw)
-            term = rlhf.sobirl_term(losses[index], scores[index], 1.0, baseline, shift)
+            term = rlhf.implicit_term(losses[index], scores[index], 1.0, baseline, shift).mean()
             mean += probabilities[index].prod().item() * term.item()
         assert mean == pytest.approx(0.0 if shift else true, abs=1e-12), shift
 
@@ -695,18 +663,35 @@ def test_labels_last_to_the_end_of_the_run():
     assert rlhf.labels_wanted(args, 3, 3, 3) == 600  # all of them random
 
 
-def test_queue_keeps_the_newest():
-    queue = rlhf.PreferenceQueue(5, 2, 3)
-    pairs, labels = torch.randn(12, 2, 2, 3), torch.rand(12)
-    for start in range(0, 12, 4):
-        queue.push(pairs[start : start + 4], labels[start : start + 4])
-        assert len(queue) == min(start + 4, 5)
-    assert sorted(queue.labels.tolist()) == sorted(labels[7:].tolist())
-    newest = (queue.added - 1 - torch.arange(3)) % 5
-    assert torch.equal(queue.inputs[newest], pairs[[11, 10, 9]])
-    other = rlhf.PreferenceQueue(5, 2, 3)
-    other.load_state_dict(copy.deepcopy(queue.state_dict()))
-    assert torch.equal(other.inputs, queue.inputs) and other.added == 12
+def test_a_ring_keeps_the_newest():
+    """Also of more than it has room for, added at once; as many as there are may then be drawn, and no other."""
+    ring, rows, numbers = rlhf.Ring(5, (2, 3), ()), torch.randn(23, 2, 3), torch.arange(23.0)
+    for start, end in ((0, 0), (0, 2), (2, 4), (4, 8), (8, 12), (12, 12), (12, 23)):
+        ring.add(rows[start:end], numbers[start:end])
+        assert len(ring) == min(end, 5) and ring.added == end
+        if end:
+            drawn, which = ring.sample(200)
+            assert set(which.tolist()) == set(range(max(0, end - 5), end)) and torch.equal(drawn, rows[which.long()])
+        newest = ring.rows(torch.arange(len(ring)))
+        assert ring.columns[1][newest].tolist() == [*range(end - 1, end - 1 - len(ring), -1)]
+    for size in (3, 5, 9):
+        other = rlhf.Ring(size, (2, 3), ())
+        other.load_state_dict(copy.deepcopy(ring.state_dict()))
+        kept = min(size, 5)
+        assert other.added == 23 and other.columns[1][other.rows(torch.arange(kept))].tolist() == [*range(22, 22 - kept, -1)]
+
+
+def test_a_loaded_ring_draws_as_the_one_that_was_saved():
+    ring, other = rlhf.Ring(5, ()), rlhf.Ring(5, ())
+    ring.add(torch.arange(13.0))
+    other.load_state_dict(ring.state_dict())
+    drawn = []
+    for each in (ring, other):
+        torch.manual_seed(0)
+        drawn.append(each.sample(20)[0])
+        each.add(torch.tensor([13.0]))
+        drawn.append(each.columns[0].clone())
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
 
 
 def test_accuracy_and_correlation():
@@ -719,67 +704,40 @@ def test_accuracy_and_correlation():
     assert rlhf.correlation(x, torch.ones(50)).isnan()
 
 
-# ---- Replay ----------------------------------------------------------------------------------------------------
-def fill(replay, first, count):
-    """Transitions whose every number tells which one it is."""
-    for k in range(first, first + count):
-        replay.add(np.full((1, 2), k), np.full((1, 1), k), np.full((1, 2), k + 0.5), np.array([k]), np.array([k % 2]))
-
-
-def new_replay(folder, capacity=10, spare=4):
-    rlhf.Replay.create(folder / "replay" / "file", capacity + spare, 2, 1)
-    return rlhf.Replay(folder / "replay" / "file", capacity, 2, 1)
-
-
-def test_replay_draws_all_of_the_newest_and_nothing_else(tmp_path):
-    torch.set_default_dtype(torch.float32)
-    replay = new_replay(tmp_path)
-    fill(replay, 0, 3)
-    assert len(replay) == 3
-    assert set(replay.batch(replay.sample(200)).rewards.tolist()) == {0, 1, 2}
-    fill(replay, 3, 30)
-    batch = replay.batch(replay.sample(500))
-    assert set(batch.rewards.tolist()) == set(range(23, 33)) and len(replay) == 10
-    k = batch.rewards
-    assert torch.equal(batch.obs, k.unsqueeze(1).expand(-1, 2)) and torch.equal(batch.inputs, k.unsqueeze(1).expand(-1, 3))
-    assert torch.equal(batch.next_obs, k.unsqueeze(1).expand(-1, 2) + 0.5) and torch.equal(batch.terminated, k % 2)
-
-
-def test_what_a_checkpoint_needs_stays_until_the_spare_rows_are_used(tmp_path):
-    torch.set_default_dtype(torch.float32)
-    replay = new_replay(tmp_path)
-    fill(replay, 0, 23)
-    added = replay.save()
-    assert added == 23 and replay.spare_left == 4
-    fill(replay, 1000, 4)  # lost by a kill
-    assert replay.spare_left == 0
-    again = rlhf.Replay(replay.path, 10, 2, 1, added)
-    assert set(again.batch(again.sample(500)).rewards.tolist()) == set(range(13, 23))
-    fill(replay, 2000, 1)  # one too many
-    assert 13 not in rlhf.Replay(replay.path, 10, 2, 1, added).rows[:, 5]
-    with pytest.raises(ValueError, match="too few"):
-        rlhf.Replay(replay.path, 14, 2, 1, added)
-    replay.delete()
-    assert not replay.path.parent.exists()
-
-
-def test_replay_takes_its_size_on_the_disk_at_once(tmp_path):
-    new_replay(tmp_path, 1000, 24)
-    status = (tmp_path / "replay" / "file").stat()
-    assert status.st_size == 4 * 1024 * 7 and status.st_blocks * 512 >= status.st_size
-
-
-def test_a_disk_too_small_is_refused(tmp_path):
-    with pytest.raises(rlhf.BadInput, match="--buffer-size needs .* MB in --run-dir"):
-        rlhf.check_disk(tmp_path / "not" / "yet", 10**18)
-    rlhf.check_disk(tmp_path / "not" / "yet", 10)
+# ---- Room ------------------------------------------------------------------------------------------------------
+def test_the_room_of_replay_and_queue(tmp_path, monkeypatch):
+    """Rows of 2 D + A + 2 numbers of 4 bytes, the rollout's among them, and pairs of 2 L (D + A); and a copy."""
+    shape = {"buffer_size": 100, "num_steps": 40, "queue_size": 10, "run_dir": tmp_path / "not" / "yet"}
+    args = rlhf.Args(total_timesteps=1000, fragment_length=5, **shape)
+    size = 2 * 4 * (140 * 14 + 10 * 10 * 7)
+    for free, refused in ((size - 1, True), (size, False)):
+        monkeypatch.setattr(rlhf.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        for name in ("memory", "disk"):
+            pages = free if name == "memory" else 10**15
+            monkeypatch.setattr(rlhf.os, "sysconf", lambda word: pages if word == "SC_PHYS_PAGES" else 1)
+            if refused:
+                with pytest.raises(rlhf.BadInput, match=f"--buffer-size: .* the {name if pages == free else 'disk of --run-dir'}"):
+                    rlhf.check_room(args, OBS, ACTIONS)
+            else:
+                rlhf.check_room(args, OBS, ACTIONS)
+    monkeypatch.setattr(rlhf.os, "sysconf", lambda word: 10**9)
+    monkeypatch.setattr(rlhf.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    rlhf.check_room(args.model_copy(update={"resume": tmp_path}), OBS, ACTIONS)  # its checkpoint is there already
 
 
 # ---- Simulator -------------------------------------------------------------------------------------------------
 def simulator(env_id="Hopper-v4", settable=True, terminate=True):
-    envs, _, space = rlhf.make_envs(env_id, 1, 0, "gymnasium")
-    envs.close()
-    return rlhf.Simulator(env_id, 3, space, terminate, settable, "--flag")
+    kwargs = {} if terminate else {"terminate_when_unhealthy": False}
+    how = {"implicit": "rollouts"} if settable else {"reward_update": "pbrl-style"}
+    return rlhf.Simulator(rlhf.Args(env_id=env_id, env_kwargs=json.dumps(kwargs), **how), 3)
+
+
+def policy_for(obs_dim, action_dim, space=None):
+    """A fresh agent; its actions are in [-1, 1] in the task as well unless there is a space."""
+    agent = rlhf.Agent(obs_dim, action_dim, 8, 8)
+    if space is not None:
+        agent.set_action_space(space)
+    return agent
 
 
 @pytest.mark.parametrize(
@@ -787,8 +745,6 @@ def simulator(env_id="Hopper-v4", settable=True, terminate=True):
 )
 def test_a_task_put_into_a_state_goes_on_as_it_did(env_id):
     torch.set_default_dtype(torch.float32)
-    import gymnasium as gym
-
     sim = simulator(env_id)
     env = gym.make(env_id).unwrapped
     obs, _ = env.reset(seed=7)
@@ -807,17 +763,17 @@ def test_a_task_put_into_a_state_goes_on_as_it_did(env_id):
 def test_rollouts_start_where_they_should_and_end_with_the_episode():
     torch.set_default_dtype(torch.float32)
     sim = simulator("InvertedPendulum-v4")
-    actor = rlhf.NumpyActor(rlhf.relu_mlp(4, 8, 2))
+    policy = policy_for(4, 1, sim.env.action_space)
     obs = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.19, 0.0, 3.0]])  # upright; about to fall
     first = torch.tensor([[0.1], [0.2]])
-    inputs, weights = sim.roll_out(obs, first, torch.tensor([5, 40]), 0.9, actor)
+    inputs, weights = sim.roll_out(policy, torch.tensor([5, 40]), 0.9, obs, first)
     assert torch.equal(inputs[:, 0, :4], obs) and torch.equal(inputs[:, 0, 4:], first)
     assert weights[0].tolist()[:5] == pytest.approx([1, 0.9, 0.81, 0.729, 0.6561], rel=1e-5) and not weights[0, 5:].any()
     steps = int((weights[1] > 0).sum())
     assert 1 <= steps < 40 and sim.steps == 5 + steps
-    again, _ = sim.roll_out(obs, None, torch.tensor([3, 3]), 0.9, actor)
+    again, _ = sim.roll_out(policy, torch.tensor([3, 3]), 0.9, obs)
     assert torch.equal(again[:, 0, :4], obs) and not torch.equal(again[:, 0, 4:], first)
-    fresh, _ = sim.roll_out(None, None, torch.tensor([3]), 0.9, actor)
+    fresh, _ = sim.roll_out(policy, torch.tensor([3]), 0.9)
     assert fresh[0, 0, :4].abs().max() < 0.011  # a start state
 
 
@@ -825,22 +781,21 @@ def test_equal_policies_with_the_same_seed_have_the_same_rollouts():
     """So that PBRL's penalty on them is 0, whatever the number of rollouts and however early they end."""
     torch.set_default_dtype(torch.float32)
     sim, lengths = simulator(settable=False), torch.full((4,), 40)
-    actor, other = (rlhf.relu_mlp(11, 8, 6) for _ in range(2))
-    inputs, weights = sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(actor), 7)
-    again, same_weights = sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(copy.deepcopy(actor)), 7)
+    policy, other = (policy_for(11, 3) for _ in range(2))
+    inputs, weights = sim.roll_out(policy, lengths, 0.9, seed=7)
+    again, same_weights = sim.roll_out(copy.deepcopy(policy), lengths, 0.9, seed=7)
     assert torch.equal(inputs, again) and torch.equal(weights, same_weights)
-    starts = sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(other), 7)[0][:, 0]
+    starts = sim.roll_out(other, lengths, 0.9, seed=7)[0][:, 0]
     assert torch.equal(starts[:, :11], inputs[:, 0, :11]) and not torch.equal(starts[:, 11:], inputs[:, 0, 11:])
     assert len(inputs[:, 0].unique(dim=0)) == 4  # a start of its own each
-    assert not torch.equal(sim.roll_out(None, None, lengths, 0.9, rlhf.NumpyActor(actor), 8)[0][:, 0], inputs[:, 0])
+    assert not torch.equal(sim.roll_out(policy, lengths, 0.9, seed=8)[0][:, 0], inputs[:, 0])
 
 
 def test_rollout_steps_follow_the_dynamics():
     torch.set_default_dtype(torch.float32)
     sim = simulator()
-    actor = rlhf.NumpyActor(rlhf.relu_mlp(11, 8, 6))
     start, _ = sim.env.reset(seed=5)
-    inputs, _ = sim.roll_out(torch.tensor(start[None]).float(), None, torch.tensor([4]), 1.0, actor)
+    inputs, _ = sim.roll_out(policy_for(11, 3), torch.tensor([4]), 1.0, torch.tensor(start[None]).float())
     sim.set(inputs[0, 0, :11].numpy())
     for t in range(3):
         obs, *_ = sim.env.step(inputs[0, t, 11:].numpy())
@@ -866,15 +821,14 @@ def test_a_state_that_was_set_goes_on_alike_whatever_came_before():
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "InvertedDoublePendulum-v4", "MountainCarContinuous-v0", "Ant-v5"])
 def test_tasks_that_cannot_be_set_are_refused(env_id):
     torch.set_default_dtype(torch.float32)
-    with pytest.raises(rlhf.BadInput, match="--flag needs a MuJoCo task whose state is its observation"):
+    with pytest.raises(rlhf.BadInput, match="--implicit rollouts needs a MuJoCo task whose state is its observation"):
         simulator(env_id)
 
 
 def test_without_terminations_a_rollout_goes_on():
     torch.set_default_dtype(torch.float32)
-    actor = rlhf.NumpyActor(rlhf.relu_mlp(11, 8, 6))
     lengths = []
     for terminate in (True, False):
-        _, weights = simulator(terminate=terminate).roll_out(None, None, torch.tensor([300]), 1.0, actor)
+        _, weights = simulator(terminate=terminate).roll_out(policy_for(11, 3), torch.tensor([300]), 1.0)
         lengths.append(int(weights.sum()))
     assert lengths[0] < 300 == lengths[1]
