@@ -66,7 +66,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -481,11 +481,6 @@ def load_script(where: str, script: str):
     return importlib.import_module(Path(script).stem)
 
 
-def parse(script, words: list[str]):
-    """The arguments that a script makes of these words; some scripts take the class of their arguments as well."""
-    return script.parse_args(script.Args, words) if is_dataclass(script.Args) else script.parse_args(words)
-
-
 def check_jobs(suite: Suite, where: str) -> None:
     """Let each script judge its arguments and environments, as it would at launch. Raises BadSuite."""
     for method in suite.methods.values():
@@ -512,10 +507,7 @@ def check_command(where: str, module, script: str, words: list[str]):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            args = parse(module, words)
-            if hasattr(module, "check_batch_shape"):
-                module.check_batch_shape(args)
-            return args
+            return module.parse_args(words)
     except module.BadInput as error:
         raise BadSuite(f"{where}: {script} refuses its arguments: {error}") from error
     except SystemExit as error:
@@ -537,11 +529,12 @@ def check_environment(where: str, module, args, environment: str) -> None:
         return
     key = module.__name__, environment, getattr(args, "env_kwargs", "")
     if key not in ENVIRONMENTS_TRIED:
-        new_form = not is_dataclass(args)
-        words = (args.model_copy(update={"env_id": environment, "num_envs": 1}), 0) if new_form else (environment, 1, 0)
+        one = args.model_copy(update={"env_id": environment, "num_envs": 1})
+        words = (one, 1, 0) if "num_envs" in inspect.signature(module.make_envs).parameters else (one, 0)  # of games
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                module.make_envs(*words)[0].close()
+                made = module.make_envs(*words)
+                (made[0] if isinstance(made, tuple) else made).close()
             ENVIRONMENTS_TRIED[key] = None
         except module.BadInput as error:
             ENVIRONMENTS_TRIED[key] = str(error)

@@ -21,7 +21,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmark.machine import provenance
-from benchmark.suites import parse
 
 # A table is a list of rows; a row maps column names to a word, a number, or the list of one number's samples.
 Row = dict[str, str | float | list[float]]
@@ -131,7 +130,7 @@ def script_loop(script, words: list[str], rollout_done: Callable[[dict[str, floa
         rollout_done({name: metrics[f"time/{name}"] for name in ("env", "policy", "update")})
 
     script.Run.log = log_and_tell
-    script.train(parse(script, words))
+    script.train(script.parse_args(words))
 
 
 def with_processor_time(loop: Loop) -> Loop:

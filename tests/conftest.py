@@ -79,8 +79,7 @@ def load(script: str):
 
 def parse(script: str, words: list[str]):
     """The words of a command line as Args of the script."""
-    module = load(script)
-    return module.parse_args(words) if hasattr(module, "CheckedArgs") else module.parse_args(module.Args, words)
+    return load(script).parse_args(words)
 
 
 def train(script: str, *words: str, **changes) -> Path:
