@@ -617,7 +617,7 @@ def check_room(args: Args, obs_dim: int, action_dim: int) -> None:
     if hasattr(os, "sysconf"):
         places["the memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if args.resume is None:
-        there = next(each for each in (args.run_dir / "run").absolute().parents if each.exists())
+        there = next(each for each in (args.run_dir / "run").absolute().parents if os.path.exists(each))
         places[f"the disk of --run-dir {args.run_dir}"] = shutil.disk_usage(there).free
     for place, size in places.items():
         if 8 * numbers > size:
@@ -1193,22 +1193,25 @@ def train(args: Args) -> Path:
         newest = torch.arange(0)  # rows of the queue: the last iteration's pairs, if they are the policy's
         if checkpoint:
             try:
-                for each, state in zip(agents, checkpoint["agents"]):
+                for each, state in zip(agents, checkpoint["agents"], strict=True):
                     each.load_state_dict(state)
                 for each, state in zip(optimisers, checkpoint["optimisers"]):
                     each.load_state_dict(state)
+                    each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
                 model.load_state_dict(checkpoint["reward"])
                 replay.load_state_dict(checkpoint.pop("replay"))
                 queue.load_state_dict(checkpoint["queue"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU
+                newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
+                if simulator:
+                    simulator.steps = checkpoint["simulator_steps"]
             except (RuntimeError, ValueError, KeyError, IndexError) as error:
                 wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
-            newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
-            if simulator:
-                simulator.steps = checkpoint["simulator_steps"]
         for each in agents:
             each.set_action_space(action_space)
+            if not args.autotune:  # it may have been given again
+                nn.init.constant_(each.log_alpha, math.log(args.alpha))
 
         # ---- Training: the updates -------------------------------------------------------------------
         def update_follower(*columns: Tensor) -> dict[str, Tensor]:
@@ -1394,6 +1397,7 @@ def train(args: Args) -> Path:
             # ---- Training: log and checkpoint --------------------------------------------------------
             now = time.perf_counter()
             metrics = {name: float(each.mean()) for name, each in logged.items()}
+            logged = {}  # an iteration without an update of the actor has none
             if epoch_losses:
                 metrics["losses/cross_entropy"] = float(torch.cat(epoch_losses)[-len(queue) :].mean())
             steps = simulator.steps if simulator else 0

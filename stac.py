@@ -65,7 +65,7 @@ import pydantic
 import torch
 import torch.nn as nn
 import tyro
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -126,7 +126,7 @@ class Args(CheckedArgs):
     """W&B team"""
     save_model: bool = False
     """write model.pt (the policy) at the end"""
-    eval_episodes: NonNegativeInt = 0
+    eval_episodes: Annotated[int, Field(ge=0, le=10_000)] = 0
     """episodes played with the mean or most probable action at the end, through Gymnasium"""
     capture_video: bool = False
     """film one such episode"""
@@ -138,11 +138,11 @@ class Args(CheckedArgs):
     env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
     """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
     where it has the task, else sync"""
-    env_threads: NonNegativeInt = 0
+    env_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """EnvPool threads; 0: one for each usable core, at most num_envs"""
     total_timesteps: PositiveInt = 800_000
     """environment steps in all, rounded down to whole rollouts"""
-    num_envs: PositiveInt = 4
+    num_envs: Annotated[int, Field(ge=1, le=65536)] = 4
     """parallel environments"""
 
     num_steps: Annotated[int, Field(ge=2)] = 1000

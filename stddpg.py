@@ -19,7 +19,7 @@ and **the actor descends f + 2 mean z y**: its own objective and its backups, we
 part of d2_omega L, `--ihvp kernel`, z = (lambda I + K)^-1 J b needs the n rows alone (J = d_omega Q(s, a),
 K = 2/n J J^T, b = d_omega f) -> CriticJacobian, kernel_response. `--ihvp cg` is the paper's solve, conjugate
 gradients with the full Hessian, which is indefinite: a guard stops it -> hessian_product, cg_response,
-actor_response, conjugate_gradient, critic_correction.
+guarded_solve, conjugate_gradient, critic_correction.
 
 Controls: `--leader none-simultaneous` drops the implicit term and nothing else; `none-sequential` is DDPG as
 usual, the actor after the critic. The backup takes the actor itself, no target actor: theta must be in L. As
@@ -126,7 +126,7 @@ class Args(CheckedArgs):
     """write model.pt (the policy) at the end"""
     eval_every: PositiveInt = 10_000
     """environment steps between two evaluations"""
-    eval_episodes: NonNegativeInt = 10
+    eval_episodes: Annotated[int, Field(ge=0, le=10_000)] = 10
     """episodes of an evaluation, without exploration, through Gymnasium; 0: never"""
     capture_video: bool = False
     """film one such episode"""
@@ -138,11 +138,11 @@ class Args(CheckedArgs):
     env_backend: Literal["auto", "envpool", "sync", "async"] = "auto"
     """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
     where it has the task, else sync"""
-    env_threads: NonNegativeInt = 0
+    env_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """EnvPool threads; 0: one for each usable core, at most num_envs"""
     total_timesteps: PositiveInt = 400_000
     """environment steps in all, rounded down to whole iterations; 400,000 in the paper's figures"""
-    num_envs: PositiveInt = 1
+    num_envs: Annotated[int, Field(ge=1, le=65536)] = 1
     """parallel environments"""
 
     num_steps: PositiveInt = 250
@@ -702,7 +702,7 @@ def check_replay(args: Args, capacity: int, size: int, obs_dim: int, action_dim:
     if there < size * row:
         raise BadInput(f"--resume {args.resume}: its replay.bin is missing or damaged; start a new run")
     folder = (args.resume or args.run_dir).absolute()
-    place = next(each for each in (folder, *folder.parents) if each.exists())
+    place = next(each for each in (folder, *folder.parents) if os.path.exists(each))
     needed, free = capacity * row - there, shutil.disk_usage(place).free
     if needed > free:
         numbers = f"{needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free in {place}"
@@ -996,14 +996,13 @@ def train(args: Args) -> Path:
         if args.eval_episodes or args.capture_video:
             play(None, args, episodes=0)
         obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
-        stored = checkpoint["replay_size"] if checkpoint else 0
+        stored = checkpoint.get("replay_size", 0) if checkpoint else 0
         if start < run.end:
             check_replay(args, run.end, stored, obs_dim, action_dim)
 
         # ---- Off-policy training: networks and optimisers (shared) -----------------------------------
         agent_sizes = args.agent_sizes(obs_dim, action_dim)
         agent = Agent(*agent_sizes)
-        agent.set_action_space(action_space)
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
         check_critics(agent.critics, obs_dim + action_dim)
         thetas, omegas = [*agent.actor.parameters()], [*agent.critics.parameters()]
@@ -1020,9 +1019,11 @@ def train(args: Args) -> Path:
                     each.load_state_dict(state)
                     each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
                 torch.set_rng_state(checkpoint["rng"])  # every random number is drawn on the CPU
+                stored = checkpoint["replay_size"]
             except (RuntimeError, ValueError, KeyError) as error:
-                wrong = "its networks have another shape; leave out the widths and the task"
+                wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
+        agent.set_action_space(action_space)
         follower = "actor" if args.leader == "critic" else "critic"
         # Whether there is an implicit term.
         leads = args.leader in ("actor", "critic") and args.regularisation < math.inf
@@ -1179,7 +1180,8 @@ def train(args: Args) -> Path:
             # ---- Off-policy training: evaluate, log and checkpoint (shared) --------------------------
             global_step, eval_start = iteration * iteration_steps, time.perf_counter()
             due = global_step // args.eval_every > (global_step - iteration_steps) // args.eval_every
-            if args.eval_episodes and due:
+            finite = nn.utils.parameters_to_vector(agent.parameters()).isfinite().all()
+            if args.eval_episodes and due and finite:
                 returns = play(copy.deepcopy(agent).cpu(), args, args.eval_episodes)
                 metrics["charts/eval_return"] = float(np.mean(returns))
             if leads and updates:
@@ -1198,9 +1200,11 @@ def train(args: Args) -> Path:
             run.log(global_step, metrics, episodes)
             new_rows = torch.from_numpy(replay.rows[rows_before : replay.size])
             pairs, rewards, next_obs, _ = new_rows.split(replay.widths, 1)
-            answers = pairs.isfinite().all(1).cumprod(0).bool()  # of the task, to actions that were finite
+            # Of the task, to actions that were finite.
+            answers = pairs[:, obs_dim:].isfinite().all(1).cumprod(0).bool()
             losses = [metrics[name] or 0.0 for name in METRICS if name.startswith("losses/")]
-            watched = {"observations": next_obs[answers], "rewards": rewards[answers]}
+            seen = torch.cat([pairs[:, :obs_dim], next_obs], 1)
+            watched = {"observations": seen[answers], "rewards": rewards[answers]}
             watched |= {"losses": torch.tensor(losses), "weights": flatten(agent.parameters())}
             for name, numbers in watched.items():
                 if not numbers.isfinite().all():

@@ -537,7 +537,7 @@ def test_resume_without_its_replay_is_refused_and_changes_nothing(script, broken
 @pytest.mark.parametrize("script", ["stsac.py"])
 def test_resume_with_other_networks_is_refused_and_with_another_step_size_it_has_that(script, broken_off, command_line, capsys):
     status, _, err = command_line(script, "--resume", broken_off, "--critic-width", "9")
-    assert status == 2 and "its networks have another shape" in err
+    assert status == 2 and "networks of another shape" in err
     resume(script, broken_off, "--learning-rate", "0.5")
     assert "--learning-rate was 0.001 and is now 0.5" in capsys.readouterr().err
     rates = [state["param_groups"][0]["lr"] for state in checkpoint(broken_off)["optimisers"]]
