@@ -210,9 +210,9 @@ def task_errors(env_id: str):
         yield
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames[1:] if not re.search("-packages|importlib", f.filename)]  # the task's
+        last = [f for f in frames if not re.search("-packages|importlib", f.filename)][-1]
         text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
-        where = f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+        where = f" in {last.filename}, line {last.lineno}" if last.filename != __file__ else ""
         raise BadInput(f"--env-id {env_id!r} cannot be made: {text}{where}") from error
 
 

@@ -195,6 +195,7 @@ def test_a_task_that_cannot_be_made_is_one_line_with_its_own_error(command_line,
     words = command(ONE, run_dir=tmp_path / "runs", env_id=env_id, eval_episodes=1)  # EnvPool alone has Pusher-v4
     status, _, err = command_line(ONE, *words)
     assert_one_line(status, err, f"--env-id {env_id!r} cannot be made: ", fragment)
+    assert "ppo_continuous.py" not in err
     assert "frozen" not in err and not (tmp_path / "runs").exists()
 
 

@@ -351,7 +351,7 @@ def test_an_iteration_moves_theta_as_the_formulas_say(toy_envs, tmp_path, monkey
         rlhf.Run, "save_checkpoint", lambda run, state: states.append(copy.deepcopy({k: state[k] for k in keep})) or save(run, state)
     )
     free = {"max_gradient_ratio": math.inf, "max_inverse_temperature": math.inf, "reward_learning_rate": 1e-2}
-    train(run_dir=tmp_path, env_id="toy/Clock-v0", **free)
+    train(run_dir=tmp_path, env_id="toy_envs:toy/Clock-v0", **free)
     before, after = states[2], states[3]
     inputs, labels = after["queue"]["columns"]
     newest = torch.tensor([23, 22, 21, 20])
@@ -516,7 +516,7 @@ def resume(folder, *more):
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, way):
     """On a task that after any 32 steps is as it was. The replay is a ring of 70 rows that has gone round, and what the
     broken-off run wrote after its checkpoint must not show."""
-    changes = {"env_id": "toy/Clock-v0", "buffer_size": 70, "total_timesteps": 6 * 64, "checkpoint_every": 2}
+    changes = {"env_id": "toy_envs:toy/Clock-v0", "buffer_size": 70, "total_timesteps": 6 * 64, "checkpoint_every": 2}
     changes = WAYS[way] | changes | {"teacher": "mistake"}
     if way == "pbrl":  # its simulator is reset by a generator that cannot be saved; Clock has no randomness
         changes["rollout_length"] = 5
@@ -531,7 +531,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, monkeypatch, way):
 
 def test_an_extended_run_equals_the_uninterrupted_one(tmp_path):
     """The replay goes round in both; the labels of an iteration are given. Then it is played."""
-    changes = {"env_id": "toy/Clock-v0", "buffer_size": 70}
+    changes = {"env_id": "toy_envs:toy/Clock-v0", "buffer_size": 70}
     whole = train(run_dir=tmp_path / "whole", total_timesteps=5 * 64, **changes)
     folder = train(run_dir=tmp_path / "extended", total_timesteps=3 * 64, **changes)
     resume(folder, "--total-timesteps", str(5 * 64))
@@ -541,6 +541,18 @@ def test_an_extended_run_equals_the_uninterrupted_one(tmp_path):
     resume(folder, "--eval-episodes", "2")
     assert len(json.loads((folder / "result.json").read_text())["eval_returns"]) == 2
     assert (folder / "metrics.csv").read_bytes() == before and same(learned(whole), learned(folder))
+
+
+def test_step_sizes_given_again_are_used(tmp_path):
+    folder = train(run_dir=tmp_path)
+    before = flat(torch.load(folder / "checkpoint.pt", weights_only=True)["agents"])
+    tiny = [word for name in ("", "critic-", "reward-") for word in (f"--{name}learning-rate", "1e-30")]
+    resume(folder, "--total-timesteps", str(5 * 64), "--no-autotune", "--alpha", "0.5", *tiny)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert [each["param_groups"][0]["lr"] for each in saved["optimisers"]][:2] == [1e-30, 1e-30]
+    after = flat([{k: x for k, x in each.items() if k.startswith("actor")} for each in saved["agents"]])
+    assert saved["agents"][0]["log_alpha"] == pytest.approx(math.log(0.5))
+    assert all(any(torch.equal(x, y) for y in before) for x in after)
 
 
 def test_two_resumes_agree(tmp_path, monkeypatch):
@@ -553,7 +565,7 @@ def test_two_resumes_agree(tmp_path, monkeypatch):
 
 def test_resume_refuses_other_shapes(tmp_path):
     folder = train(run_dir=tmp_path, total_timesteps=64)
-    for words in (["--critic-width", "9"], ["--fragment-length", "4"], ["--env-id", "toy/Clock-v0"]):
+    for words in (["--critic-width", "9"], ["--fragment-length", "4"], ["--env-id", "toy_envs:toy/Clock-v0"]):
         with pytest.raises(rlhf.BadInput, match="or networks of another shape"):
             resume(folder, *words)
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
