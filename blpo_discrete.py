@@ -281,7 +281,8 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
             envs.step(envs.action_space.sample())  # what the task refuses shows here
             envs.reset(seed=seed)
             observation_space, action_space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
+    flat = isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1
+    if not flat or not observation_space.shape[0]:
         observations = f"observation space {observation_space}; this script needs a flat Box"
         raise BadInput(f"--env-id {args.env_id!r} has the {observations}")
     check_action_space(args.env_id, action_space)

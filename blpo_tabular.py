@@ -37,7 +37,7 @@ import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 import pydantic
@@ -82,17 +82,15 @@ Width = Annotated[int, Field(ge=1, le=8192)]
 
 
 # ---- Arguments -----------------------------------------------------------------------------------------
+FigureName = Literal["critics", "solvers", "theorem", "price"]
+
+
 class Args(CheckedArgs):
     """What is drawn, and how long it takes."""
 
     output_dir: Path = Path("runs/blpo_tabular")
     """figures and tables are written here; files of an earlier run are replaced"""
-    figures: tuple[Literal["critics", "solvers", "theorem", "price"], ...] = (
-        "critics",
-        "solvers",
-        "theorem",
-        "price",
-    )
+    figures: Annotated[tuple[FigureName, ...], Field(min_length=1)] = get_args(FigureName)
     """which figures"""
     seeds: Annotated[int, Field(ge=2)] = 50
     """MDPs and features of each kind"""
@@ -538,16 +536,18 @@ def draw(path: Path, rows: list[Row]) -> None:
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(math.ceil(len(panels) / 4), min(len(panels), 4), number + 1)
         mine = [row for row in rows if row["panel"] == panel]
+        drawn = False  # a logarithmic axis needs a number
         places = {x: i for i, x in enumerate(dict.fromkeys(row["x"] for row in mine))}
         for colour, series in zip(COLOURS, dict.fromkeys(row["series"] for row in mine)):
             at = [x for x in places if any(row["x"] == x and row["series"] == series for row in mine)]
             groups = [[row["value"] for row in mine if row["x"] == x and row["series"] == series] for x in at]
             mean, half = np.array([mean_and_interval(group) for group in groups]).T
-            spots = [places[x] for x in at]
+            spots, drawn = [places[x] for x in at], drawn or np.isfinite(mean).any()
             axes.plot(spots, mean, "o-", color=colour, label=series, markersize=3, linewidth=1.4)
             axes.fill_between(spots, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         axes.set_xticks(list(places.values()), [f"{x:.3g}" for x in places], fontsize=7)
-        axes.set(title=panel, **({"yscale": "log"} if panel in LOGARITHMIC else {"ylim": (0, 1.05)}))
+        logarithmic = panel in LOGARITHMIC and drawn
+        axes.set(title=panel, **({"yscale": "log"} if logarithmic else {"ylim": (0, 1.05)}))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6)
     figure.savefig(path)
@@ -569,15 +569,21 @@ def slopes(rows: list[Row]) -> list[float]:
 
 def main(args: Args) -> None:
     """Compute all rows, in processes; write table.csv, figures and provenance.json, and print the numbers."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    table = args.output_dir / "table.csv.new"  # replaces the old one when it is complete
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        table.touch()
+    except OSError as error:
+        raise BadInput(f"--output-dir: {error}; name another or make it writable") from error
     todo, rows = jobs(args), []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for found in tqdm(pool.imap(run_job, todo), total=len(todo)):
             rows += found
-    with open(args.output_dir / "table.csv", "w", newline="") as file:
+    with open(table, "w", newline="") as file:
         writer = csv.DictWriter(file, ["figure", "panel", "series", "x", "seed", "value"])
         writer.writeheader()
         writer.writerows(rows)
+    table.replace(args.output_dir / "table.csv")
     git = "git describe --always --dirty --abbrev=40 --exclude=*"
     commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}

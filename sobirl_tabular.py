@@ -1027,6 +1027,8 @@ def follow(name: ProblemName, method: MethodName, args: Args, state: dict | None
         exact = exact_hypergradient(problem, x, state["values"])
         norm, estimate = exact.gradient.norm(dim=-1), direction.norm(dim=-1)
         rows, squares = state["rows"], state["squares"] + norm**2
+        if not (exact.objective.isfinite() & squares.isfinite() & estimate.isfinite()).all():
+            raise FloatingPointError(f"Phi of iteration {k} is not finite; try a smaller step size")
         if is_logged(k, iterations):
             columns = {
                 "iteration": torch.full_like(norm, k, dtype=torch.long),
@@ -1179,9 +1181,12 @@ def open_folder(args: Args) -> tuple[Path, filelock.BaseFileLock, dict]:
     if saved["instances"] != [args.seed, args.instances]:
         raise BadInput(f"--resume {folder} has other instances; leave out --seed and --instances")
     for name, state in saved["states"].items():
-        if state["k"] > (args.iterations or PROBLEMS[name.split()[0]].iterations):
-            raise BadInput(f"--resume {folder} has made {state['k']} iterations; --iterations is less")
+        end = args.iterations or PROBLEMS[name.split()[0]].iterations
+        logged = state["rows"] and state["rows"][-1]["iteration"] + 1 == state["k"]
+        if state["k"] > end or state["k"] == end and not logged:
+            raise BadInput(f"--resume {folder} has made {state['k']} iterations; --iterations must be more")
     write_json(folder / "args.json", made | {"args": args.model_dump(mode="json", exclude={"resume"})})
+    (folder / "result.json").unlink(missing_ok=True)  # of the part before
     return folder, lock, saved
 
 

@@ -259,7 +259,8 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
             envs.step(envs.action_space.sample())  # what the task refuses shows here
             envs.reset(seed=seed)
             observation_space, action_space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
+    flat = isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1
+    if not flat or not observation_space.shape[0]:
         observations = f"observation space {observation_space}; this script needs a flat Box"
         raise BadInput(f"--env-id {args.env_id!r} has the {observations}")
     check_action_space(args.env_id, action_space)
@@ -781,7 +782,6 @@ def train(args: Args) -> Path:
         discrete = isinstance(action_space, gym.spaces.Discrete)
         agent_sizes = obs_dim, action_dim, discrete, args.first_width, args.second_width
         agent = Agent(*agent_sizes)
-        agent.set_action_space(action_space)
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
         theta, omega = agent.actor_parameters(), list(agent.critic.parameters())
         if len(theta) + len(omega) != len(list(agent.parameters())):
@@ -793,6 +793,7 @@ def train(args: Args) -> Path:
             except (RuntimeError, KeyError) as error:
                 wrong = "its networks have another shape; leave out the widths and the task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
+        agent.set_action_space(action_space)
 
         # The rollout: arrays (time, environment, ...); row num_steps of obs is the last one's successor.
         shape = (args.num_steps, args.num_envs)

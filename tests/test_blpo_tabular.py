@@ -308,6 +308,20 @@ def test_one_command_writes_the_figures_and_their_table(tmp_path):
     assert "critics | garnet | BLPO | 5 | " in done.stdout
 
 
+def test_an_output_folder_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(tabular.BadInput, match="--output-dir: .*File exists.*; name another or make it writable"):
+        tabular.main(tabular.Args(output_dir=tmp_path / "file"))
+    with pytest.raises(tabular.BadInput, match="--figures is"):
+        tabular.Args(figures=())
+
+
+def test_a_figure_without_a_number_is_drawn(tmp_path):
+    row = {"figure": "theorem", "panel": "updates to epsilon", "series": "exact", "x": 0.1, "seed": 0, "value": float("nan")}
+    tabular.draw(tmp_path / "theorem.png", [row, row | {"seed": 1}])
+    assert (tmp_path / "theorem.png").exists()
+
+
 @pytest.mark.parametrize("words, named", [(["--seeds", "1"], "--seeds is 1"), (["--learning-rate", "nan"], "--learning-rate is nan")])
 def test_bad_input_is_one_sentence(tmp_path, words, named):
     done = run("--output-dir", str(tmp_path / "out"), *words)

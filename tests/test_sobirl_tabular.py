@@ -953,7 +953,7 @@ def test_logged_iterations_have_both_ends_and_do_not_depend_on_where_a_run_ends(
 def test_divergence_is_reported_and_the_others_go_on(command_line, tmp_path):
     words = ["--problems", "synthetic", "--methods", "m-sobirl", "x-only", "--adjoint-step-size", "1e6", "--iterations", "90"]
     status, out, err = command_line(SCRIPT, *TINY, "--run-dir", tmp_path, *words)
-    assert status == 1 and out == "" and "synthetic m-sobirl: h of iteration" in err and "Traceback" not in err
+    assert status == 1 and out == "" and "synthetic m-sobirl: Phi of iteration" in err and "Traceback" not in err
     (folder,) = tmp_path.iterdir()
     full, control = read_csv(folder / "summary.csv")
     assert "diverged" in full["note"] and full["method"] == "m-sobirl"
