@@ -1,6 +1,5 @@
 """Every mistake on a command line ends with status 2 and one sentence that names it, and leaves nothing behind."""
 
-import ast
 import importlib
 import json
 import math
@@ -20,44 +19,10 @@ import torch
 from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, command, environment, for_actions, load, train
 
 ONE = "ppo_continuous.py"  # for what is in a shared block
-INTERVAL = re.compile(r"in (?P<left>[\[(])(?P<low>\S+), (?P<high>\S+?)(?P<right>[\])])")
-
-
-# ---- Also for the tests of the scripts whose Args are a dataclass ----------------------------------------------
-def numbers(script: str) -> dict[str, tuple[str, re.Match | None]]:
-    """The int and float fields of Args: name -> (annotation, the interval that the line below states)."""
-    tree = ast.parse((REPO / script).read_text())
-    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    found = {}
-    for field, line in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign) and re.search(r"\b(int|float)\b", ast.unparse(field.annotation)):
-            found[field.target.id] = (ast.unparse(field.annotation), INTERVAL.search(line.value.value))
-    return found
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def ends(annotation: str, interval: re.Match) -> tuple[list[float], list[float]]:
-    """The values just outside and just inside of the ends of the interval; nothing is outside of "inf]"."""
-    whole = "int" in annotation
-    outside, inside = [], []
-    for end, closed, away in (
-        (float(interval["low"]), interval["left"] == "[", -math.inf),
-        (float(interval["high"]), interval["right"] == "]", math.inf),
-    ):
-        if whole and math.isfinite(end):
-            beyond, at = int(end) + (1 if away > 0 else -1), int(end)
-        else:
-            beyond, at = math.nextafter(end, away), end
-        if closed:
-            inside.append(at)
-            outside += [beyond] if math.isfinite(end) else []
-        else:
-            outside.append(at)
-            inside += [math.nextafter(end, -away)] if math.isfinite(end) else []
-    return outside, inside
 
 
 def assert_one_line(status: int, err: str, *fragments: str) -> None:

@@ -307,7 +307,7 @@ EVENTS = {
 def test_what_is_added_counts_once_for_each_theta_that_the_policy_answers(tmp_path, monkeypatch, way):
     """In the first of an iteration's steps, at the weights before it; on the queue, as released, in each of them. The policy
     stands still meanwhile, so a second time would be at a theta that it has not answered."""
-    events, thetas = [], []
+    events = []
     original, step, log = rlhf.limited_sum, torch.optim.AdamW.step, rlhf.Run.log
 
     def limited_sum(gradients, added, limit):
