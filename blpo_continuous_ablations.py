@@ -13,6 +13,7 @@ flag each.
                               refreshed: those of J, of the critic that has just answered. L's targets do not
                               move with that critic, so this is not its mixed term; with --mixed-discount 0 it
                               is the update of this project's first results (docs/blpo.md)
+    --direct-advantages rollout   the nested control with the rollout's advantages, as PPO has them
     --correction-control ...  permuted: e shuffled within the minibatch; constant: its mean; reversed: -e
                               -> controlled
     --ihvp pcg                conjugate gradients preconditioned by the Nystrom inverse
@@ -222,6 +223,8 @@ class Args(CheckedArgs):
     """bound of the released correction in units of the direct gradient's norm"""
     clip_f: PositiveFloat = 0.5
     """clip range of the ratio in the released mixed term"""
+    direct_advantages: Literal["refreshed", "rollout"] = "refreshed"
+    """advantages of the direct gradient: those of the critic that has just answered, or PPO's"""
     mixed_advantages: Literal["targets", "refreshed"] = "targets"
     """advantages of the mixed term: those of the critic's targets, or J's"""
     correction_control: Literal["none", "permuted", "constant", "reversed"] = "none"
@@ -251,6 +254,8 @@ class Args(CheckedArgs):
         if self.leader == "released" and mixed_term != (None, "targets", "none"):
             others = "--mixed-discount, --mixed-advantages and --correction-control"
             raise BadInput(f"--leader released has a mixed term of its own; leave out {others}")
+        if self.direct_advantages == "rollout" and self.ihvp != "none":
+            raise BadInput("--direct-advantages rollout: J no longer depends on the critic; add --ihvp none")
         if self.leader == "released" and self.norm_adv:
             raise BadInput("--leader released does not normalise its advantages; add --no-norm-adv")
         return self
@@ -1317,6 +1322,8 @@ def train(args: Args) -> Path:
                     new_values = jacobian.values.view(len(mb_obs), -1)
                     refreshed = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator)
                     refreshed = refreshed - new_values[:, :-1]
+                    if args.direct_advantages == "rollout":
+                        refreshed = mb_advantages
                     if args.norm_adv:
                         refreshed = refreshed - (weights * refreshed).sum()
                         mb_advantages = mb_advantages - (weights * mb_advantages).sum()
