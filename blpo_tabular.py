@@ -274,16 +274,22 @@ def weighed_policy_gradient(theta: Tensor, weights: Tensor, game: Game) -> Tenso
     return grad(lambda theta: weights @ (theta.softmax(-1) * gains).sum(-1))(theta)
 
 
+def curvatures(games: Game) -> Tensor:
+    """H = grad^2_omega L (B, d, d) of a batch of games. L is quadratic: H is the same at all theta and omega."""
+    return vmap(hessian(follower_loss, 1))(0 * games.rewards, 0 * games.features[:, 0], games)
+
+
 def ascent_direction(
-    theta: Tensor, omega: Tensor, games: Game, settings: Settings, generator: torch.Generator
+    theta: Tensor, omega: Tensor, games: Game, h: Tensor, settings: Settings, generator: torch.Generator
 ) -> Tensor:
-    """The direction (B, S, A) of a method for a batch of theta (B, S, A), omega (B, d) and games."""
+    """The direction (B, S, A) of a method for a batch of theta (B, S, A), omega (B, d) and games with their
+    curvatures H."""
     if settings.method == "policy gradient":
         return vmap(grad(true_return))(theta, games)
     direct, b = vmap(grad(leader_objective, (0, 1)))(theta, omega, games)
     if settings.method in ("nested", "simultaneous"):
         return direct
-    v = solve(vmap(hessian(follower_loss, 1))(theta, omega, games), b, settings, generator)
+    v = solve(h, b, settings, generator)
     if settings.method == "BLPO":
         return direct - vmap(mixed_term)(theta, omega, v, games)
     e = vmap(trace)(theta, v, games)
@@ -352,12 +358,15 @@ def sampled_direction(theta: Tensor, games: Game, settings: Settings, generator:
 
 
 # ---- Training ------------------------------------------------------------------------------------------
-def descend(theta: Tensor, omega: Tensor, games: Game, steps: int) -> Tensor:
-    """omega (B, d) after that many steps of gradient descent on L, of length 1 / its largest curvature."""
-    curvature = vmap(hessian(follower_loss, 1))(theta, omega, games)
-    length = 1 / torch.linalg.eigvalsh(curvature)[:, -1:]
+def descend(theta: Tensor, omega: Tensor, games: Game, h: Tensor, steps: int | None) -> Tensor:
+    """omega (B, d) after that many steps of gradient descent on L, of length 1 / its largest curvature; with
+    None, its best response. H omega + constant is all of L's gradient."""
+    slope = vmap(grad(follower_loss, 1))(theta, omega, games)
+    if steps is None:
+        return omega - torch.linalg.solve(h, slope)
+    length = 1 / torch.linalg.eigvalsh(h)[:, -1:]
     for _ in range(steps):
-        omega = omega - length * vmap(grad(follower_loss, 1))(theta, omega, games)
+        omega, slope = omega - length * slope, slope - length * (h @ slope[..., None]).squeeze(-1)
     return omega
 
 
@@ -368,16 +377,16 @@ def train(
     theta (B, S, A) and the norm of the direction at each update (updates, B)."""
     generator = torch.Generator().manual_seed(0)
     theta, omega, norms = torch.zeros_like(games.rewards), torch.zeros_like(games.features[:, 0]), []
-    optimiser = kind([theta], lr=step_size, maximize=True)
+    optimiser, h = kind([theta], lr=step_size, maximize=True), curvatures(games)
     for _ in range(updates):
         if settings.trajectories is not None:
             theta.grad = sampled_direction(theta, games, settings, generator)
         else:
             games = games._replace(old_values=(games.features @ omega[..., None]).squeeze(-1))
             steps = 1 if settings.method == "simultaneous" else settings.inner_steps
-            answer = descend(theta, omega, games, steps) if steps else vmap(best_response)(theta, games)
+            answer = descend(theta, omega, games, h, steps)
             at = omega if settings.method == "simultaneous" else answer
-            theta.grad, omega = ascent_direction(theta, at, games, settings, generator), answer
+            theta.grad, omega = ascent_direction(theta, at, games, h, settings, generator), answer
         norms.append(theta.grad.flatten(1).norm(dim=1))
         optimiser.step()
     return theta, torch.stack(norms)
@@ -392,14 +401,17 @@ def fraction_of_optimum(theta: Tensor, games: Game) -> Tensor:
 METHODS = ("policy gradient", "BLPO", "constant", "permuted", "nested", "simultaneous")
 ESTIMATORS = ("BLPO", "GAE 0", "GAE 0.5", "GAE 0.95", "GAE 1")
 EPSILONS = tuple(10 ** (-k / 4) for k in range(4, 13))  # of the largest norm of a run: 0.1 to 0.001
-VARIANTS = {  # of the figure "solvers": what is on its axis, and the settings or the game's lambdas
+VARIANTS = {  # of the figure "solvers": what is on its axis, and the settings
     "K, gradient steps of the follower": {k: {"inner_steps": k} for k in (1, 3, 10, 30, 100)},
     "damping": {x: {"damping": x} for x in (0.0, 0.01, 0.1, 1.0, 10.0)},
     "rank of the Nystrom solve": {q: {"solver": "nystrom", "rank": q, "damping": 1e-3} for q in (1, 2, 3)},
     "iterations of conjugate gradients": {k: {"solver": "cg", "rank": k} for k in (1, 2, 3)},
-    "lambda of the leader": {x: {"leader_lambda": x} for x in (0.0, 0.5, 0.9, 0.95, 1.0)},
-    "lambda of the targets": {x: {"target_lambda": x} for x in (0.0, 0.5, 0.9, 0.95, 1.0)},
-    "trajectories of an update": {n: {"trajectories": n} for n in (4, 16, 64, 256)},
+    "trajectories of an update": {n: {"trajectories": n} for n in (4, 16, 64)},
+}
+GAMES = {  # the same for what belongs to the game: the field, and its values
+    "lambda of the leader": ("leader_lambda", (0.0, 0.5, 0.9, 0.95, 1.0)),
+    "lambda of the targets": ("target_lambda", (0.0, 0.5, 0.9, 0.95, 1.0)),
+    "mu, the states of L": ("states", ("uniform", "one state", "visited")),
 }
 Row = dict[str, str | float]
 
@@ -418,17 +430,37 @@ def critics(args: Args, kind: str, method: str) -> list[Row]:
     return [row for d, x in found for row in rows_of("critics", x, panel=kind, series=method, x=d)]
 
 
+def follower_states(games: Game, name: str) -> Tensor:
+    """mu (B, S): all states alike, the first one alone, or as the uniform policy visits them from there,
+    discounted."""
+    mu = torch.zeros_like(games.start)
+    mu[:, 0] = 1
+    if name == "visited":
+        transitions, _ = vmap(induced)(torch.zeros_like(games.rewards), games)
+        operator = torch.eye(mu.shape[1], dtype=mu.dtype) - GAMMA * transitions.mT
+        mu = (1 - GAMMA) * torch.linalg.solve(operator, mu)
+    return games.start if name == "uniform" else mu
+
+
 def solvers(args: Args, name: str, method: str) -> list[Row]:
-    """Fraction of the optimal return on Garnet MDPs with 3 features, by one choice that is not exact."""
-    rows = []
-    for x, choice in VARIANTS[name].items():
-        games = make_games("garnet", (3,), range(args.seed, args.seed + args.seeds))
-        lambdas = {key: torch.full((args.seeds,), choice[key]).double() for key in choice if "lambda" in key}
-        settings = Settings(method, **{key: choice[key] for key in choice.keys() - lambdas.keys()})
-        games = games._replace(**lambdas)
-        theta, _ = train(games, settings, args.updates, args.learning_rate)
-        rows += rows_of("solvers", fraction_of_optimum(theta, games), panel=name, series=method, x=x)
-    return rows
+    """Fraction of the optimal return on Garnet MDPs with 3 features, by one choice."""
+    games = make_games("garnet", (3,), range(args.seed, args.seed + args.seeds))
+    if name in GAMES:
+        field, values = GAMES[name]
+        given = [
+            follower_states(games, x) if field == "states" else 0 * games.leader_lambda + x for x in values
+        ]
+        games = Game(*(torch.cat([each] * len(values)) for each in games))._replace(
+            **{field: torch.cat(given)}
+        )
+        theta, _ = train(games, Settings(method), args.updates, args.learning_rate)
+        found = [*zip(values, fraction_of_optimum(theta, games).view(len(values), -1))]
+    else:
+        found = []
+        for x, choice in VARIANTS[name].items():
+            theta, _ = train(games, Settings(method, **choice), args.updates, args.learning_rate)
+            found.append((x, fraction_of_optimum(theta, games)))
+    return [row for x, y in found for row in rows_of("solvers", y, panel=name, series=method, x=x)]
 
 
 def conditions(theta: Tensor, game: Game) -> dict[str, Tensor]:
@@ -498,13 +530,12 @@ def price(args: Args, method: str, part: str) -> list[Row]:
 
 def jobs(args: Args) -> list[tuple]:
     """(function, its arguments) of everything that is to be computed, the longest first."""
-    sampled = [name for name in VARIANTS if name.startswith("trajectories")]
     found = {
         "critics": [(critics, args, kind, method) for kind in ("garnet", "chain") for method in METHODS],
         "price": [(price, args, method, part) for part in ("return", "estimate") for method in ESTIMATORS],
-        "theorem": [(theorem, args, "exact", 0), *((theorem, args, "sampled", n) for n in (4, 16, 64, 256))],
-        "solvers": [(solvers, args, name, "BLPO") for name in VARIANTS]
-        + [(solvers, args, name, "nested") for name in VARIANTS if name not in sampled and "lambda" in name],
+        "theorem": [(theorem, args, "exact", 0), *((theorem, args, "sampled", n) for n in (64, 16, 4, 1))],
+        "solvers": [(solvers, args, name, "BLPO") for name in (*VARIANTS, *GAMES)]
+        + [(solvers, args, name, "nested") for name in GAMES],
     }
     return [job for name in found if name in args.figures for job in found[name]]
 
@@ -545,7 +576,9 @@ def draw(path: Path, rows: list[Row]) -> None:
             spots, drawn = [places[x] for x in at], drawn or np.isfinite(mean).any()
             axes.plot(spots, mean, "o-", color=colour, label=series, markersize=3, linewidth=1.4)
             axes.fill_between(spots, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-        axes.set_xticks(list(places.values()), [f"{x:.3g}" for x in places], fontsize=7)
+        axes.set_xticks(
+            list(places.values()), [x if isinstance(x, str) else f"{x:.3g}" for x in places], fontsize=7
+        )
         logarithmic = panel in LOGARITHMIC and drawn
         axes.set(title=panel, **({"yscale": "log"} if logarithmic else {"ylim": (0, 1.05)}))
         axes.grid(alpha=0.3)

@@ -50,7 +50,9 @@ def solved_again(theta: np.ndarray, game: Game) -> float:
     targets = returns_by_recursion(theta, game, game.old_values.numpy(), float(game.target_lambda))
     root = np.sqrt(game.states.numpy())
     omega = np.linalg.lstsq(root[:, None] * game.features.numpy(), root * targets, rcond=None)[0]
-    return float(game.start.numpy() @ returns_by_recursion(theta, game, game.features.numpy() @ omega, float(game.leader_lambda)))
+    return float(
+        game.start.numpy() @ returns_by_recursion(theta, game, game.features.numpy() @ omega, float(game.leader_lambda))
+    )
 
 
 def differences(function, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
@@ -67,7 +69,8 @@ def differences(function, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
 def direction(theta, omega, game, settings=Settings()):
     """`ascent_direction` of one game."""
     batch = Game(*(field[None] for field in game))
-    return tabular.ascent_direction(theta[None], omega[None], batch, settings, torch.Generator().manual_seed(0))[0]
+    rest = tabular.curvatures(batch), settings, torch.Generator().manual_seed(0)
+    return tabular.ascent_direction(theta[None], omega[None], batch, *rest)[0]
 
 
 def error(found, expected) -> float:
@@ -187,8 +190,26 @@ def test_gradient_descent_goes_to_the_best_response():
     theta = some_theta(game)
     batch, start = Game(*(field[None] for field in game)), torch.zeros(1, 3).double()
     expected = tabular.best_response(theta, game)
-    gaps = [error(tabular.descend(theta[None], start, batch, k)[0], expected) for k in (1, 10, 100, 3000)]
+    gaps = [
+        error(tabular.descend(theta[None], start, batch, tabular.curvatures(batch), k)[0], expected)
+        for k in (1, 10, 100, 3000)
+    ]
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-6
+    answer = tabular.descend(theta[None], start + 3, batch, tabular.curvatures(batch), None)
+    assert error(answer[0], expected) < 1e-9
+
+
+def test_the_follower_is_asked_for_the_states_that_are_visited():
+    games = tabular.make_games("garnet", (3,), range(2))
+    one, visited = (tabular.follower_states(games, name) for name in ("one state", "visited"))
+    for b in range(2):  # occupancy by summing over time
+        transitions = games.transitions[b].mean(1)
+        now, total = one[b], torch.zeros(20).double()
+        for t in range(1000):
+            total += (1 - tabular.GAMMA) * tabular.GAMMA**t * now
+            now = now @ transitions
+        assert error(visited[b], total) < 1e-9
+    assert one.sum(1).tolist() == [1, 1] and torch.equal(tabular.follower_states(games, "uniform"), games.start)
 
 
 # ---- Controls, MDPs --------------------------------------------------------------------------------------------
@@ -197,8 +218,10 @@ def test_controls_keep_the_sum_of_the_trace_and_break_its_place():
     theta = some_theta(tabular.make_game("garnet", 0, 2))[None].expand(3, -1, -1)
     omega = vmap(tabular.best_response)(theta, games)
     found = {
-        name: tabular.ascent_direction(theta, omega, games, Settings(name), torch.Generator().manual_seed(0))
-        - tabular.ascent_direction(theta, omega, games, Settings("nested"), GENERATOR)
+        name: tabular.ascent_direction(
+            theta, omega, games, tabular.curvatures(games), Settings(name), torch.Generator().manual_seed(0)
+        )
+        - tabular.ascent_direction(theta, omega, games, tabular.curvatures(games), Settings("nested"), GENERATOR)
         for name in ("BLPO", "constant", "permuted")
     }
     curvature = vmap(hessian(tabular.follower_loss, 1))(theta, omega, games)
@@ -245,14 +268,18 @@ def test_sampled_gradients_are_right_on_average(method):
     game = tabular.make_game("garnet", 5, 3)
     games = Game(*(field[None] for field in game))
     theta, generator = 0.5 * some_theta(game)[None], torch.Generator().manual_seed(0)
-    samples = [tabular.sampled_direction(theta, games, Settings(method, trajectories=1000), generator)[0] for _ in range(40)]
+    samples = [
+        tabular.sampled_direction(theta, games, Settings(method, trajectories=1000), generator)[0] for _ in range(40)
+    ]
     samples = torch.stack(samples)
     ridge = torch.linalg.solve(  # the critic of the samples has a ridge of 0.01
         2 * game.features.T @ (game.states[:, None] * game.features) + 0.01 * torch.eye(20).double(),
         2 * game.features.T @ (game.states * tabular.lambda_return(theta[0], game.start, 1.0, game)),
     )
     if method == "BLPO":
-        batch = tabular.ascent_direction(theta, ridge[None], games, Settings(damping=0.01), GENERATOR)
+        batch = tabular.ascent_direction(
+            theta, ridge[None], games, tabular.curvatures(games), Settings(damping=0.01), GENERATOR
+        )
         expected = batch[0]
     else:
         lambda_, values = float(method.removeprefix("GAE ")), game.features @ ridge
@@ -260,7 +287,9 @@ def test_sampled_gradients_are_right_on_average(method):
         visits = torch.linalg.solve((torch.eye(20).double() - GAMMA * transitions).T, game.start)
         ahead = tabular.lambda_return(theta[0], values, lambda_, game)
         gains = game.rewards + GAMMA * game.transitions @ ((1 - lambda_) * values + lambda_ * ahead)
-        expected = visits[:, None] * theta[0].softmax(-1) * (gains - (theta[0].softmax(-1) * gains).sum(-1, keepdim=True))
+        expected = (
+            visits[:, None] * theta[0].softmax(-1) * (gains - (theta[0].softmax(-1) * gains).sum(-1, keepdim=True))
+        )
     noise = samples.std(0) / 40**0.5
     assert ((samples.mean(0) - expected).abs() < 5 * noise + 0.02 * expected.abs().max()).all()
     assert noise.norm() < 0.1 * expected.norm()  # so that a wrong factor would show
@@ -285,14 +314,18 @@ def test_conditions_are_those_of_finite_differences():
     row = differences(slope, theta.numpy(), 1e-4).flatten()
     curvature = hessian(tabular.total_objective)(theta, game).reshape(80, 80)
     assert error(curvature[0], row) < 1e-6
-    assert float(found["largest eigenvalue of J's Hessian"]) == pytest.approx(float(torch.linalg.eigvalsh(curvature)[-1]))
+    assert float(found["largest eigenvalue of J's Hessian"]) == pytest.approx(
+        float(torch.linalg.eigvalsh(curvature)[-1])
+    )
     assert float(found["|grad_omega L|"]) < 1e-10
     smallest = torch.linalg.eigvalsh(2 / 20 * game.features[:, :3].T @ game.features[:, :3])[0]
     assert float(found["smallest eigenvalue of L's Hessian"]) == pytest.approx(float(smallest))
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, REPO / "blpo_tabular.py", *words], env=environment(), capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, REPO / "blpo_tabular.py", *words], env=environment(), capture_output=True, text=True
+    )
 
 
 def test_one_command_writes_the_figures_and_their_table(tmp_path):
@@ -317,12 +350,21 @@ def test_an_output_folder_that_cannot_be_used_is_one_sentence(tmp_path, monkeypa
 
 
 def test_a_figure_without_a_number_is_drawn(tmp_path):
-    row = {"figure": "theorem", "panel": "updates to epsilon", "series": "exact", "x": 0.1, "seed": 0, "value": float("nan")}
+    row = {
+        "figure": "theorem",
+        "panel": "updates to epsilon",
+        "series": "exact",
+        "x": 0.1,
+        "seed": 0,
+        "value": float("nan"),
+    }
     tabular.draw(tmp_path / "theorem.png", [row, row | {"seed": 1}])
     assert (tmp_path / "theorem.png").exists()
 
 
-@pytest.mark.parametrize("words, named", [(["--seeds", "1"], "--seeds is 1"), (["--learning-rate", "nan"], "--learning-rate is nan")])
+@pytest.mark.parametrize(
+    "words, named", [(["--seeds", "1"], "--seeds is 1"), (["--learning-rate", "nan"], "--learning-rate is nan")]
+)
 def test_bad_input_is_one_sentence(tmp_path, words, named):
     done = run("--output-dir", str(tmp_path / "out"), *words)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {named}") and done.stderr.count("\n") == 1
