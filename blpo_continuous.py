@@ -191,6 +191,9 @@ class Args(CheckedArgs):
             raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
         if self.total_timesteps < rows:
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        numbers = rows * self.critic_width * (self.nystrom_rank + 1)  # in the largest array of the response
+        if numbers > 2_000_000_000:
+            raise BadInput(f"--nystrom-rank and --critic-width: {numbers} numbers for a rollout's response")
         return self
 
 

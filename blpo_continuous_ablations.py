@@ -2,6 +2,10 @@
 (leader) and the critic omega (follower) of one agent, and the same loop, with what is not the method, one
 flag each.
 
+    --nest minibatch          the critic answers each minibatch of whole chunks (--chunk-length steps of one
+                              environment) by K steps before the actor's step on it, as in the released code:
+                              J, L, b, v, z and e are those of the minibatch, and returns bootstrap at the end
+                              of a chunk
     --leader lambda-return    J = mean_t min(r_t A_t, clip(r_t) A_t), A = G(omega) - stopgrad V, as in the
                               method; --leader-lambda 0 makes G the one-step return r + gamma V(s')
     --leader released         the authors' released update: A = GAE(omega), where V(s_t) moves as well; the
@@ -11,18 +15,18 @@ flag each.
                               -> released_mixed_weights, bounded
     --mixed-advantages ...    A' of the mixed term. targets: those of the targets G', as in the method.
                               refreshed: those of J, of the critic that has just answered. L's targets do not
-                              move with that critic, so this is not its mixed term; with --mixed-discount 0 it
-                              is the update of this project's first results (docs/blpo.md)
+                              move with that critic, so this is not its mixed term; with --mixed-discount 0
+                              and --nest minibatch it is the update of this project's first results
     --direct-advantages rollout   the nested control with the rollout's advantages, as PPO has them
-    --correction-control ...  permuted: e shuffled within the minibatch; constant: its mean; reversed: -e
-                              -> controlled
-    --ihvp pcg                conjugate gradients preconditioned by the Nystrom inverse
-                              -> preconditioned_cg_ihvp
+    --correction-control ...  permuted: e shuffled among the rows that the critic answers; constant: its mean;
+                              reversed: -e -> controlled
+    --curvature hessian       all of L's Hessian, which can be indefinite -> Hessian
+    --ihvp exact, pcg         the exact solve in the space of the rows; conjugate gradients preconditioned by
+                              the Nystrom inverse -> exact_ihvp, preconditioned_cg_ihvp
     --columns ...             directions of the Nystrom approximation: coordinates (the paper), fixed (the
                               same ones each time, as released), last-layer (its coordinates), gaussian
                               (J^T Omega), krylov (b, H b, ...), features (the method's) -> nystrom_directions
     --core-ridge 1            the identity that the released code adds to H[Q, Q]
-    --sketch-refresh epoch    columns from the first minibatch of an epoch serve for all of it
     --preset released-hopper  the authors' settings of a task, for whatever has its default value
 
 The method's choices are the defaults: with them this is the run of `blpo_continuous.py` up to rounding.
@@ -104,8 +108,8 @@ Width = Annotated[int, Field(ge=1, le=8192)]
 # The settings of the authors' released scripts (docs/blpo.md); their tasks are Brax's, ours MuJoCo's of the
 # same name. Their 5 to 20 million steps are left out: a preset must not overrule a budget that was asked for.
 RELEASED = {
-    "leader": "released", "curvature": "hessian", "columns": "fixed", "nystrom_rank": 5, "damping": 50.0,
-    "core_ridge": 1.0, "num_envs": 32, "num_steps": 640, "chunk_length": 640, "num_minibatches": 32,
+    "leader": "released", "nest": "minibatch", "curvature": "hessian", "columns": "fixed",
+    "nystrom_rank": 5, "damping": 50.0, "core_ridge": 1.0, "num_envs": 32, "num_steps": 640, "chunk_length": 640, "num_minibatches": 32,
     "update_epochs": 4, "learning_rate": 3e-4, "critic_learning_rate": 1.2e-3, "anneal_lr": False,
     "norm_adv": False,
 }  # fmt: skip
@@ -180,20 +184,14 @@ class Args(CheckedArgs):
     """lambda of the advantages and of the critic's targets"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    chunk_length: Annotated[int, Field(ge=2)] = 64
-    """consecutive steps of one environment that stay together; the lambda-return bootstraps at their end"""
     num_minibatches: PositiveInt = 16
-    """minibatches of whole chunks in an epoch"""
+    """minibatches in an epoch, of the actor and of each pass of the critic"""
     update_epochs: PositiveInt = 4
     """passes over a rollout"""
-    nest: Literal["minibatch", "rollout"] = "minibatch"
-    """what the follower answers: each minibatch of the actor, or the rollout, before each epoch"""
     nested_updates: PositiveInt = 3
-    """K, critic steps for each actor step"""
+    """K, passes of the critic for each of the actor"""
     ihvp: Literal["nystrom", "cg", "pcg", "exact", "none"] = "nystrom"
     """solver of the damped system; none: the nested control, without the hypergradient"""
-    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
-    """H: the Hessian of L without the term in its residuals, or the whole of it"""
     damping: PositiveFloat = 1.0
     """alpha, added to the curvature of the critic's loss"""
     nystrom_rank: Width = 10
@@ -215,6 +213,12 @@ class Args(CheckedArgs):
 
     preset: Literal[*PRESETS] = "none"
     """the authors' settings for a task, but for its steps; they fill whatever has its default value"""
+    nest: Literal["rollout", "minibatch"] = "rollout"
+    """what the critic answers: the rollout, before each epoch, or each minibatch of whole chunks"""
+    chunk_length: Annotated[int, Field(ge=2)] = 64
+    """consecutive steps of one environment that stay together with --nest minibatch"""
+    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    """H: the Hessian of L without the term in its residuals, or the whole of it"""
     leader: Literal["lambda-return", "released"] = "lambda-return"
     """the leader's objective; released: the authors' released update as a whole"""
     leader_lambda: Fraction | None = None
@@ -233,8 +237,19 @@ class Args(CheckedArgs):
     """directions of the Nystrom approximation"""
     core_ridge: NonNegativeFloat = 0.0
     """added to the diagonal of H[Q, Q]; the released code adds 1"""
-    sketch_refresh: Literal["minibatch", "epoch"] = "minibatch"
-    """how long the columns serve"""
+
+    @pydantic.model_validator(mode="after")
+    def check_shapes(self):
+        """Raise BadInput unless there is a whole rollout of a size that memory holds."""
+        rows = self.num_envs * self.num_steps
+        if rows > 10_000_000:
+            raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
+        if self.total_timesteps < rows:
+            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        numbers = rows * self.critic_width * (self.nystrom_rank + 1)  # in the largest array of the response
+        if numbers > 2_000_000_000:
+            raise BadInput(f"--nystrom-rank and --critic-width: {numbers} numbers for a rollout's response")
+        return self
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -249,7 +264,21 @@ class Args(CheckedArgs):
 
     @pydantic.model_validator(mode="after")
     def check_leader(self):
-        """Raise BadInput for what the released leader cannot go with."""
+        """Raise BadInput for what does not go together."""
+        chunks = self.num_envs * self.num_steps // self.chunk_length
+        if self.nest == "minibatch" and self.num_steps % self.chunk_length:
+            raise BadInput(f"--chunk-length {self.chunk_length} must divide --num-steps {self.num_steps}")
+        if self.nest == "minibatch" and chunks % self.num_minibatches:
+            wrong = f"must divide the {chunks} chunks of a rollout"
+            raise BadInput(f"--num-minibatches {self.num_minibatches} {wrong}")
+        if self.ihvp == "exact" and self.curvature == "hessian":
+            raise BadInput("--ihvp exact needs --curvature gauss-newton; for the Hessian use --ihvp cg")
+        rows = self.num_envs * self.num_steps if self.nest == "rollout" else chunks // self.num_minibatches
+        rows *= 1 if self.nest == "rollout" else self.chunk_length + 1
+        if self.ihvp == "exact" and rows > 20_000:
+            raise BadInput(f"--ihvp exact solves a system of all {rows} rows, at most 20,000; use --ihvp cg")
+        if self.leader == "released" and self.nest == "rollout":
+            raise BadInput("--leader released nests in each minibatch; add --nest minibatch")
         mixed_term = self.mixed_discount, self.mixed_advantages, self.correction_control
         if self.leader == "released" and mixed_term != (None, "targets", "none"):
             others = "--mixed-discount, --mixed-advantages and --correction-control"
@@ -258,25 +287,6 @@ class Args(CheckedArgs):
             raise BadInput("--direct-advantages rollout: J no longer depends on the critic; add --ihvp none")
         if self.leader == "released" and self.norm_adv:
             raise BadInput("--leader released does not normalise its advantages; add --no-norm-adv")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def check_shapes(self):
-        """Raise BadInput unless there is a whole rollout, of whole chunks, which the minibatches divide."""
-        rows = self.num_envs * self.num_steps
-        if rows > 10_000_000:
-            raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
-        if self.total_timesteps < rows:
-            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
-        if self.num_steps % self.chunk_length:
-            raise BadInput(f"--chunk-length {self.chunk_length} must divide --num-steps {self.num_steps}")
-        if rows * self.chunk_length > 500_000_000:  # numbers in the matrices of all chunks
-            raise BadInput(f"--chunk-length {self.chunk_length} times {rows} rows is above 500,000,000")
-        if rows // self.chunk_length % self.num_minibatches:
-            chunks = f"the {rows // self.chunk_length} chunks of a rollout"
-            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide {chunks}")
-        if self.ihvp == "exact" and self.curvature == "hessian":
-            raise BadInput("--ihvp exact needs --curvature gauss-newton; for the Hessian use --ihvp cg")
         return self
 
 
@@ -459,46 +469,23 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 
 
 # ---- Bilevel mathematics (shared) --------------------------------------------------------------------
-def chunk_indices(num_steps: int, num_envs: int, chunk_length: int) -> Tensor:
-    """Rows of a flattened rollout (num_steps + 1, num_envs, ...) that make its chunks of consecutive steps.
+def trace(x: Tensor, decay: Tensor) -> Tensor:
+    """W^T x, the transpose of what `gae` does to delta (A = W delta): e_t = x_t + decay_{t-1} e_{t-1}.
 
-    Returns (chunks, chunk_length + 1); the last column is the observation a chunk bootstraps from.
+    x (T, N), 0 where a row is no transition; decay (T, N) as in `gae`.
     """
-    starts = torch.arange(0, num_steps, chunk_length)[None, :] * num_envs + torch.arange(num_envs)[:, None]
-    return starts.reshape(-1, 1) + torch.arange(chunk_length + 1) * num_envs
+    e = x.clone()
+    for t in range(1, len(x)):
+        e[t].addcmul_(decay[t - 1], e[t - 1])
+    return e
 
 
-def gae_operator(ended: Tensor, valid: Tensor, decay: float) -> Tensor:
-    """The matrices W (C, L, L) of C chunks of L steps: with decay = gamma lambda, A = W delta is GAE.
-
-    ended, valid (C, L) as 0/1 floats. W[t, k] = decay^(k-t) for k >= t in the same episode, else 0; the row
-    and the column of a step that is no transition are 0, so nothing of it reaches another step.
-    """
-    step = torch.arange(ended.shape[-1], device=ended.device)
-    powers = torch.tril(decay ** (step[:, None] - step[None, :]).clamp(min=0).to(ended.dtype)).T
-    episode = torch.cumsum(ended, -1) - ended  # a step that ends an episode still belongs to it
-    rows, columns = (torch.where(valid > 0, episode, nowhere) for nowhere in (-1.0, -2.0))
-    return powers * (rows[:, :, None] == columns[:, None, :])
-
-
-def lambda_returns(values: Tensor, rewards: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
-    """G = V + W delta with delta_t = r_t + discount_t V_{t+1} - V_t: the lambda-return, affine in the values.
-
-    values (C, L+1), rewards and discounts = gamma (1 - terminated) (C, L), operator (C, L, L) -> G (C, L).
-    """
-    delta = rewards + discounts * values[:, 1:] - values[:, :-1]
-    return values[:, :-1] + (operator @ delta[:, :, None])[:, :, 0]
-
-
-def transposed(operator: Tensor, x: Tensor) -> Tensor:
-    """W^T x for each chunk: operator (C, L, L), x (C, L) -> (C, L)."""
-    return (x[:, None, :] @ operator)[:, 0, :]
-
-
-def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
-    """(dG/dV)^T slopes, the transpose of `lambda_returns`: slopes (C, L) -> u (C, L+1)."""
-    back = transposed(operator, slopes)  # by delta
-    return nn.functional.pad(slopes - back, (0, 1)) + nn.functional.pad(discounts * back, (1, 0))
+def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
+    """(dG/dV)^T slopes for the lambda-returns G = V + W delta of `gae`: slopes (T, N), 0 where a row is no
+    transition, -> u (T+1, N)."""
+    back = trace(slopes, decay)  # by delta
+    last = torch.zeros_like(slopes[:1])
+    return torch.cat([slopes - back, last]) + torch.cat([last, discounts * back])
 
 
 class CriticJacobian:
@@ -596,33 +583,6 @@ class GaussNewton:
         return products[0], products[1:], images @ images.T
 
 
-class Hessian(GaussNewton):
-    """H = grad^2_omega L of L = sum_t w_t (G_t - V_t)^2 in full, by torch.func.jvp of torch.func.grad; it
-    can be indefinite. critic V, obs (n, D), targets G (n,)."""
-
-    def __init__(self, jacobian: CriticJacobian, weights: Tensor, critic, obs: Tensor, targets: Tensor):
-        super().__init__(jacobian, weights)
-        self.omega = {name: parameter.detach() for name, parameter in critic.named_parameters()}
-
-        def loss(omega: dict[str, Tensor]) -> Tensor:
-            values = torch.func.functional_call(critic, omega, (obs,)).squeeze(-1)
-            return (weights * (targets - values) ** 2).sum()
-
-        self.gradient = torch.func.grad(loss)
-
-    def product(self, v: Tensor) -> Tensor:
-        """H v: (P,) -> (P,)."""
-        parts = [part.view_as(p) for part, p in zip(v.split(self.jacobian.sizes), self.omega.values())]
-        tangent = torch.func.jvp(self.gradient, (self.omega,), (dict(zip(self.omega, parts)),))[1]
-        return torch.cat([part.flatten() for part in tangent.values()])
-
-    def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """b, H P and P^T H P as in `GaussNewton`; the last layer's parameters are the last of omega."""
-        padded = nn.functional.pad(directions.T, (sum(self.jacobian.sizes) - len(directions), 0))
-        columns = torch.func.vmap(self.product)(padded)
-        return self.jacobian.vjp(u[None])[0], columns, padded @ columns.T
-
-
 def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> Tensor:
     """v = (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (Prakash et al.'s poster).
 
@@ -694,33 +654,15 @@ def cg_ihvp(curvature: GaussNewton, u: Tensor, damping: float, iterations: int) 
     return b, conjugate_gradient(lambda v: curvature.product(v) + damping * v, b, iterations)
 
 
-def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
-
-    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel of the minibatch's n rows and its
-    Cholesky factor, in float64. R is rounded to float32: where the damping is too small beside that (below
-    1e-6 of the largest eigenvalue or so) the factor may not exist, and v is nan.
-    """
-    jacobian, root = curvature.jacobian, curvature.root
-    b = jacobian.vjp(u[None])[0]
-    kernel = (jacobian.kernel() * root[:, None] * root).double()
-    kernel.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(kernel)
-    inner = torch.cholesky_solve((root * jacobian.jvp(b)).double()[:, None], factor)[:, 0]
-    inner = torch.where(failed == 0, inner, math.nan).to(b.dtype)
-    return b, (b - jacobian.vjp((root * inner)[None])[0]) / damping
-
-
 def surrogate_slope(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """The derivative of `clipped_surrogate` by the advantages: the ratio of the smaller branch."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
 
 
-def follower_step(critic: nn.Module, optimiser, obs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """One step of the follower on L = sum_t w_t (G_t - V(s_t))^2; obs (n, D), targets and weights (n,).
-    Returns L before it."""
-    loss = (weights * (targets - critic(obs).squeeze(-1)) ** 2).sum()
+def follower_step(critic: nn.Module, optimiser, obs: Tensor, targets: Tensor) -> Tensor:
+    """One step of the follower on L = mean_t (G_t - V(s_t))^2; obs (n, D), targets (n,). Returns L before."""
+    loss = ((targets - critic(obs).squeeze(-1)) ** 2).mean()
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
@@ -736,22 +678,21 @@ def inner_gradient_norm(critic: nn.Module, obs: Tensor, targets: Tensor) -> Tens
 
 
 def leader_diagnostics(
-    theta: list[nn.Parameter], direct: Tensor, correction: Tensor, weights: Tensor, e: Tensor
+    theta: list[nn.Parameter], direct: Tensor, correction: Tensor, e: Tensor
 ) -> dict[str, Tensor]:
-    """The gradients in theta of J and of the correction, and the row weights 1 + 2 e (C, L), in numbers."""
+    """The gradients in theta of J and of the correction, and the row weights 1 + 2 e (n,), in numbers."""
 
     def gradient(objective: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(objective, theta, retain_graph=True)])
 
     direct, correction = gradient(direct), gradient(correction)
-    mean = (weights * (1 + 2 * e)).sum()
     return {
         "direct_norm": direct.norm(),
         "correction_norm": correction.norm(),
         "norm_ratio": correction.norm() / direct.norm(),
         "cosine": torch.cosine_similarity(direct, correction, dim=0),
-        "weight_mean": mean,
-        "weight_std": (weights * (1 + 2 * e - mean) ** 2).sum().sqrt(),
+        "weight_mean": (1 + 2 * e).mean(),
+        "weight_std": (1 + 2 * e).std(correction=0),
     }
 
 
@@ -776,10 +717,60 @@ def check_critic(critic: nn.Module, obs_dim: int, needs_linear_output: bool) -> 
     dense = jacobian.vjp(torch.eye(8).double())[:, -last.shape[1] :]
     if needs_linear_output and not (dense.shape == last.shape and torch.allclose(dense, last)):
         wrong = "--ihvp nystrom needs a critic whose last layer is nn.Linear(..., 1) with a bias"
-        raise BadInput(f"{wrong}; use --ihvp cg or exact")
+        raise BadInput(f"{wrong}; use --ihvp cg")
 
 
 # ---- Laboratory mathematics --------------------------------------------------------------------------
+def chunked(x: Tensor, length: int, after: int = 0) -> Tensor:
+    """Chunks of consecutive steps side by side: x (T + after, N, ...) -> (length + after, chunks, ...)."""
+    starts = torch.arange(0, len(x) - after, length, device=x.device)
+    return x[starts + torch.arange(length + after, device=x.device)[:, None]].flatten(1, 2)
+
+
+class Hessian(GaussNewton):
+    """H = grad^2_omega L of L = sum_t w_t (G_t - V_t)^2 in full, by torch.func.jvp of torch.func.grad; it
+    can be indefinite. critic V, obs (n, D), targets G (n,)."""
+
+    def __init__(self, jacobian: CriticJacobian, weights: Tensor, critic, obs: Tensor, targets: Tensor):
+        super().__init__(jacobian, weights)
+        self.omega = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+
+        def loss(omega: dict[str, Tensor]) -> Tensor:
+            values = torch.func.functional_call(critic, omega, (obs,)).squeeze(-1)
+            return (weights * (targets - values) ** 2).sum()
+
+        self.gradient = torch.func.grad(loss)
+
+    def product(self, v: Tensor) -> Tensor:
+        """H v: (P,) -> (P,)."""
+        parts = [part.view_as(p) for part, p in zip(v.split(self.jacobian.sizes), self.omega.values())]
+        tangent = torch.func.jvp(self.gradient, (self.omega,), (dict(zip(self.omega, parts)),))[1]
+        return torch.cat([part.flatten() for part in tangent.values()])
+
+    def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """b, H P and P^T H P as in `GaussNewton`; the last layer's parameters are the last of omega."""
+        padded = nn.functional.pad(directions.T, (sum(self.jacobian.sizes) - len(directions), 0))
+        columns = torch.func.vmap(self.product)(padded)
+        return self.jacobian.vjp(u[None])[0], columns, padded @ columns.T
+
+
+def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
+
+    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel of the minibatch's n rows and its
+    Cholesky factor, in float64. R is rounded to float32: where the damping is too small beside that (below
+    1e-6 of the largest eigenvalue or so) the factor may not exist, and v is nan.
+    """
+    jacobian, root = curvature.jacobian, curvature.root
+    b = jacobian.vjp(u[None])[0]
+    kernel = (jacobian.kernel() * root[:, None] * root).double()
+    kernel.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(kernel)
+    inner = torch.cholesky_solve((root * jacobian.jvp(b)).double()[:, None], factor)[:, 0]
+    inner = torch.where(failed == 0, inner, math.nan).to(b.dtype)
+    return b, (b - jacobian.vjp((root * inner)[None])[0]) / damping
+
+
 def nystrom_directions(
     columns: str, curvature: GaussNewton, b: Tensor, rank: int, generator: torch.Generator
 ) -> Tensor:
@@ -842,17 +833,16 @@ def preconditioned_cg_ihvp(
     return v
 
 
-def controlled(e: Tensor, weights: Tensor, control: str, generator: torch.Generator) -> Tensor:
-    """The trace e (C, L) under a control that breaks or reverses its meaning and leaves the rest as it is.
-
-    weights (C, L) are those of the mean over the transitions, 0 for other rows, which no control mixes in.
-    """
+def controlled(e: Tensor, valid: Tensor, control: str, generator: torch.Generator) -> Tensor:
+    """The trace e (T, N) under a control that breaks or reverses its meaning and leaves the rest as it is;
+    rows that are no transition (valid is 0 there) stay out of it."""
+    rows = valid > 0
     if control == "constant":
-        return torch.where(weights > 0, (weights * e).sum(), 0.0)
+        return torch.where(rows, e[rows].mean(), 0.0)
     if control == "reversed":
         return -e
     if control == "permuted":
-        e, rows = e.clone(), weights > 0
+        e = e.clone()
         e[rows] = e[rows][torch.randperm(int(rows.sum()), generator=generator).to(e.device)]
     return e
 
@@ -868,7 +858,7 @@ def released_mixed_weights(
     """Row weights y with c = (grad_theta,omega f2) v = sum_t y_t grad_theta r_t for the released surrogate
     f2 = -2 sum_t min(r_t A_t, clip(r_t, 1-clip_f, 1+clip_f) A_t) (G'_t - V_t), where A and V move along v.
 
-    errors = G' - V, advantages_dot and values_dot the derivatives of A and V along v; all (C, L), detached.
+    errors = G' - V, advantages_dot and values_dot the derivatives of A and V along v; all (n,), detached.
     """
     active = ratio * advantages <= ratio.clamp(1 - clip_f, 1 + clip_f) * advantages
     return -2 * active * (advantages_dot * errors - advantages * values_dot)
@@ -1178,10 +1168,8 @@ def train(args: Args) -> Path:
         actor_optimiser = torch.optim.Adam(agent.actor_parameters(), args.learning_rate, **options)
         critic_optimiser = torch.optim.Adam(agent.critic.parameters(), args.critic_learning_rate, **options)
         optimisers = [actor_optimiser, critic_optimiser]
-        chunks = chunk_indices(args.num_steps, args.num_envs, args.chunk_length).to(device)
-        gamma_lambda = args.gamma * args.gae_lambda
+        kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
         leader_lambda = args.gae_lambda if args.leader_lambda is None else args.leader_lambda
-        kappa = gamma_lambda if args.mixed_discount is None else args.mixed_discount
         control_generator = torch.Generator()
         sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
 
@@ -1278,141 +1266,146 @@ def train(args: Args) -> Path:
             sketch_generator.manual_seed(derived_seed(args.seed, iteration))
             control_generator.manual_seed(derived_seed(args.seed + 1, iteration))
             rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; a reset is none
-            b_states, b_targets = b_obs[:-1].flatten(0, 1)[rows], returns.flatten()[rows]
-            norm_before = inner_gradient_norm(agent.critic, b_states, b_targets)
-            steps = b_actions, logprobs, b_rewards, returns, advantages, b_discounts, b_valid
-            c_steps = [x.flatten(0, 1)[chunks[:, :-1]] for x in steps]  # (C, L, ...)
-            c_ended, c_valid = b_ended.flatten()[chunks[:, :-1]], c_steps[-1]
-            decays = args.gamma * leader_lambda, kappa
-            operators = [gae_operator(c_ended, c_valid, decay) for decay in decays]
-            # The observations (C, L + 1, D) hold the one that a chunk bootstraps from.
-            arrays = [b_obs.flatten(0, 1)[chunks], *c_steps, *operators]
+            num_minibatches = max(1, min(args.num_minibatches, len(rows) // 2))
+            states, targets = b_obs[:-1].flatten(0, 1)[rows], returns.flatten()[rows]
+            norm_before = inner_gradient_norm(agent.critic, states, targets)
+            problem = b_actions, logprobs, b_rewards, returns, advantages, b_discounts, b_ended, b_valid
+            whole = [b_obs, *problem]
+            if args.nest == "minibatch":
+                length = args.chunk_length
+                chunks = [chunked(b_obs, length, after=1), *(chunked(x, length) for x in problem)]
             fallbacks, nested_time, response_time = torch.zeros((), device=device), 0.0, 0.0
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                sketch = None
-                nested_start = time.perf_counter()
-                for _ in range(args.nested_updates if args.nest == "rollout" else 0):
-                    for part in torch.randperm(len(rows)).to(device).tensor_split(args.num_minibatches):
-                        states, targets = b_states[part], b_targets[part]
-                        weights = torch.full_like(targets, 1 / len(part))
-                        critic_loss = follower_step(agent.critic, critic_optimiser, states, targets, weights)
-                nested_time += time.perf_counter() - nested_start
-                order = torch.randperm(len(chunks)).to(device)
-                for minibatch in zip(*(array[order].chunk(args.num_minibatches) for array in arrays)):
-                    mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_advantages = minibatch[:6]
-                    mb_discounts, mb_valid, mb_operator, mb_mixed_operator = minibatch[6:]
-                    states, all_states = mb_obs[:, :-1].flatten(0, 1), mb_obs.flatten(0, 1)
-                    weights = mb_valid / mb_valid.sum()  # mean over the transitions
+                blocks, parts = [whole], num_minibatches
+                if args.nest == "minibatch":
+                    order, parts = torch.randperm(chunks[0].shape[1]).to(device), 1
+                    blocks = zip(*([x[:, part] for part in order.chunk(num_minibatches)] for x in chunks))
+                for block in blocks:  # what the critic answers: (T + 1, N, D) and (T, N, ...)
+                    p_obs, p_actions, p_logprobs, p_rewards, p_returns, p_advantages = block[:6]
+                    p_discounts, p_ended, p_valid = block[6:]
+                    rows = p_valid.flatten().nonzero().squeeze(-1)
+                    weights = p_valid / len(rows)  # mean over the transitions
+                    row_weights = torch.cat([weights, 0 * weights[:1]]).flatten()
+                    discounts = args.gamma * leader_lambda, kappa
+                    decay, mixed_decay = (x * (1 - p_ended) for x in discounts)
+                    states, targets = p_obs[:-1].flatten(0, 1)[rows], p_returns.flatten()[rows]
 
-                    # The follower: K steps on L = mean (G' - V)^2.
+                    # The follower: K passes over what it answers on L = mean (G' - V)^2.
                     nested_start = time.perf_counter()
-                    for _ in range(args.nested_updates if args.nest == "minibatch" else 0):
-                        batch = states, mb_returns.flatten(), weights.flatten()
-                        critic_loss = follower_step(agent.critic, critic_optimiser, *batch)
+                    for _ in range(args.nested_updates):
+                        order = torch.randperm(len(rows)).to(device) if parts > 1 else slice(None)
+                        for mb_obs, mb_targets in zip(
+                            *(x[order].tensor_split(parts) for x in (states, targets))
+                        ):
+                            critic_loss = follower_step(agent.critic, critic_optimiser, mb_obs, mb_targets)
                     nested_time += time.perf_counter() - nested_start
 
-                    # The leader, with the advantages of the critic that has just answered.
-                    new_logprobs, entropies = agent.logprob_and_entropy(states, mb_actions.flatten(0, 1))
-                    entropy = weights.flatten() @ entropies
-                    logratio = new_logprobs.view_as(weights) - mb_logprobs
-                    ratio = logratio.exp()
+                    # The advantages of the critic that has just answered.
                     response_start = time.perf_counter()
-                    jacobian = CriticJacobian(agent.critic, all_states)
-                    new_values = jacobian.values.view(len(mb_obs), -1)
-                    refreshed = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator)
-                    refreshed = refreshed - new_values[:, :-1]
+                    jacobian = CriticJacobian(agent.critic, p_obs.flatten(0, 1))
+                    new_values = jacobian.values.view(p_obs.shape[:2])
+                    refreshed = gae(p_rewards, new_values, p_discounts, decay)
                     if args.direct_advantages == "rollout":
-                        refreshed = mb_advantages
-                    if args.norm_adv:
-                        refreshed = refreshed - (weights * refreshed).sum()
-                        mb_advantages = mb_advantages - (weights * mb_advantages).sum()
-                        std = (weights * refreshed**2).sum().sqrt() + 1e-8
-                        refreshed, mb_advantages = refreshed / std, mb_advantages / std
+                        refreshed = p_advantages
                     if args.mixed_advantages == "refreshed":
-                        mb_advantages = refreshed
+                        p_advantages = refreshed
 
                     # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
-                    e = torch.zeros_like(weights)
+                    e, released = torch.zeros_like(weights), []
                     if args.ihvp != "none":
-                        slopes = weights * surrogate_slope(ratio.detach(), refreshed, args.clip_coef)
-                        u = lambda_returns_vjp(slopes, mb_discounts, mb_operator)
+                        with torch.no_grad():
+                            steps = p_obs[:-1].flatten(0, 1), p_actions.flatten(0, 1)
+                            now, _ = agent.logprob_and_entropy(*steps)
+                        ratio = (now.view_as(weights) - p_logprobs).exp()
+                        centred = refreshed - (weights * refreshed).sum() if args.norm_adv else refreshed
+                        slopes = weights * surrogate_slope(ratio, centred, args.clip_coef)
+                        u = lambda_returns_vjp(slopes, p_discounts, decay)
                         if args.leader == "released":
-                            u[:, :-1] -= slopes  # here V(s_t) of A = G - V moves as well
+                            u[:-1] -= slopes  # here V(s_t) of A = G - V moves as well
                         u = u.flatten()  # b = J_V^T u
-                        row_weights = nn.functional.pad(weights, (0, 1)).flatten()
                         curvature = GaussNewton(jacobian, row_weights)
                         if args.curvature == "hessian":
-                            targets = nn.functional.pad(mb_returns, (0, 1)).flatten()
-                            curvature = Hessian(jacobian, row_weights, agent.critic, all_states, targets)
-                        system = curvature, u, args.damping
+                            all_targets = torch.cat([p_returns, p_returns[:1]]).flatten()
+                            system = agent.critic, p_obs.flatten(0, 1), all_targets
+                            curvature = Hessian(jacobian, row_weights, *system)
                         if args.ihvp in ("nystrom", "pcg"):
                             b = jacobian.vjp(u[None])[0]
-                            if sketch is None or args.sketch_refresh == "minibatch":
-                                choice = args.nystrom_rank, sketch_generator
-                                p = nystrom_directions(args.columns, curvature, b, *choice)
-                                columns = curvature_products(curvature, p)
-                                ridge = args.core_ridge * torch.eye(len(p), device=device)
-                                sketch = columns, p @ columns.T + ridge
+                            choice = args.nystrom_rank, sketch_generator
+                            p = nystrom_directions(args.columns, curvature, b, *choice)
+                            columns = curvature_products(curvature, p)
+                            core = p @ columns.T + args.core_ridge * torch.eye(len(p), device=device)
                         if args.ihvp == "nystrom":
-                            v = nystrom_solve(*sketch, args.damping, b)
+                            v = nystrom_solve(columns, core, args.damping, b)
                         elif args.ihvp == "pcg":
-                            pair = args.damping, args.cg_iterations
-                            v = preconditioned_cg_ihvp(curvature, b, *pair, *sketch)
+                            system = args.damping, args.cg_iterations, columns, core
+                            v = preconditioned_cg_ihvp(curvature, b, *system)
                         elif args.ihvp == "cg":
-                            b, v = cg_ihvp(*system, args.cg_iterations)
+                            b, v = cg_ihvp(curvature, u, args.damping, args.cg_iterations)
                         else:
-                            b, v = exact_ihvp(*system)
-                        response = jacobian.jvp(v).view(len(mb_obs), -1)
-                        finite = response.sum().isfinite()  # if not, this step is along the direct gradient
+                            b, v = exact_ihvp(curvature, u, args.damping)
+                        response = jacobian.jvp(v).view(p_obs.shape[:2])
+                        finite = response.sum().isfinite()  # if not, this is the direct gradient alone
                         response = torch.where(finite, response, 0.0)
                         fallbacks += ~finite
-                        if args.leader == "lambda-return":
-                            e = transposed(mb_mixed_operator, response[:, :-1])
-                            e = controlled(e, weights, args.correction_control, control_generator)
+                        if args.leader == "released":  # it minimises f = -J, so its v is the negative of ours
+                            advantages_dot = gae(0 * weights, -response, p_discounts, decay)
+                            released = [advantages_dot, p_returns - new_values[:-1], -response[:-1]]
+                        else:
+                            e = trace(p_valid * response[:-1], mixed_decay)
+                            e = controlled(e, p_valid, args.correction_control, control_generator)
                     response_time += time.perf_counter() - response_start
 
-                    # The leader's step: the correction's gradient is -(grad_theta,omega L) v.
-                    both = torch.stack([refreshed, mb_advantages])
-                    objectives = torch.stack([weights, 2 * weights * e])
-                    objectives = objectives * clipped_surrogate(ratio, both, args.clip_coef)
-                    direct, correction = objectives.sum((1, 2))
-                    if args.leader == "released" and args.ihvp != "none":
-                        # The released code minimises f = -J, so its v is the negative of ours.
-                        moved = lambda_returns(-response, 0 * weights, mb_discounts, mb_operator)
-                        values_dot, errors = -response[:, :-1], mb_returns - new_values[:, :-1]
-                        factors = ratio.detach(), refreshed, moved - values_dot, errors, values_dot
-                        row_slopes = released_mixed_weights(*factors, args.clip_f)
-                        correction = (mb_valid * row_slopes * ratio).sum()
-                    loss = -(direct + correction) - args.ent_coef * entropy
-                    if epoch == args.update_epochs - 1:
-                        with torch.no_grad():
-                            clipped = (weights * ((ratio - 1).abs() > args.clip_coef)).sum()
-                            old_kl = -(weights * logratio).sum()
-                            kl = (weights * (ratio - 1)).sum() + old_kl
-                            numbers = critic_loss, -direct, entropy, old_kl, kl, clipped
-                            statistics.append(torch.stack(numbers))
-                    if len(statistics) == args.num_minibatches:  # the last minibatch of the rollout
-                        theta = agent.actor_parameters()
-                        diagnostics = leader_diagnostics(theta, direct, correction, weights, e)
-                        if args.ihvp != "none":
-                            residual = curvature.product(v) + args.damping * v - b
-                            diagnostics["ihvp_residual"] = residual.norm() / b.norm()
-                            diagnostics["ihvp_cosine"] = torch.cosine_similarity(v, b, dim=0)
-                    actor_optimiser.zero_grad()
-                    if args.leader == "released":
-                        theta = agent.actor_parameters()
-                        objectives = -direct - args.ent_coef * entropy, correction
-                        parts = [torch.autograd.grad(each, theta, retain_graph=True) for each in objectives]
-                        for parameter, gradient in zip(theta, bounded(*parts, args.ihvp_bound)):
-                            parameter.grad = gradient
-                    else:
-                        loss.backward()
-                    actor_optimiser.step()
+                    # The leader: PPO's minibatches; the correction's gradient is -(grad_theta,omega L) v.
+                    arrays = p_obs[:-1], p_actions, p_logprobs, refreshed, p_advantages, e, *released
+                    order = rows[torch.randperm(len(rows)).to(device)] if parts > 1 else rows
+                    transitions = [array.flatten(0, 1)[order] for array in arrays]
+                    for minibatch in zip(*(array.tensor_split(parts) for array in transitions)):
+                        mb_obs, mb_actions, mb_logprobs, mb_refreshed, mb_advantages, mb_e = minibatch[:6]
+                        new_logprobs, entropies = agent.logprob_and_entropy(mb_obs, mb_actions)
+                        logratio, entropy = new_logprobs - mb_logprobs, entropies.mean()
+                        ratio = logratio.exp()
+                        if args.norm_adv and len(mb_obs) > 1:
+                            std = mb_refreshed.std() + 1e-8
+                            mb_refreshed = (mb_refreshed - mb_refreshed.mean()) / std
+                            mb_advantages = (mb_advantages - mb_advantages.mean()) / std
+                        direct = clipped_surrogate(ratio, mb_refreshed, args.clip_coef).mean()
+                        mixed = clipped_surrogate(ratio, mb_advantages, args.clip_coef)
+                        correction = (2 * mb_e * mixed).mean()
+                        if released:
+                            factors = ratio.detach(), mb_refreshed, *minibatch[6:]
+                            row_slopes = released_mixed_weights(*factors, args.clip_f)
+                            correction = (row_slopes * ratio).sum()
+                        loss = -(direct + correction) - args.ent_coef * entropy
+                        if epoch == args.update_epochs - 1:
+                            with torch.no_grad():
+                                clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                                old_kl, kl = -logratio.mean(), ((ratio - 1) - logratio).mean()
+                                numbers = critic_loss, -direct, entropy, old_kl, kl, clipped
+                                statistics.append(torch.stack(numbers))
+                        if len(statistics) == num_minibatches:  # the last minibatch of the rollout
+                            theta = agent.actor_parameters()
+                            diagnostics = leader_diagnostics(theta, direct, correction, mb_e)
+                        actor_optimiser.zero_grad()
+                        if args.leader == "released":
+                            theta = agent.actor_parameters()
+                            objectives = -direct - args.ent_coef * entropy, correction
+                            sides = [torch.autograd.grad(x, theta, retain_graph=True) for x in objectives]
+                            for parameter, gradient in zip(theta, bounded(*sides, args.ihvp_bound)):
+                                parameter.grad = gradient
+                        else:
+                            loss.backward()
+                        actor_optimiser.step()
+            if args.ihvp != "none":
+                residual = curvature.product(v) + args.damping * v - b
+                diagnostics["ihvp_residual"] = residual.norm() / b.norm()
+                diagnostics["ihvp_cosine"] = torch.cosine_similarity(v, b, dim=0)
+            rows = b_valid.flatten().nonzero().squeeze(-1)
+            states, targets = b_obs[:-1].flatten(0, 1)[rows], returns.flatten()[rows]
             names = "value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"
             losses = dict(zip((f"losses/{name}" for name in names), torch.stack(statistics).mean(0).tolist()))
             diagnostics["inner_gradient_norm_before"] = norm_before
-            diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(agent.critic, b_states, b_targets)
+            diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(agent.critic, states, targets)
             diagnostics["fallbacks"] = fallbacks
             for name, number in diagnostics.items():
                 losses[f"bilevel/{name}"] = float(number) if math.isfinite(number) else None
