@@ -109,7 +109,8 @@ Width = Annotated[int, Field(ge=1, le=8192)]
 # same name. Their 5 to 20 million steps are left out: a preset must not overrule a budget that was asked for.
 RELEASED = {
     "leader": "released", "nest": "minibatch", "curvature": "hessian", "columns": "fixed",
-    "nystrom_rank": 5, "damping": 50.0, "core_ridge": 1.0, "num_envs": 32, "num_steps": 640, "chunk_length": 640, "num_minibatches": 32,
+    "nystrom_rank": 5, "damping": 50.0, "core_ridge": 1.0,
+    "num_envs": 32, "num_steps": 640, "chunk_length": 640, "num_minibatches": 32,
     "update_epochs": 4, "learning_rate": 3e-4, "critic_learning_rate": 1.2e-3, "anneal_lr": False,
     "norm_adv": False,
 }  # fmt: skip
@@ -240,15 +241,18 @@ class Args(CheckedArgs):
 
     @pydantic.model_validator(mode="after")
     def check_shapes(self):
-        """Raise BadInput unless there is a whole rollout of a size that memory holds."""
+        """Raise BadInput unless there is a whole rollout, which the minibatches divide and memory holds."""
         rows = self.num_envs * self.num_steps
         if rows > 10_000_000:
             raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
         if self.total_timesteps < rows:
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        if rows % self.num_minibatches:
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide a rollout of {rows}")
         numbers = rows * self.critic_width * (self.nystrom_rank + 1)  # in the largest array of the response
         if numbers > 2_000_000_000:
-            raise BadInput(f"--nystrom-rank and --critic-width: {numbers} numbers for a rollout's response")
+            product = "--num-envs x --num-steps x --critic-width x (--nystrom-rank + 1)"
+            raise BadInput(f"{product} is {numbers}, it may be 2,000,000,000")
         return self
 
     @pydantic.model_validator(mode="before")
@@ -724,7 +728,8 @@ def check_critic(critic: nn.Module, obs_dim: int, needs_linear_output: bool) -> 
 def chunked(x: Tensor, length: int, after: int = 0) -> Tensor:
     """Chunks of consecutive steps side by side: x (T + after, N, ...) -> (length + after, chunks, ...)."""
     starts = torch.arange(0, len(x) - after, length, device=x.device)
-    return x[starts + torch.arange(length + after, device=x.device)[:, None]].flatten(1, 2)
+    rows = starts + torch.arange(length + after, device=x.device)[:, None]
+    return x[rows].transpose(1, 2).flatten(1, 2)  # those of one environment after each other
 
 
 class Hessian(GaussNewton):

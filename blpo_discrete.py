@@ -188,15 +188,18 @@ class Args(CheckedArgs):
 
     @pydantic.model_validator(mode="after")
     def check_shapes(self):
-        """Raise BadInput unless there is a whole rollout of a size that memory holds."""
+        """Raise BadInput unless there is a whole rollout, which the minibatches divide and memory holds."""
         rows = self.num_envs * self.num_steps
         if rows > 10_000_000:
             raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
         if self.total_timesteps < rows:
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        if rows % self.num_minibatches:
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide a rollout of {rows}")
         numbers = rows * self.critic_width * (self.nystrom_rank + 1)  # in the largest array of the response
         if numbers > 2_000_000_000:
-            raise BadInput(f"--nystrom-rank and --critic-width: {numbers} numbers for a rollout's response")
+            product = "--num-envs x --num-steps x --critic-width x (--nystrom-rank + 1)"
+            raise BadInput(f"{product} is {numbers}, it may be 2,000,000,000")
         return self
 
 

@@ -275,7 +275,7 @@ def weighed_policy_gradient(theta: Tensor, weights: Tensor, game: Game) -> Tenso
 
 
 def curvatures(games: Game) -> Tensor:
-    """H = grad^2_omega L (B, d, d) of a batch of games. L is quadratic: H is the same at all theta and omega."""
+    """H = grad^2_omega L (B, d, d) of a batch of games; L is quadratic, so H moves with nothing."""
     return vmap(hessian(follower_loss, 1))(0 * games.rewards, 0 * games.features[:, 0], games)
 
 

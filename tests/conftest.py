@@ -37,7 +37,7 @@ TINY = {
     "num_envs": NUM_ENVS, "num_steps": NUM_STEPS, "total_timesteps": ITERATIONS * BATCH,
     "num_minibatches": 2, "update_epochs": 2, "actor_width": 8, "critic_width": 8, "checkpoint_every": 2, "device": "cpu",
 }  # fmt: skip
-TINY_BLPO = {"chunk_length": 8, "nystrom_rank": 3}
+TINY_BLPO = {"nystrom_rank": 3}
 
 
 def for_actions(script: str, toy: str) -> str:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, command, environment, for_actions, load, train
 
+LAB = "blpo_continuous_ablations.py"
 ONE = "ppo_continuous.py"  # for what is in a shared block
 
 
@@ -125,14 +126,16 @@ def test_words_that_cannot_be_parsed_are_named(command_line, tmp_path, words):
         (ONE, {"num_steps": 10**12}, ["--num-envs x --num-steps is 2000000000000", "10,000,000"]),
         (ONE, {"num_minibatches": 3}, ["--num-minibatches 3", "64"]),
         (ONE, {"total_timesteps": 63}, ["--total-timesteps 63", "64"]),
-        ("blpo_continuous.py", dict.fromkeys(("num_steps", "chunk_length", "total_timesteps"), 10**5) | {"num_envs": 1, "num_minibatches": 1},
-         ["--chunk-length 100000 times 100000 rows"]),
+        ("blpo_continuous.py", {"num_steps": 10**6, "critic_width": 8192, "total_timesteps": 10**8}, ["--critic-width", "2,000,000,000"]),
         (ONE, {"env_kwargs": '{"a": 3'}, ["--env-kwargs is", "Expecting"]),
         (ONE, {"env_kwargs": "[3]"}, ["--env-kwargs is '[3]'", "JSON object"]),
-        ("blpo_continuous.py", {"chunk_length": 24}, ["--chunk-length 24", "--num-steps 32"]),
-        ("blpo_continuous.py", {"num_minibatches": 3}, ["--num-minibatches 3", "8 chunks"]),
-        ("blpo_continuous.py", {"ihvp": "exact", "curvature": "hessian"}, ["--ihvp exact", "--ihvp cg"]),
-        ("blpo_continuous_ablations.py", {"leader": "released"}, ["--leader released", "--no-norm-adv"]),
+        (LAB, {"nest": "minibatch", "chunk_length": 24}, ["--chunk-length 24", "--num-steps 32"]),
+        (LAB, {"nest": "minibatch", "num_envs": 2, "num_steps": 32, "chunk_length": 16, "num_minibatches": 8}, ["--num-minibatches 8", "4 chunks"]),
+        (LAB, {"ihvp": "exact", "curvature": "hessian"}, ["--ihvp exact", "--ihvp cg"]),
+        (LAB, {"ihvp": "exact", "num_steps": 16384, "total_timesteps": 10**6}, ["--ihvp exact", "20,000"]),
+        (LAB, {"direct_advantages": "rollout"}, ["--direct-advantages rollout", "--ihvp none"]),
+        (LAB, {"leader": "released"}, ["--leader released", "--nest minibatch"]),
+        (LAB, {"leader": "released", "nest": "minibatch", "chunk_length": 8}, ["--leader released", "--no-norm-adv"]),
     ],
 )
 def test_what_cannot_be_is_one_sentence_on_the_command_line_and_in_python(command_line, tmp_path, script, changes, fragments):

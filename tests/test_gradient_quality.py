@@ -95,8 +95,18 @@ def test_references_are_sums_over_episodes():
     torch.testing.assert_close(errors, spread, rtol=1e-9, atol=0)
 
 
+def operators(batch, decay):
+    """W (N, T, T) of each environment: decay^(k-t) for k >= t within an episode."""
+    found = torch.zeros(batch.valid.shape[1], len(batch.valid), len(batch.valid), dtype=torch.float64)
+    for n, steps in episodes(batch):
+        for t in steps:
+            for k in (k for k in steps if k >= t):
+                found[n, t, k] = decay ** (k - t)
+    return found
+
+
 def test_estimates_are_the_scripts_formulas():
-    """Each arm against gae_operator and dense algebra, for which every environment is one chunk."""
+    """Each arm against dense algebra: W as a matrix for each environment, the Jacobian row by row."""
     agent, batch = agent_of(ppo_continuous), fragment(seed=3)
     found, residual = study.estimates(agent, batch, agent.critic, GAMMA, torch.Generator().manual_seed(5))
     assert residual < 0.05
@@ -106,12 +116,15 @@ def test_estimates_are_the_scripts_formulas():
         critic = blpo.copy.deepcopy(agent.critic)
         optimiser = torch.optim.Adam(critic.parameters(), 2.8e-3, eps=1e-5, fused=True)
         for _ in range(nested):
-            rows = batch.obs[:-1].flatten(0, 1), returns.flatten(), weights.T.flatten()
-            blpo.follower_step(critic, optimiser, *rows)
-        operator = {x: blpo.gae_operator(batch.ended.T, batch.valid.T, GAMMA * x) for x in (leader, target, 0.0)}
+            optimiser.zero_grad()
+            errors = returns - critic(batch.obs[:-1]).squeeze(-1)
+            (weights.T * errors**2).sum().backward()
+            optimiser.step()
+        operator = {x: operators(batch, GAMMA * x) for x in (leader, target, 0.0)}
         states = batch.obs.transpose(0, 1).reshape(-1, 3)  # environment by environment
         values = critic(states).view(8, 25).detach()
-        direct = blpo.lambda_returns(values, batch.rewards.T, batch.discounts.T, operator[leader]) - values[:, :-1]
+        deltas = (batch.rewards + batch.discounts * values[:, 1:].T - values[:, :-1].T).T
+        direct = (operator[leader] @ deltas[:, :, None]).squeeze(-1)
         direct = direct - (weights * direct).sum()
         mixed = advantages.T - (weights * advantages.T).sum()
         parameters = [*critic.parameters()]
@@ -121,14 +134,17 @@ def test_estimates_are_the_scripts_formulas():
                 for row in states
             ]
         )
-        u = blpo.lambda_returns_vjp(weights, batch.discounts.T, operator[leader]).flatten()
+        level = values.clone().requires_grad_()  # dG/dV by autograd
+        deltas = batch.rewards.T + batch.discounts.T * level[:, 1:] - level[:, :-1]
+        returns_of = level[:, :-1] + (operator[leader] @ deltas[:, :, None]).squeeze(-1)
+        u = torch.autograd.grad((weights * returns_of).sum(), level)[0].flatten()
         root = torch.nn.functional.pad(2 * weights, (0, 1)).flatten().sqrt()[:, None] * dense
         v = torch.linalg.solve(root.T @ root + torch.eye(dense.shape[1]), dense.T @ u)
         z = (dense @ v).view(8, 25)[:, :-1]
-        e = blpo.transposed(operator[target], z)
+        e = (operator[target].mT @ z[:, :, None]).squeeze(-1)
         trace = {
             "direct": 0 * e,
-            "own start": blpo.transposed(operator[0.0], z),
+            "own start": batch.valid.T * z,
             "total": e,
             "constant": torch.full_like(e, float((weights * e).sum())),
         }

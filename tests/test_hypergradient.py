@@ -394,11 +394,12 @@ def test_with_a_one_step_leader_the_correction_is_the_credit_of_all_later_steps(
     assert relative_error(direct, expected) > 0.1
 
 
-# ---- What train computes on real minibatches -------------------------------------------------------------------
+# ---- What train computes in real runs --------------------------------------------------------------------------
 RUN = {
-    "num_envs": 4, "num_steps": 64, "total_timesteps": 3 * 256, "chunk_length": 16, "num_minibatches": 4, "update_epochs": 2,
-    "learning_rate": 1e-2, "actor_width": 8, "critic_width": 8, "device": "cpu",
+    "num_envs": 4, "num_steps": 64, "total_timesteps": 3 * 256, "num_minibatches": 4, "update_epochs": 2, "learning_rate": 1e-2,
+    "actor_width": 8, "critic_width": 8, "device": "cpu",
 }  # fmt: skip
+CHUNKS = {"nest": "minibatch", "chunk_length": 16}  # the laboratory's other form
 
 
 def run(script, tmp_path, monkeypatch, **changes):
@@ -423,23 +424,28 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def minibatches_of(script, tmp_path, monkeypatch, **changes):
-    """The local variables of `train` at the last minibatch of each rollout, its agent as it is then in float64, the gradients
-    in theta of the direct part, the correction and the loss, and the row of metrics."""
-    seen, original = [], script.leader_diagnostics
+def updates_of(script, tmp_path, monkeypatch, **changes):
+    """The local variables of `train` at the last minibatch of each rollout, its agent in float64 as it is then and, as `start`, as
+    it was when the response was computed; the gradients in theta of the direct part, the correction and the loss; the metrics."""
+    seen, starts, original, vjp = [], [], script.leader_diagnostics, script.lambda_returns_vjp
 
-    def spy(theta, direct, correction, weights, e):
+    def response_spy(*inputs):
+        starts.append(copy.deepcopy(inspect.currentframe().f_back.f_locals["agent"]).double())
+        return vjp(*inputs)
+
+    def spy(theta, direct, correction, e):
         local = inspect.currentframe().f_back.f_locals
         kept = {k: torch.as_tensor(x).detach().clone() if isinstance(x, (torch.Tensor, np.ndarray)) else x for k, x in local.items()}
-        kept["agent"] = copy.deepcopy(local["agent"]).double()
+        kept |= {"agent": copy.deepcopy(local["agent"]).double(), "start": starts[-1]}
         for name in ("direct", "correction", "loss"):
             gradient = torch.autograd.grad(local[name], theta, retain_graph=True)
             kept[f"{name}_gradient"] = torch.cat([g.flatten() for g in gradient]).double()
         seen.append(SimpleNamespace(**kept))
-        return original(theta, direct, correction, weights, e)
+        return original(theta, direct, correction, e)
 
     with monkeypatch.context() as patch:
         patch.setattr(script, "leader_diagnostics", spy)
+        patch.setattr(script, "lambda_returns_vjp", response_spy)
         rows = metrics_of(run(script, tmp_path, patch, **changes))
     assert len(seen) == len(rows) == 3
     for each, row in zip(seen, rows):
@@ -448,18 +454,24 @@ def minibatches_of(script, tmp_path, monkeypatch, **changes):
 
 
 def double_batch(seen):
-    """The recorded minibatch in float64, as it was before its advantages were normalised."""
-    names, args = ("obs", "actions", "logprobs", "rewards", "returns", "advantages"), seen.args
-    part = seen.order.chunk(args.num_minibatches)[-1]
-    arrays = {name: array[part] for name, array in zip(names, seen.arrays)}
-    batch = SimpleNamespace(**{name: x.double() if x.is_floating_point() else x for name, x in arrays.items()})
-    steps = seen.terminated, torch.max(seen.terminated, seen.truncated), seen.valid  # of the rollout, not of its chunks
-    batch.terminated, batch.ended, batch.valid = (x.flatten()[seen.chunks[part, :-1]].double() for x in steps)
+    """What the critic answered, in float64: the rollout or, in the laboratory's other form, the minibatch."""
+    local = vars(seen)
+    if "p_obs" in local:
+        names = [f"p_{name}" for name in ("obs", "actions", "logprobs", "rewards", "returns", "advantages", "discounts", "ended")]
+    else:
+        names = ["b_obs", "b_actions", "logprobs", "b_rewards", "returns", "advantages", "b_discounts", "b_ended"]
+    fields = "obs", "actions", "logprobs", "rewards", "returns", "advantages", "discounts", "ended", "valid"
+    arrays = [local[name] for name in (*names, names[0][0] + "_valid")]
+    batch = SimpleNamespace(**{name: x.double() if x.is_floating_point() else x for name, x in zip(fields, arrays)})
+    args = seen.args
+    batch.discounts = args.gamma * (batch.discounts > 0).double()  # without the rounding of float32
     batch.kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
-    batch.weights, batch.discounts = batch.valid / batch.valid.sum(), args.gamma * (1 - batch.terminated)
-    batch.operator = blpo.gae_operator(batch.ended, batch.valid, args.gamma * args.gae_lambda)
-    batch.mixed_operator = blpo.gae_operator(batch.ended, batch.valid, batch.kappa)
-    assert batch.ended.any() and batch.terminated.sum() < batch.ended.sum() and not batch.valid.all()
+    batch.weights, going = batch.valid / batch.valid.sum(), 1 - batch.ended
+    batch.decay, batch.mixed_decay = args.gamma * args.gae_lambda * going, batch.kappa * going
+    # the rows of the last minibatch of the actor
+    parts = local.get("parts", local.get("num_minibatches"))
+    batch.last = local["order"].tensor_split(parts)[-1]
+    assert batch.ended.any() and (batch.discounts == 0).sum() < batch.ended.sum() and not batch.valid.all()
     return batch
 
 
@@ -475,90 +487,100 @@ def flat(tensors):
 
 
 def by_autograd(seen):
-    """What the minibatch should give, by recursions over its steps, torch.distributions and plain autograd in float64."""
-    batch, args, agent = double_batch(seen), seen.args, seen.agent
-    steps, theta, clip = range(args.chunk_length), agent.actor_parameters(), args.clip_coef
-    names, omega = zip(*((name, parameter.detach()) for name, parameter in agent.critic.named_parameters()))
-    policy = policy_of(agent, batch.obs[:, :-1])
-    ratio = (policy.log_prob(batch.actions) - batch.logprobs).exp()
+    """What the update should give, by recursions over its steps, torch.distributions and plain autograd in float64."""
+    batch, args, critic = double_batch(seen), seen.args, seen.start.critic
+    steps, clip = range(len(batch.valid)), args.clip_coef
+    names, omega = zip(*((name, parameter.detach()) for name, parameter in critic.named_parameters()))
 
     def mean(x):
         return (batch.weights * x).sum()
 
     def values(omega):
-        return torch.func.functional_call(agent.critic, dict(zip(names, omega)), (batch.obs,)).squeeze(-1)
+        return torch.func.functional_call(critic, dict(zip(names, omega)), (batch.obs,)).squeeze(-1)
 
     def advantages(omega):
         """G(omega) - V(s) with the V(s) of now, the lambda-return G by its recursion."""
         v, returns, after = values(omega), [], None
         for t in reversed(steps):
-            next_value = v[:, t + 1]
+            next_value = v[t + 1]
             if after is not None:
                 mixture = (1 - args.gae_lambda) * next_value + args.gae_lambda * after
-                next_value = torch.where(batch.ended[:, t] == 1, next_value, mixture)
-            after = batch.rewards[:, t] + args.gamma * (1 - batch.terminated[:, t]) * next_value
+                next_value = torch.where(batch.ended[t] == 1, next_value, mixture)
+            after = batch.rewards[t] + batch.discounts[t] * next_value
             returns.insert(0, after)
-        return torch.stack(returns, 1) - values(now)[:, :-1]
+        return torch.stack(returns) - values(omega_now)[:-1]
 
     def surrogate(ratio, advantages):
         return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
     def inner_loss(*omega):
-        return mean((batch.returns - values(omega)[:, :-1]) ** 2)
+        return mean((batch.returns - values(omega)[:-1]) ** 2)
 
-    now = omega
+    omega_now, every = omega, tuple(range(len(omega)))
     refreshed, fixed = advantages(omega), batch.advantages
-    scale = centre = fixed_centre = 0.0
-    if args.norm_adv:
-        centre, fixed_centre = mean(refreshed), mean(fixed)
-    scale = mean((refreshed - centre) ** 2).sqrt() + 1e-8 if args.norm_adv else 1.0
+    centre = mean(refreshed) if args.norm_adv else 0.0
 
-    # b = grad_omega J: of the leader's objective in its own units, with theta held
+    # b = grad_omega J with theta held where it was when the critic had answered
+    theta = seen.start.actor_parameters()
+    ratio = (policy_of(seen.start, batch.obs[:-1]).log_prob(batch.actions) - batch.logprobs).exp()
     held = ratio.detach()
-    every = tuple(range(len(omega)))
-    b = flat(torch.func.grad(lambda *omega: scale * mean(surrogate(held, (advantages(omega) - centre) / scale)), every)(*omega))
-    jacobian = torch.func.jacrev(lambda *omega: values(omega)[:, :-1].flatten(), every)(*omega)
+    b = flat(torch.func.grad(lambda *omega: mean(surrogate(held, advantages(omega) - centre)), every)(*omega))
+    jacobian = torch.func.jacrev(lambda *omega: values(omega)[:-1].flatten(), every)(*omega)
     jacobian = torch.cat([block.flatten(1) for block in jacobian], 1)
     curvature = 2 * jacobian.T @ (batch.weights.flatten()[:, None] * jacobian)
-    if args.curvature == "hessian":
+    if getattr(args, "curvature", "") == "hessian":
         blocks = torch.func.jacrev(torch.func.grad(inner_loss, every), every)(*omega)
         rows = [torch.cat([x.reshape(p.numel(), -1) for x in row], 1) for row, p in zip(blocks, omega)]
         curvature = torch.cat(rows)
     damped = curvature + args.damping * torch.eye(len(b), dtype=DOUBLE)
     v = torch.linalg.solve(damped, b) if args.ihvp != "nystrom" else seen.v.double()
-
-    # (grad_theta,omega L) v: derivative along v of mean (G'(theta) - V(omega))^2, where G'_t(theta) has the gradient of
-    # sum_{k >= t} kappa^(k-t) S(r_k, A'_k) and theta and omega are differentiated by autograd
-    earned, after = [], 0.0
-    gains = surrogate(ratio, (fixed - fixed_centre) / scale)
-    for t in reversed(steps):
-        after = batch.valid[:, t] * (gains[:, t] + batch.kappa * (1 - batch.ended[:, t]) * after)
-        earned.insert(0, after)
-    earned = torch.stack(earned, 1)
-    targets = batch.returns + earned - earned.detach()
     tangents = tuple(x.view_as(p) for x, p in zip(v.split([p.numel() for p in omega]), omega))
-    values_along_v = torch.func.jvp(lambda *omega: values(omega), omega, tangents)[1][:, :-1]
-    slope_along_v = mean(-2 * (targets - values(omega)[:, :-1]) * values_along_v)
+    values_along_v = torch.func.jvp(lambda *omega: values(omega), omega, tangents)[1][:-1]
+
+    # e, the trace of z = J_V v: what an action answers for
+    e, before = [], 0.0
+    for t in steps:
+        before = batch.valid[t] * (values_along_v[t] + batch.kappa * before)
+        e.append(before)
+        before = before * (1 - batch.ended[t])
+    e = torch.stack(e)
+
+    # (grad_theta,omega L) v on all rows: derivative along v of mean (G'(theta) - V(omega))^2, where G'_t(theta) has the gradient
+    # of sum_{k >= t} kappa^(k-t) S(r_k, A'_k) and theta and omega are differentiated by autograd; it is -2 mean e S(r, A')
+    earned, after, gains = [], 0.0, surrogate(ratio, fixed)
+    for t in reversed(steps):
+        after = batch.valid[t] * (gains[t] + batch.kappa * (1 - batch.ended[t]) * after)
+        earned.insert(0, after)
+    earned = torch.stack(earned)
+    targets = batch.returns + earned - earned.detach()
+    slope_along_v = mean(-2 * (targets - values(omega)[:-1]) * values_along_v)
+    both = slope_along_v, mean(-2 * e * surrogate(ratio, fixed))
+    mixed, rows = (flat(torch.autograd.grad(x, theta, retain_graph=True)) for x in both)
+    assert relative_error(rows, mixed) < 1e-9
+
+    # the last minibatch of the actor, where theta is by then
+    agent, last = seen.agent, batch.last
+    theta = agent.actor_parameters()
+    policy = policy_of(agent, batch.obs[:-1].flatten(0, 1)[last])
+    ratio = (policy.log_prob(batch.actions.flatten(0, 1)[last]) - batch.logprobs.flatten()[last]).exp()
+    a, a_targets, e_last = (x.flatten()[last] for x in (refreshed, fixed, e))
+    if args.norm_adv:
+        a, a_targets = (a - a.mean()) / (a.std() + 1e-8), (a_targets - a_targets.mean()) / (a.std() + 1e-8)
 
     def gradient(x):
         return flat(torch.autograd.grad(x, theta, retain_graph=True, allow_unused=True, materialize_grads=True))
 
-    direct, correction = gradient(mean(surrogate(ratio, (refreshed - centre) / scale))), -gradient(slope_along_v)
-    loss = -direct - correction - args.ent_coef * gradient(mean(policy.entropy()))
-    # e, the trace of z = J_V v: what an action answers for
-    trace, before = [], 0.0
-    for t in steps:
-        before = batch.valid[:, t] * (values_along_v[:, t] + batch.kappa * before)
-        trace.append(before)
-        before = before * (1 - batch.ended[:, t])
-    clipped = mean(((held - 1).abs() > clip).double())
+    direct = gradient(surrogate(ratio, a).mean())
+    correction = gradient((2 * e_last * surrogate(ratio, a_targets)).mean())
+    loss = -direct - correction - args.ent_coef * gradient(policy.entropy().mean())
+    clipped = ((ratio - 1).abs() > clip).double().mean()
     return SimpleNamespace(
-        b=b, v=v, e=torch.stack(trace, 1), damped=damped, direct=direct, correction=correction, loss=loss, clipped=clipped
+        b=b, v=v, e=e, e_last=e_last, damped=damped, direct=direct, correction=correction, loss=loss, clipped=clipped
     )
 
 
 def check_against_autograd(seen):
-    """Targets, gradients and diagnostics of a recorded minibatch, to the accuracy of float32."""
+    """Targets, gradients and diagnostics of a recorded update, to the accuracy of float32."""
     args, v, after, expected = seen.args, seen.values, 0.0, by_autograd(seen)
     for t in reversed(range(args.num_steps)):  # G' and A' of the whole rollout
         after = torch.where(
@@ -575,13 +597,11 @@ def check_against_autograd(seen):
     assert relative_error(seen.e.double(), expected.e) < 1e-3
     for name in ("direct", "correction", "loss"):
         assert relative_error(getattr(seen, f"{name}_gradient"), getattr(expected, name)) < 1e-3, name
-    direct, correction, metrics = expected.direct, expected.correction, seen.metrics
-    e, weights = seen.e.double(), seen.weights.double()
-    weight_mean = (weights * (1 + 2 * e)).sum()
+    direct, correction, metrics, e = expected.direct, expected.correction, seen.metrics, expected.e_last
     diagnostics = {
         "direct_norm": direct.norm(), "correction_norm": correction.norm(), "norm_ratio": correction.norm() / direct.norm(),
-        "cosine": torch.cosine_similarity(direct, correction, dim=0), "weight_mean": weight_mean,
-        "weight_std": (weights * (1 + 2 * e - weight_mean) ** 2).sum().sqrt(),
+        "cosine": torch.cosine_similarity(direct, correction, dim=0), "weight_mean": (1 + 2 * e).mean(),
+        "weight_std": (2 * e - (2 * e).mean()).square().mean().sqrt(),
         "ihvp_cosine": torch.cosine_similarity(expected.b, expected.v, dim=0),
     }  # fmt: skip
     for name, value in diagnostics.items():
@@ -595,70 +615,68 @@ def check_against_autograd(seen):
     return expected
 
 
+HESSIAN = {"ihvp": "cg", "cg_iterations": 20, "curvature": "hessian", "damping": 5.0, "mixed_discount": 0.99}
 CASES = [
-    ("blpo_continuous", {"ihvp": "exact", "norm_adv": False}),
-    ("blpo_continuous", {"ihvp": "nystrom", "nest": "rollout", "ent_coef": 0.1}),
-    ("blpo_continuous", {"ihvp": "cg", "cg_iterations": 20, "curvature": "hessian", "damping": 5.0, "mixed_discount": 0.99}),
-    ("blpo_discrete", {"ihvp": "exact", "ent_coef": 0.1}),
+    ("blpo_continuous", {"ihvp": "cg", "cg_iterations": 50, "norm_adv": False}),
+    ("blpo_continuous", {"ihvp": "nystrom", "ent_coef": 0.1}),
+    ("blpo_discrete", {"ihvp": "cg", "cg_iterations": 50, "ent_coef": 0.1}),
     ("blpo_continuous_ablations", {"ihvp": "exact"}),
+    ("blpo_continuous_ablations", CHUNKS | {"ihvp": "exact"}),
+    ("blpo_continuous_ablations", CHUNKS | HESSIAN),
 ]
 for script in ("blpo_continuous", "blpo_discrete", "blpo_continuous_ablations"):
-    for nest in ("minibatch", "rollout"):
-        for norm_adv in (True, False):
-            for ihvp in ("exact", "nystrom"):
-                how = {"ihvp": ihvp, "nest": nest, "norm_adv": norm_adv, "damping": 0.3, "seed": 2}
-                CASES.append(pytest.param(script, how, marks=pytest.mark.full))
+    for norm_adv in (True, False):
+        for how in ({"ihvp": "cg", "cg_iterations": 50}, {"ihvp": "nystrom"}):
+            how = how | {"norm_adv": norm_adv, "damping": 0.3, "seed": 2}
+            CASES.append(pytest.param(script, how, marks=pytest.mark.full))
+            if "ablations" in script:
+                CASES.append(pytest.param(script, how | CHUNKS, marks=pytest.mark.full))
 
 
 @pytest.mark.parametrize("script, how", CASES)
 def test_train_takes_the_gradients_of_plain_autograd(script, how, tmp_path, monkeypatch):
-    """b, v, z, the direct part, the correction, the loss and all diagnostics, on the minibatches of a real run."""
+    """b, v, e, the direct part, the correction, the loss and all diagnostics, in a real run."""
     clipped = 0
-    for seen in minibatches_of(importlib.import_module(script), tmp_path, monkeypatch, **how):
+    for seen in updates_of(importlib.import_module(script), tmp_path, monkeypatch, **how):
         expected = check_against_autograd(seen)
         clipped += expected.clipped
         # The composition that the proofs above judge, in float64, is the one that train has.
-        if seen.args.curvature == "gauss-newton" and seen.args.ihvp == "exact":
-            batch = double_batch(seen)
-            logprobs, _ = seen.agent.logprob_and_entropy(batch.obs[:, :-1], batch.actions)
+        if getattr(seen.args, "curvature", "gauss-newton") == "gauss-newton" and seen.args.ihvp != "nystrom":
+            batch, damping = double_batch(seen), seen.args.damping
+            logprobs, _ = seen.start.logprob_and_entropy(batch.obs[:-1], batch.actions)
             batch.ratio = (logprobs - batch.logprobs).exp()
             parts = composed(
-                seen.agent.critic,
-                batch,
-                lambda curvature, u: blpo.exact_ihvp(curvature, u, seen.args.damping),
-                norm_adv=seen.args.norm_adv,
+                seen.start.critic, batch, lambda curvature, u: exact_solve(curvature, u, damping), norm_adv=seen.args.norm_adv
             )
-            for name in ("direct", "correction"):
-                gradient = torch.autograd.grad(getattr(parts, name), seen.agent.actor_parameters(), retain_graph=True)
-                assert relative_error(flat(gradient), getattr(expected, name)) < 1e-9, name
+            for name in ("b", "v", "e"):
+                assert relative_error(getattr(parts, name), getattr(expected, name)) < 1e-9, name
     assert clipped > 0  # the ratio's clipping was at work
 
 
 @pytest.mark.parametrize("script", ["blpo_continuous", pytest.param("blpo_discrete", marks=pytest.mark.full)])
 def test_mixed_discount_0_makes_each_state_its_own_start(script, tmp_path, monkeypatch):
-    """e = z to the bit, but for rows that are no transition, which have none."""
-    for seen in minibatches_of(importlib.import_module(script), tmp_path, monkeypatch, mixed_discount=0.0):
-        assert torch.equal(seen.e, seen.z * seen.mb_valid) and seen.e.abs().max() > 0
+    """e = z to the bit, 0 for rows that are no transition."""
+    for seen in updates_of(importlib.import_module(script), tmp_path, monkeypatch, mixed_discount=0.0, ihvp="cg", cg_iterations=50):
+        assert torch.equal(seen.e, seen.z) and not seen.z[seen.b_valid == 0].any() and seen.e.abs().max() > 0
         check_against_autograd(seen)
 
 
 # ---- Controls --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("solver", ["nystrom", "cg", "exact"])
+@pytest.mark.parametrize("solver", ["nystrom", "cg"])
 def test_infinite_damping_is_the_nested_control(solver, tmp_path, monkeypatch):
-    for seen in minibatches_of(blpo, tmp_path, monkeypatch, ihvp=solver, damping=1e9):
+    for seen in updates_of(blpo, tmp_path, monkeypatch, ihvp=solver, damping=1e9):
         assert 0 < seen.correction_gradient.norm() < 1e-6 * seen.direct_gradient.norm()
 
 
-@pytest.mark.parametrize("nest", ["minibatch", pytest.param("rollout", marks=pytest.mark.full)])
 @pytest.mark.parametrize("script", [blpo, blpo_discrete])
-def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(script, nest, tmp_path, monkeypatch):
+def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(script, tmp_path, monkeypatch):
     """Bitwise: the sketch draws from a generator of its own. A response that is not finite falls back to the same and is
     counted."""
     weights, original = {}, script.nystrom_ihvp
-    how = {"nystrom_rank": 3, "save_model": True, "nest": nest}
+    how = {"nystrom_rank": 3, "save_model": True}
     weights["bilevel"] = weights_of(run(script, tmp_path, monkeypatch, **how))
     weights["nested"] = weights_of(run(script, tmp_path, monkeypatch, **how, ihvp="none"))
-    for name, factor, fallbacks in (("zero", 0.0, 0), ("broken", math.nan, RUN["update_epochs"] * RUN["num_minibatches"])):
+    for name, factor, fallbacks in (("zero", 0.0, 0), ("broken", math.nan, RUN["update_epochs"])):
         monkeypatch.setattr(script, "nystrom_ihvp", lambda *system: tuple(factor * x for x in original(*system)))
         folder = run(script, tmp_path, monkeypatch, **how)
         weights[name] = weights_of(folder)
@@ -667,40 +685,52 @@ def test_a_correction_forced_to_zero_gives_the_weights_of_the_nested_control(scr
     assert not same(weights["bilevel"], weights["nested"])
 
 
-@pytest.mark.parametrize("nest", ["minibatch", "rollout"])
-def test_the_follower_takes_k_steps_for_each_of_the_leader(nest, tmp_path, monkeypatch):
-    """On the minibatch of the leader's step, or on all transitions of the rollout, each once a pass. Its loss is the mean
-    over the transitions."""
+def test_the_follower_makes_k_passes_over_the_rollout(tmp_path, monkeypatch):
+    """On all transitions of the rollout, each once a pass, in an order of its own."""
     calls, original = [], blpo.follower_step
 
-    def spy(critic, optimiser, obs, targets, weights):
+    def spy(critic, optimiser, obs, targets):
         local = inspect.currentframe().f_back.f_locals
-        states, valid = (local["states"], local["mb_valid"]) if nest == "minibatch" else (local["b_states"], None)
-        calls.append((local["iteration"], local["epoch"], obs.clone(), weights.clone(), states.clone(), valid))
-        return original(critic, optimiser, obs, targets, weights)
+        calls.append((local["iteration"], local["epoch"], obs.clone(), local["states"].clone()))
+        return original(critic, optimiser, obs, targets)
 
     monkeypatch.setattr(blpo, "follower_step", spy)
-    run(blpo, tmp_path, monkeypatch, nest=nest, nested_updates=5)
+    run(blpo, tmp_path, monkeypatch, nested_updates=5)
     assert len(calls) == 3 * RUN["update_epochs"] * RUN["num_minibatches"] * 5
-    for *_, obs, weights, states, valid in calls:
-        assert weights.sum() == pytest.approx(1, abs=1e-5) and len(weights[weights > 0].unique()) == 1
-        if nest == "minibatch":
-            assert torch.equal(obs, states) and torch.equal(weights > 0, valid.flatten() > 0)
-    if nest == "rollout":
-        for start in range(0, len(calls), RUN["num_minibatches"]):
-            one_pass = calls[start : start + RUN["num_minibatches"]]
-            rows = torch.cat([call[2] for call in one_pass])
-            assert len({call[:2] for call in one_pass}) == 1 and not torch.equal(rows, one_pass[0][4])
-            assert sorted(rows.tolist()) == sorted(one_pass[0][4].tolist())
+    for start in range(0, len(calls), RUN["num_minibatches"]):
+        one_pass = calls[start : start + RUN["num_minibatches"]]
+        rows = torch.cat([call[2] for call in one_pass])
+        assert len({call[:2] for call in one_pass}) == 1 and not torch.equal(rows, one_pass[0][3])
+        assert sorted(rows.tolist()) == sorted(one_pass[0][3].tolist())
 
 
 def test_the_laboratory_at_its_defaults_follows_the_method(tmp_path, monkeypatch):
     laboratory = importlib.import_module("blpo_continuous_ablations")
-    for solver in ("nystrom", "exact"):
+    for solver in ("nystrom", "cg"):
         first, second = (
             weights_of(run(script, tmp_path, monkeypatch, ihvp=solver, save_model=True)) for script in (blpo, laboratory)
         )
         assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_the_laboratorys_chunks_are_whole_and_answered_one_minibatch_at_a_time(tmp_path, monkeypatch):
+    """K steps on the very rows of the actor's step; each minibatch holds consecutive steps of single environments."""
+    laboratory, calls = importlib.import_module("blpo_continuous_ablations"), []
+    original = laboratory.follower_step
+
+    def spy(critic, optimiser, obs, targets):
+        local = inspect.currentframe().f_back.f_locals
+        calls.append((local["iteration"], local["epoch"], len(obs), local["p_obs"].clone(), local["b_obs"].clone()))
+        return original(critic, optimiser, obs, targets)
+
+    monkeypatch.setattr(laboratory, "follower_step", spy)
+    run(laboratory, tmp_path, monkeypatch, nested_updates=2, **CHUNKS)
+    assert len(calls) == 3 * RUN["update_epochs"] * RUN["num_minibatches"] * 2
+    for first, second in zip(calls[::2], calls[1::2]):
+        assert torch.equal(first[3], second[3]) and first[3].shape[:2] == (17, 4)
+        for chunk in first[3].unbind(1):  # found somewhere in the rollout, in one environment
+            windows = first[4].unfold(0, 17, 16).permute(0, 1, 3, 2)
+            assert (windows == chunk).all((-1, -2)).any()
 
 
 # ---- The study of directions and damping -----------------------------------------------------------------------

@@ -63,80 +63,64 @@ def test_gae_does_not_change_its_inputs():
     assert all(torch.equal(x, y) for x, y in zip(copies, inputs))
 
 
-@pytest.mark.parametrize("gae_lambda", [0.0, 0.9, 1.0])
-def test_gae_operator_equals_the_loop_in_each_chunk(gae_lambda):
-    rewards, values, terminated, truncated, valid = random_rollout(steps=24)
-    ended, length = terminated + truncated, 8
-    rows = blpo.chunk_indices(24, 3, length)
-    chunk = {name: x.flatten()[rows[:, :-1]] for name, x in dict(r=rewards, d=terminated, e=ended, m=valid).items()}
-    operator = blpo.gae_operator(chunk["e"], chunk["m"], 0.99 * gae_lambda)
-    returns = blpo.lambda_returns(values.flatten()[rows], chunk["r"], 0.99 * (1 - chunk["d"]), operator)
-    for n in range(3):
-        for part in range(3):
-            t = slice(part * length, (part + 1) * length)
-            piece = values[part * length : (part + 1) * length + 1, n : n + 1]
-            args = (x[t, n : n + 1] for x in (rewards, terminated, ended))
-            r, d, e = args
-            expected = (gae_by_loop(r, piece, d, e, 0.99, gae_lambda) + piece[:-1])[:, 0]
-            kept = valid[t, n] == 1  # a reset row has no return
-            assert torch.allclose(returns[n * 3 + part][kept], expected[kept], rtol=0, atol=1e-12)
-
-
-def test_chunks_are_consecutive_steps_of_one_environment():
+def test_the_laboratorys_chunks_are_consecutive_steps_of_one_environment(laboratory):
     grid = torch.arange(9)[:, None] * 100 + torch.arange(4)  # time * 100 + environment, (T + 1, N)
-    chunks = grid.flatten()[blpo.chunk_indices(8, 4, 4)]
-    assert chunks.shape == (8, 5)
-    assert (chunks % 100 == chunks[:, :1] % 100).all() and (chunks.diff(dim=1) == 100).all()
-    assert sorted(chunks[:, :-1].flatten().tolist()) == sorted(grid[:-1].flatten().tolist())
+    chunks, inner = laboratory.chunked(grid, 4, after=1), laboratory.chunked(grid[:-1], 4)
+    assert chunks.shape == (5, 8) and torch.equal(chunks[:-1], inner)
+    assert (chunks % 100 == chunks[:1] % 100).all() and (chunks.diff(dim=0) == 100).all()
+    assert sorted(inner.flatten().tolist()) == sorted(grid[:-1].flatten().tolist())
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.94, 1.0])
-def test_the_operator_and_its_transpose_are_sums_within_an_episode(decay):
+def test_the_trace_sums_within_an_episode_and_is_the_transpose_of_gae(decay):
     """W x = sum_{k >= t} decay^(k-t) x_k, its transpose the trace sum_{t <= k} decay^(k-t) x_t, both over the transitions
     of one episode."""
-    _, _, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
-    ended, x = terminated + truncated, torch.randn(3, 23, dtype=DOUBLE)
-    forward, trace = torch.zeros_like(x), torch.zeros_like(x)
+    _, _, terminated, truncated, valid = random_rollout()
+    ended, (x, y) = terminated + truncated, valid * torch.randn(2, 23, 3, dtype=DOUBLE)
+    expected = torch.zeros_like(x)
     for n in range(3):
         for t in range(23):
             for k in range(t, 23):
-                if valid[n, t : k + 1].all() and not ended[n, t:k].any():
-                    forward[n, t] += decay ** (k - t) * x[n, k]
-                    trace[n, k] += decay ** (k - t) * x[n, t]
-    operator = blpo.gae_operator(ended, valid, decay)
-    assert torch.allclose((operator @ x[:, :, None])[:, :, 0], forward, rtol=0, atol=1e-12)
-    assert torch.allclose(blpo.transposed(operator, x), trace, rtol=0, atol=1e-12)
+                if valid[t : k + 1, n].all() and not ended[t:k, n].any():
+                    expected[k, n] += decay ** (k - t) * x[t, n]
+    before, decays = x.clone(), decay * (1 - ended)
+    trace = blpo.trace(x, decays)
+    assert torch.allclose(trace, expected, rtol=0, atol=1e-12) and torch.equal(x, before)
     if decay == 0:
-        assert torch.equal(trace, x * valid)
+        assert torch.equal(trace, x)
+    zero = torch.zeros(24, 3, dtype=DOUBLE)
+    forward = valid * blpo.gae(y, zero, zero[1:], decays)
+    assert torch.allclose((trace * y).sum(), (x * forward).sum(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95])
 def test_lambda_returns_vjp_is_the_transpose(gae_lambda):
-    rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
-    operator = blpo.gae_operator(terminated + truncated, valid, 0.99 * gae_lambda)
-    discounts = 0.99 * (1 - terminated)
-    slopes = torch.randn_like(rewards)
+    rewards, values, terminated, truncated, valid = random_rollout()
+    decay, discounts = 0.99 * gae_lambda * (1 - terminated - truncated), 0.99 * (1 - terminated)
+    slopes = valid * torch.randn_like(rewards)
     values.requires_grad_()
-    (slopes * blpo.lambda_returns(values, rewards, discounts, operator)).sum().backward()
-    assert torch.allclose(blpo.lambda_returns_vjp(slopes, discounts, operator), values.grad, rtol=0, atol=1e-12)
+    (slopes * (ppo.gae(rewards, values, discounts, decay) + values[:-1])).sum().backward()
+    assert torch.allclose(blpo.lambda_returns_vjp(slopes, discounts, decay), values.grad, rtol=0, atol=1e-12)
 
 
 def test_a_reset_row_reaches_no_return_and_no_gradient():
-    rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
-    ended, discounts, reset = terminated + truncated, 0.99 * (1 - terminated), valid == 0
-    operator = blpo.gae_operator(ended, valid, 0.99 * 0.95)
-    returns = blpo.lambda_returns(values, rewards, discounts, operator)
+    rewards, values, terminated, truncated, valid = random_rollout()
+    decay, discounts, reset = 0.99 * 0.95 * (1 - terminated - truncated), 0.99 * (1 - terminated), valid == 0
+
+    def returns(values, rewards):
+        return ppo.gae(rewards, values, discounts, decay) + values[:-1]
+
     changed_rewards = torch.where(reset, 1e6, rewards)
-    after_termination = torch.cat([torch.zeros(3, 1, dtype=torch.bool), terminated.bool()], 1)
+    after_termination, after_truncation = (
+        torch.cat([torch.zeros(1, 3, dtype=torch.bool), x.bool()]) for x in (terminated, truncated)
+    )
     changed_values = torch.where(after_termination, -1e6, values)  # the final observation of a terminated episode
-    changed = blpo.lambda_returns(changed_values, changed_rewards, discounts, operator)
-    assert torch.equal(returns[~reset], changed[~reset])
-    after_truncation = torch.cat([torch.zeros(3, 1, dtype=torch.bool), truncated.bool()], 1)
-    bootstrapped = blpo.lambda_returns(torch.where(after_truncation, -1e6, values), rewards, discounts, operator)
-    touched = truncated.bool() & (returns != bootstrapped)
-    assert (touched == truncated.bool()).all()  # each truncated row bootstraps from its final observation
+    now = returns(values, rewards)
+    assert torch.allclose(now[~reset], returns(changed_values, changed_rewards)[~reset], rtol=0, atol=1e-12)
+    bootstrapped = returns(torch.where(after_truncation, -1e6, values), rewards)
+    assert (now != bootstrapped)[truncated.bool()].all()  # each truncated row bootstraps from its final observation
     slopes = valid * torch.randn_like(rewards)
-    u = blpo.lambda_returns_vjp(slopes, discounts, operator)
+    u = blpo.lambda_returns_vjp(slopes, discounts, decay)
     assert (u[after_termination] == 0).all()
 
 
@@ -191,59 +175,59 @@ def system(n=30):
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
-def test_exact_and_cg_solve_the_damped_system(damping):
+def test_exact_and_cg_solve_the_damped_system(damping, laboratory):
     curvature, matrix, b, u = system()
     expected = torch.linalg.solve(matrix + damping * torch.eye(len(b), dtype=DOUBLE), b)
     for (right, v), tolerance in (
-        (blpo.exact_ihvp(curvature, u, damping), 1e-9),
+        (laboratory.exact_ihvp(curvature, u, damping), 1e-9),
         (blpo.cg_ihvp(curvature, u, damping, 200), 1e-4),
     ):
         assert torch.allclose(right, b, rtol=1e-12, atol=1e-12)
         assert torch.allclose(v, expected, rtol=tolerance, atol=tolerance * expected.norm())
 
 
-def test_an_exact_solve_that_rounding_has_made_indefinite_is_nan():
+def test_an_exact_solve_that_rounding_has_made_indefinite_is_nan(laboratory):
     """So that the step falls back to the direct gradient and is counted, instead of a finite number without meaning."""
     curvature, _, b, u = system()
     kernel = curvature.jacobian.kernel()
     curvature.jacobian.kernel = lambda: kernel - 5 * torch.eye(len(u), dtype=DOUBLE)
-    assert blpo.exact_ihvp(curvature, u, 1.0)[1].isfinite().all()
-    right, v = blpo.exact_ihvp(curvature, u, 1e-6)
+    assert laboratory.exact_ihvp(curvature, u, 1.0)[1].isfinite().all()
+    right, v = laboratory.exact_ihvp(curvature, u, 1e-6)
     assert torch.allclose(right, b) and v.isnan().all()
 
 
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.95, 1.0])
-def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae_lambda, damping):
+def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae_lambda, damping, laboratory):
     """e, the output's bias, moves all values alike: e.(H + alpha I) v = e.b says mean 2z + alpha v_e = d/dc mean ratio G(V + c),
     whatever the critic, its data and alpha are (docs/blpo.md)."""
-    rewards, values, terminated, truncated, valid = (x.T.contiguous() for x in random_rollout())
+    rewards, values, terminated, truncated, valid = random_rollout()
     obs = torch.randn(values.numel(), 5, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     weights, discounts = valid / valid.sum(), 0.99 * (1 - terminated)
-    operator = blpo.gae_operator(terminated + truncated, valid, 0.99 * gae_lambda)
+    decay = 0.99 * gae_lambda * (1 - terminated - truncated)
     slopes = weights * torch.rand(valid.shape, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)  # ratios away from 1
     critic = some_critic("tanh")
     jacobian = blpo.CriticJacobian(critic, obs)
-    curvature = blpo.GaussNewton(jacobian, nn.functional.pad(weights, (0, 1)).flatten())
-    b, v = blpo.exact_ihvp(curvature, blpo.lambda_returns_vjp(slopes, discounts, operator).flatten(), damping)
-    z = jacobian.jvp(v).view(values.shape)[:, :-1]
-    moved, still = ((slopes * blpo.lambda_returns(level, rewards, discounts, operator)).sum() for level in (values + 1, values))
+    curvature = blpo.GaussNewton(jacobian, torch.cat([weights, 0 * weights[:1]]).flatten())
+    u = blpo.lambda_returns_vjp(slopes, discounts, decay).flatten()
+    b, v = laboratory.exact_ihvp(curvature, u, damping)
+    z = jacobian.jvp(v).view(values.shape)[:-1]
+    moved, still = ((slopes * (ppo.gae(rewards, x, discounts, decay) + x[:-1])).sum() for x in (values + 1, values))
     assert torch.allclose((weights * 2 * z).sum() + damping * v[-1], moved - still, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("gae_lambda, expected", [(0.0, 0.99), (0.5, 0.9805), (0.9, 0.9200), (0.95, 0.8726), (1.0, 0.7338)])
-def test_how_much_the_returns_of_a_whole_chunk_move_with_the_critics_level(gae_lambda, expected):
-    """The closed form of docs/blpo.md for chunks of 64 steps in which nothing ends: with m steps to the chunk's end,
-    gamma (1 - lambda)(1 - x^m) / (1 - x) + gamma x^m, x = gamma lambda, on average over m = 0 .. 63."""
-    gamma, length = 0.99, 64
+@pytest.mark.parametrize("gae_lambda, expected", [(0.0, 0.99), (0.5, 0.9803), (0.9, 0.9112), (0.95, 0.8423), (1.0, 0.3572)])
+def test_how_much_the_returns_of_a_whole_rollout_move_with_the_critics_level(gae_lambda, expected):
+    """The closed form of docs/blpo.md for rollouts of 256 steps in which nothing ends: with m steps to the end,
+    gamma (1 - lambda)(1 - x^m) / (1 - x) + gamma x^m, x = gamma lambda, on average over m = 0 .. 255."""
+    gamma, length = 0.99, 256
     x, m = gamma * gae_lambda, torch.arange(length, dtype=DOUBLE)
     closed = (gamma * (1 - gae_lambda) * (1 - x**m) / (1 - x) + gamma * x**m).mean()
-    nothing, every = torch.zeros(1, length, dtype=DOUBLE), torch.ones(1, length, dtype=DOUBLE)
-    operator = blpo.gae_operator(nothing, every, gamma * gae_lambda)
-    u = blpo.lambda_returns_vjp(every / length, gamma * every, operator)
+    every = torch.ones(length, 1, dtype=DOUBLE)
+    u = blpo.lambda_returns_vjp(every / length, gamma * every, x * every)
     assert torch.allclose(u.sum(), closed, rtol=0, atol=1e-12) and abs(closed - expected) < 5e-5
-    if gae_lambda == 0:  # every row but the first of a chunk moves gamma of one return: 2z = gamma there, the same for all
-        assert u[0, 0] == 0 and torch.allclose(u[0, 1:], gamma / length * every[0], rtol=0, atol=1e-15)
+    if gae_lambda == 0:  # every row but the first moves gamma of one return: 2z = gamma there, the same for all
+        assert u[0] == 0 and torch.allclose(u[1:], gamma / length * every, rtol=0, atol=1e-15)
 
 
 def psd(n=60, rank=60, seed=0):
@@ -397,14 +381,13 @@ def test_conjugate_gradient_stops_at_non_positive_curvature():
 
 def test_a_step_of_the_follower_is_that_of_autograd():
     critic, obs, targets = some_critic("layer norm"), torch.randn(12, 5, dtype=DOUBLE), torch.randn(12, dtype=DOUBLE)
-    weights = torch.rand(12, dtype=DOUBLE)
-    loss = (weights * (targets - critic(obs).squeeze(-1)) ** 2).sum()
+    loss = ((targets - critic(obs).squeeze(-1)) ** 2).mean()
     gradients = torch.autograd.grad(loss, [*critic.parameters()])
     before = [parameter.detach().clone() for parameter in critic.parameters()]
     optimiser = torch.optim.SGD(critic.parameters(), lr=0.1)
     for parameter in critic.parameters():
         parameter.grad = torch.ones_like(parameter)  # what was there before is forgotten
-    assert torch.allclose(blpo.follower_step(critic, optimiser, obs, targets, weights), loss, rtol=1e-12)
+    assert torch.allclose(blpo.follower_step(critic, optimiser, obs, targets), loss, rtol=1e-12)
     for parameter, start, gradient in zip(critic.parameters(), before, gradients):
         assert torch.allclose(parameter, start - 0.1 * gradient, rtol=0, atol=1e-12)
 
@@ -419,25 +402,24 @@ def test_the_inner_gradient_vanishes_where_the_critic_has_answered():
     assert blpo.inner_gradient_norm(critic, obs, targets) < 1e-12
 
 
-@pytest.mark.parametrize("gamma, lambda_, expected", [(0.99, 0.95, 0.24), (0.99, 0.0, 0.0)])
-def test_how_much_of_the_trace_the_chunks_cut_off(gamma, lambda_, expected):
-    """On average over a chunk of 64 steps in which nothing ends, with z the same in all states: (x / 64) (1 - x^64) / (1 - x),
-    x = gamma lambda (docs/blpo.md)."""
-    x, ones = gamma * lambda_, torch.ones(1, 64, dtype=DOUBLE)
-    trace = blpo.transposed(blpo.gae_operator(0 * ones, ones, x), ones)
-    missing = 1 - trace.mean() * (1 - x)  # of 1 / (1 - x), the trace that never began
-    assert missing == pytest.approx(x / 64 * (1 - x**64) / (1 - x), abs=1e-12) and missing == pytest.approx(expected, abs=0.005)
+@pytest.mark.parametrize("length, expected", [(64, 0.24), (256, 0.06)])
+def test_how_much_of_the_trace_a_start_cuts_off(length, expected):
+    """On average over so many steps in which nothing ends, with z the same in all states: (x / n) (1 - x^n) / (1 - x),
+    x = 0.99 * 0.95 (docs/blpo.md): a rollout of 256 steps, a chunk of 64."""
+    x, ones = 0.99 * 0.95, torch.ones(length, 1, dtype=DOUBLE)
+    missing = 1 - blpo.trace(ones, x * ones).mean() * (1 - x)  # of 1 / (1 - x), the trace that never began
+    assert missing == pytest.approx(x / length * (1 - x**length) / (1 - x), abs=1e-12)
+    assert missing == pytest.approx(expected, abs=0.005)
 
 
 def test_laboratory_controls(laboratory):
-    e, weights = torch.arange(12.0).view(2, 6), torch.ones(2, 6) / 11
-    weights[0, 3] = 0.0
-    generator = torch.Generator().manual_seed(0)
-    permuted = laboratory.controlled(e, weights, "permuted", generator)
-    kept = weights > 0
+    e, valid = torch.arange(12.0).view(2, 6), torch.ones(2, 6)
+    valid[0, 3] = e[0, 3] = 0.0
+    generator, kept = torch.Generator().manual_seed(0), valid > 0
+    permuted = laboratory.controlled(e, valid, "permuted", generator)
     assert sorted(permuted[kept].tolist()) == sorted(e[kept].tolist()) and not torch.equal(permuted, e)
-    assert permuted[0, 3] == e[0, 3]
-    assert torch.equal(laboratory.controlled(e, weights, "reversed", generator), -e)
-    constant = laboratory.controlled(e, weights, "constant", generator)
-    assert torch.allclose(constant[kept], (weights * e).sum()) and constant[0, 3] == 0
-    assert torch.equal(laboratory.controlled(e, weights, "none", generator), e)
+    assert permuted[0, 3] == 0 and e[1, 0] == 6  # what came in stays as it was
+    assert torch.equal(laboratory.controlled(e, valid, "reversed", generator), -e)
+    constant = laboratory.controlled(e, valid, "constant", generator)
+    assert torch.allclose(constant[kept], e[kept].mean()) and constant[0, 3] == 0
+    assert torch.equal(laboratory.controlled(e, valid, "none", generator), e)

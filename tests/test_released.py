@@ -105,33 +105,32 @@ def by_the_laboratory(batch):
             parameter.copy_(value)
         for parameter, value in zip(agent.actor_parameters(), [*batch["actor"], batch["logstd"]]):
             parameter.copy_(value)
-    valid, obs = batch["valid"][None], batch["obs"]
-    weights = valid / valid.sum()
-    row_weights, row_targets = (nn.functional.pad(x, (0, 1)).flatten() for x in (weights, batch["targets"][None]))
-    operator = laboratory.gae_operator((batch["terminated"] + batch["truncated"])[None], valid, GAMMA * LAMBDA)
-    discounts = GAMMA * (1 - batch["terminated"])[None]
+    names = "valid", "terminated", "truncated", "rewards", "old_logprobs", "actions", "targets"
+    valid, terminated, truncated, rewards, old, actions, targets = (batch[name][:, None] for name in names)  # (T, 1)
+    obs, weights = batch["obs"], valid / valid.sum()
+    decay, discounts = GAMMA * LAMBDA * (1 - terminated - truncated), GAMMA * (1 - terminated)
 
     jacobian = laboratory.CriticJacobian(critic, obs)
-    values = jacobian.values[None]
-    advantages = laboratory.lambda_returns(values, batch["rewards"][None], discounts, operator) - values[:, :-1]
-    logprobs, _ = agent.logprob_and_entropy(obs[None, :-1], batch["actions"][None])
-    ratio = (logprobs - batch["old_logprobs"][None]).exp()
+    values = jacobian.values[:, None]
+    advantages = laboratory.gae(rewards, values, discounts, decay)
+    logprobs, _ = agent.logprob_and_entropy(obs[:-1, None], actions)
+    ratio = (logprobs - old).exp()
     slopes = weights * laboratory.surrogate_slope(ratio.detach(), advantages, EPS)
-    u = laboratory.lambda_returns_vjp(slopes, discounts, operator)
-    u[:, :-1] -= slopes
+    u = laboratory.lambda_returns_vjp(slopes, discounts, decay)
+    u[:-1] -= slopes
     b = jacobian.vjp(u.view(1, -1))[0]
+    row_weights, row_targets = (nn.functional.pad(x.flatten(), (0, 1)) for x in (weights, targets))
     hessian = laboratory.Hessian(jacobian, row_weights, critic, obs, row_targets)
     directions = nn.functional.one_hot(torch.tensor(COLUMNS), len(b)).double()
     columns = laboratory.curvature_products(hessian, directions)
     core = directions @ columns.T + RIDGE * torch.eye(len(COLUMNS)).double()
     v = laboratory.nystrom_solve(columns, core, RHO, b)
 
-    response = -jacobian.jvp(v)[None]  # the released code minimises f = -J
-    returns_dot = laboratory.lambda_returns(response, torch.zeros_like(weights), discounts, operator)
+    response = -jacobian.jvp(v)[:, None]  # the released code minimises f = -J
+    advantages_dot = laboratory.gae(0 * weights, response, discounts, decay)
     rows = laboratory.released_mixed_weights(
-        ratio.detach(), advantages, returns_dot - response[:, :-1], batch["targets"][None] - values[:, :-1],
-        response[:, :-1], CLIP_F,
-    )  # fmt: skip
+        ratio.detach(), advantages, advantages_dot, targets - values[:-1], response[:-1], CLIP_F
+    )
     theta = agent.actor_parameters()
     f = -(weights * laboratory.clipped_surrogate(ratio, advantages, EPS)).sum()
     direct, correction = (torch.autograd.grad(x, theta, retain_graph=True) for x in (f, (valid * rows * ratio).sum()))
@@ -199,6 +198,7 @@ def test_presets_fill_what_is_left_at_its_default():
     assert (args.env_id, args.leader, args.ihvp_bound, args.clip_f) == ("HalfCheetah-v4", "released", 1.4, 0.7)
     assert (args.nystrom_rank, args.damping, args.core_ridge, args.columns) == (5, 50.0, 1.0, "fixed")
     assert (args.num_envs, args.num_steps, args.chunk_length, args.num_minibatches) == (32, 640, 640, 32)
+    assert args.nest == "minibatch"
     assert (args.learning_rate, args.critic_learning_rate) == (3e-4, 1.2e-3)
     assert args.nested_updates == 5 and not args.anneal_lr and not args.norm_adv
     assert laboratory.parse_args([]).leader == "lambda-return"
@@ -212,7 +212,7 @@ def test_presets_fill_what_is_left_at_its_default():
 def test_the_released_leader_refuses_what_it_would_ignore(words):
     import blpo_continuous_ablations as laboratory
 
-    leader = ["--leader", "released", *([] if words == "--norm-adv" else ["--no-norm-adv"])]
+    leader = ["--leader", "released", "--nest", "minibatch", *([] if words == "--norm-adv" else ["--no-norm-adv"])]
     with pytest.raises(laboratory.BadInput, match=words.split()[0].replace("--norm", "--no-norm")):
         laboratory.parse_args([*leader, *words.split()])
 

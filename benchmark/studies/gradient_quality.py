@@ -191,8 +191,7 @@ def fitted_critic(fragment: Fragment, width: int, gamma: float, seed: int) -> to
         targets = fragment.advantages(critic, 0.95, gamma)[1].flatten()[rows]
         states = fragment.obs[:-1].flatten(0, 1)[rows]
         for part in torch.cat([torch.randperm(len(rows)) for _ in range(5)]).split(512):
-            weights = torch.full((len(part),), 1 / len(part))
-            blpo.follower_step(critic, optimiser, states[part], targets[part], weights)
+            blpo.follower_step(critic, optimiser, states[part], targets[part])
     return critic
 
 
@@ -243,54 +242,43 @@ def references(agent, fragment: Fragment, critic: torch.nn.Module, gamma: float)
     return mean, error / mean.norm(dim=1)
 
 
-def traced(x: Tensor, valid: Tensor, decay: Tensor) -> Tensor:
-    """W^T x: e_t = x_t + decay_{t-1} e_{t-1} within an episode; x and decay (..., T, N), valid (T, N)."""
-    e = [x[..., 0, :] * valid[0]]
-    for t in range(1, len(valid)):
-        e.append((x[..., t, :] + decay[..., t - 1, :] * e[-1]) * valid[t])
-    return torch.stack(e, -2)
-
-
 def estimates(agent, batch: Fragment, fitted: torch.nn.Module, gamma: float, generator) -> tuple[dict, float]:
     """(targets, K, leader, arm) -> gradient (P,) from one batch, and the largest relative residual.
 
     The script's formulas at the first minibatch of a rollout, where every ratio is 1: A centred and over its
     standard deviation, the mixed term with the targets' own advantages, centred, over the same one.
     """
-    valid, going = batch.valid, gamma * (1 - batch.ended)
+    valid = batch.valid
     weights = valid / valid.sum()
     row_weights = torch.nn.functional.pad(weights, (0, 0, 0, 1)).flatten()
-    # u = (dG/dV)^T dJ/dG of each leader: G = V + W delta, delta_t = r_t + discount_t V_{t+1} - V_t.
-    back = traced(weights.expand(len(LEADERS), -1, -1), valid, torch.tensor(LEADERS)[:, None, None] * going)
-    u = torch.nn.functional.pad(weights - back, (0, 0, 0, 1))
-    u = (u + torch.nn.functional.pad(batch.discounts * back, (0, 0, 1, 0))).flatten(1)
+    inside, rows = valid > 0, valid.flatten().nonzero().squeeze(-1)
+    decays = [gamma * leader * (1 - batch.ended) for leader in LEADERS]
+    u = [blpo.lambda_returns_vjp(weights, batch.discounts, decay).flatten() for decay in decays]
     keys, slopes, worst = [], [], 0.0
     for target in TARGETS:
         mixed, returns = batch.advantages(fitted, target, gamma)
         mixed = mixed - (weights * mixed).sum()
         critic, done = copy.deepcopy(fitted), 0
         optimiser = torch.optim.Adam(critic.parameters(), 2.8e-3, eps=1e-5, fused=True)
-        states = batch.obs[:-1].flatten(0, 1)
+        states, returns = batch.obs[:-1].flatten(0, 1)[rows], returns.flatten()[rows]
+        mixed_decay = gamma * target * (1 - batch.ended)
         for nested in NESTED:
             while done < nested:
-                blpo.follower_step(critic, optimiser, states, returns.flatten(), weights.flatten())
+                blpo.follower_step(critic, optimiser, states, returns)
                 done += 1
             jacobian = blpo.CriticJacobian(critic, batch.obs.flatten(0, 1))
             curvature = blpo.GaussNewton(jacobian, row_weights)
-            z = []
-            for one in u:
+            for leader, one in zip(LEADERS, u):
                 b, v = blpo.cg_ihvp(curvature, one, DAMPING, CG)
                 residual = curvature.product(v) + DAMPING * v - b
                 worst = max(worst, float(residual.norm() / b.norm()))
-                z.append(jacobian.jvp(v).view(-1, valid.shape[1])[:-1])
-            z = torch.stack(z)
-            e = traced(z, valid, target * going)
-            for leader, own_start, total in zip(LEADERS, z * valid, e):
+                own_start = valid * jacobian.jvp(v).view(-1, valid.shape[1])[:-1]
+                total = blpo.trace(own_start, mixed_decay)
                 direct = batch.advantages(critic, leader, gamma)[0]
                 direct = direct - (weights * direct).sum()
                 std = (weights * direct**2).sum().sqrt() + 1e-8
-                permuted, inside = total.clone(), valid > 0
-                permuted[inside] = total[inside][torch.randperm(int(inside.sum()), generator=generator)]
+                permuted = total.clone()
+                permuted[inside] = total[inside][torch.randperm(len(rows), generator=generator)]
                 constant = torch.full_like(total, float((weights * total).sum()))
                 for arm, trace in zip(ARMS, (0 * total, own_start, total, constant, permuted)):
                     keys.append((target, nested, leader, arm))
