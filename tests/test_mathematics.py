@@ -216,11 +216,16 @@ def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae
     assert torch.allclose((weights * 2 * z).sum() + damping * v[-1], moved - still, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("gae_lambda, expected", [(0.0, 0.99), (0.5, 0.9803), (0.9, 0.9112), (0.95, 0.8423), (1.0, 0.3572)])
-def test_how_much_the_returns_of_a_whole_rollout_move_with_the_critics_level(gae_lambda, expected):
-    """The closed form of docs/blpo.md for rollouts of 256 steps in which nothing ends: with m steps to the end,
-    gamma (1 - lambda)(1 - x^m) / (1 - x) + gamma x^m, x = gamma lambda, on average over m = 0 .. 255."""
-    gamma, length = 0.99, 256
+@pytest.mark.parametrize("length", [64, 256])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.9, 0.95, 1.0])
+def test_how_much_the_returns_of_a_whole_rollout_move_with_the_critics_level(gae_lambda, length):
+    """The closed form of docs/blpo.md for rollouts or chunks in which nothing ends: with m steps to the end,
+    gamma (1 - lambda)(1 - x^m) / (1 - x) + gamma x^m, x = gamma lambda, on average over m = 0 .. length - 1."""
+    gamma = 0.99
+    expected = {
+        64: {0.0: 0.99, 0.5: 0.9805, 0.9: 0.9200, 0.95: 0.8726, 1.0: 0.7338},
+        256: {0.0: 0.99, 0.5: 0.9803, 0.9: 0.9112, 0.95: 0.8423, 1.0: 0.3572},
+    }[length][gae_lambda]
     x, m = gamma * gae_lambda, torch.arange(length, dtype=DOUBLE)
     closed = (gamma * (1 - gae_lambda) * (1 - x**m) / (1 - x) + gamma * x**m).mean()
     every = torch.ones(length, 1, dtype=DOUBLE)
