@@ -752,12 +752,6 @@ class Hessian(GaussNewton):
         tangent = torch.func.jvp(self.gradient, (self.omega,), (dict(zip(self.omega, parts)),))[1]
         return torch.cat([part.flatten() for part in tangent.values()])
 
-    def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """b, H P and P^T H P as in `GaussNewton`; the last layer's parameters are the last of omega."""
-        padded = nn.functional.pad(directions.T, (sum(self.jacobian.sizes) - len(directions), 0))
-        columns = torch.func.vmap(self.product)(padded)
-        return self.jacobian.vjp(u[None])[0], columns, padded @ columns.T
-
 
 def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
