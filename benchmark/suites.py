@@ -70,6 +70,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from benchmark.reference import REFERENCE, load_reference
 
 ROOT = Path(__file__).parent.parent
@@ -282,6 +284,13 @@ def check_environments(where: str, environments: list) -> tuple[str, ...]:
         if environments.count(environment) > 1:
             raise BadSuite(f"{where}: environments holds {environment} twice, which would make the same job twice")
     return tuple(environments)
+
+
+def first_sentence(error: ValidationError) -> str:
+    """What pydantic holds against a table first: the key, and what is wrong with it."""
+    wrong = error.errors()[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in wrong["loc"]).removeprefix(".")
+    return f"{where}: {wrong['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 
 
 def known_suites() -> list[str]:
