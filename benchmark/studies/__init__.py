@@ -1,0 +1,1 @@
+"""Studies: what is measured beside the suites; each is a command, python -m benchmark.studies.NAME."""

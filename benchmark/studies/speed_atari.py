@@ -1,0 +1,123 @@
+"""How fast the Atari scripts are (benchmark/studies/turns.py says how it is measured).
+
+    python -m benchmark.studies.speed_atari                            ten minutes on two idle cores
+    python -m benchmark.studies.speed_atari --followers last-two full
+    python -m benchmark.studies.speed_atari --device cuda --games 8 32 128 --followers head last-two full
+
+The games alone, PPO, a reference PPO loop with one torch thread and with one for each core, PPO with separate
+trunks, and BLPO with and without the hypergradient. A turn is one rollout of 8 games x 128 steps with its
+update, after one that does not count (on CUDA four of them, after two). The scripts use one torch thread for
+each usable core, as by default, and EnvPool one for each as well; the reference gets the same EnvPool
+threads. Threads that wait for others in a loop count as busy. On CUDA everything is in PyTorch's default
+precision (convolutions in TF32, but for the follower full).
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
+
+import envpool
+import numpy as np
+import torch
+import torch.nn as nn
+from pydantic import Field
+
+import ppo_atari as ppo
+from benchmark.studies import study, turns
+from benchmark.studies.reference_ppo import reference_loop
+
+
+class Args(study.Args):
+    """What is measured."""
+
+    followers: tuple[Literal["head", "last-two", "full"], ...] = ("head",)
+    """followers of BLPO"""
+    games: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], study.AT_LEAST_ONE] = (8,)
+    """numbers of games that are played at once, of the games alone and of PPO"""
+    env_id: str = "Breakout-v5"
+    """the game"""
+    rounds: study.Count = 5
+    """turns of each competitor"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the networks live"""
+    torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """PyTorch's threads in the scripts; 0: one for each usable core"""
+
+
+def games_only(words: str, rollout_done: Callable[[turns.Numbers], None]) -> None:
+    """The games alone, with random actions drawn beforehand: the limit of every loop on them."""
+    args = ppo.parse_args(words.split())
+    envs = ppo.make_envs(args, args.num_envs, args.seed)
+    actions = np.random.default_rng(args.seed).integers(
+        0, envs.action_space.n, (args.num_steps, args.num_envs)
+    )
+    envs.reset()
+    while True:
+        start = time.perf_counter()
+        for action in actions:
+            envs.step(action)
+        rollout_done(
+            {"env": time.perf_counter() - start, "policy": 0.0, "update": 0.0, "steps": actions.size}
+        )
+
+
+def reference(words: str, threads: int, rollout_done: Callable[[turns.Numbers], None]) -> None:
+    """The manner of CleanRL's `ppo_atari_envpool`: images as floats in PyTorch's default memory order,
+    divided by 255 in the network, and every row counts."""
+    args = ppo.parse_args(words.split())
+    torch.set_num_threads(threads)
+    envs = envpool.make(
+        args.env_id, env_type="gymnasium", num_envs=args.num_envs, num_threads=min(cores(), args.num_envs),
+        episodic_life=True, reward_clip=True, seed=args.seed,
+    )  # fmt: skip
+    heads = ((int(envs.action_space.n), 0.01), (1, 1.0))
+    network = nn.ModuleList(
+        [ppo.nature_cnn(), *(ppo.layer_init(nn.Linear(512, n), gain) for n, gain in heads)]
+    )
+    trunk, actor, critic = network.to(args.device)
+
+    def policy_and_value(images: torch.Tensor) -> tuple[torch.distributions.Categorical, torch.Tensor]:
+        features = trunk(images / 255.0)
+        return torch.distributions.Categorical(logits=actor(features)), critic(features).flatten()
+
+    reference_loop(args, envs, policy_and_value, list(network.parameters()), (), rollout_done)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def measure(args: Args) -> list[study.Row]:
+    """A row for each loop."""
+    words, loops = f"--env-id {args.env_id} --device {args.device} --torch-threads {args.torch_threads}", {}
+    for games in args.games:
+        more, label = f"{words} --num-envs {games}", "" if games == 8 else f", {games} games"
+        loops[f"games only{label}"] = partial(games_only, more)
+        loops[f"PPO{label}"] = partial(turns.script_loop, "ppo_atari.py", more)
+    counts = {1} if args.device == "cuda" else {1, args.torch_threads or cores()}
+    references = {f"reference_{count}_threads": f"reference, {count} threads" for count in sorted(counts)}
+    for count, name in zip(sorted(counts), references.values()):
+        loops[name] = partial(reference, words, count)
+    loops["PPO separate"] = partial(turns.script_loop, "ppo_atari.py", f"{words} --separate-trunks")
+    for follower, ihvp in itertools.product(args.followers, ("exact", "none")):
+        more = f"{words} --follower {follower} --ihvp {ihvp}"
+        loops[f"BLPO {follower}, {ihvp}"] = partial(turns.script_loop, "blpo_atari.py", more)
+    samples = turns.loops_in_turns(loops, args.rounds, *((4, 2) if args.device == "cuda" else (1, 1)))
+    return turns.loop_rows(
+        samples, lambda _: references | {"PPO_separate": "PPO separate"}, env_id=args.env_id
+    )
+
+
+def main(args: Args) -> None:
+    """Measure, print, and write if asked."""
+    made_by = study.begin(args, __file__, cuda=args.device == "cuda")
+    title = f"{args.env_id}, networks on {args.device}, {cores()} usable cores"
+    study.report(args, made_by, "loops", title, partial(measure, args))
+
+
+if __name__ == "__main__":
+    study.command(main, Args, __doc__)
