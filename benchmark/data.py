@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmark.machine import write_atomically
 from benchmark.reference import load_reference
@@ -66,6 +66,8 @@ class RunsFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     suite: str
+    file: str = Field(default_factory=lambda known: f"benchmark/suites/{known['suite']}.toml")
+    """the suite file that these are the results of"""
     mixed: list[str] = []
     missing: list[str] = []
     failed: list[str] = []
