@@ -1,4 +1,4 @@
-"""The scale of normalised scores: 0 = a random policy, 1 = a reference level, fixed for each environment.
+"""The scale of scores: 0 = a random policy or worse, 1 = a reference level, fixed for each environment and kind of algorithm.
 
     python -m benchmark.reference                measures the random policies again and prints them (minutes)
     python -m benchmark.reference --write        and writes them to reference.json, the scale of every normalised score
@@ -7,6 +7,7 @@
 and are never taken from this repository's own runs: a scale that moved with the results would hide them.
 """
 
+import functools
 import json
 import warnings
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import tyro
+
+from benchmark.machine import write_atomically
 
 REFERENCE = Path(__file__).parent / "reference.json"
 
@@ -30,18 +33,16 @@ class Args:
     """put the means into reference.json"""
 
 
-def load_reference(path: Path = REFERENCE) -> dict[str, dict]:
-    """Environment -> its entry: `random` and `reference`, the returns of 0 and 1, and where they come from."""
-    return json.loads(path.read_text())["environments"]
+@functools.cache
+def load_reference() -> dict[str, dict]:
+    """Environment -> its entry: `random` and `reference`, the returns of 0 and 1, where they come from, and `by_script`, script ->
+    its own reference, where the algorithm is of another kind."""
+    return json.loads(REFERENCE.read_text())["environments"]
 
 
-def normalise(environment: str, returns: np.ndarray, levels: dict[str, dict]) -> np.ndarray:
-    """Returns of that environment, any shape, on its scale. Raises ValueError for an environment without levels."""
-    if environment not in levels:
-        known = ", ".join(sorted(levels))
-        raise ValueError(f"{REFERENCE.name} has no levels of {environment}; add them there (it has {known})")
-    zero, one = levels[environment]["random"], levels[environment]["reference"]
-    return (np.asarray(returns, dtype=np.float64) - zero) / (one - zero)
+def normalise(returns: np.ndarray, zero: float, one: float) -> np.ndarray:
+    """Scores of returns on that scale, at least 0."""
+    return np.maximum((np.asarray(returns, dtype=np.float64) - zero) / (one - zero), 0.0)
 
 
 def random_returns(environment: str, episodes: int, seed: int) -> tuple[np.ndarray, str]:
@@ -93,7 +94,8 @@ def measure(args: Args) -> None:
         )
         print(environment, entry["random"], flush=True)
     if args.write:
-        REFERENCE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(REFERENCE, lambda new: new.write_text(text))
 
 
 if __name__ == "__main__":
