@@ -715,22 +715,3 @@ def test_the_laboratory_at_its_defaults_follows_the_method(tmp_path, monkeypatch
             weights_of(run(script, tmp_path, monkeypatch, ihvp=solver, save_model=True)) for script in (blpo, laboratory)
         )
         assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
-
-
-# ---- The study of directions and damping -----------------------------------------------------------------------
-def test_the_study_prints_its_table_and_writes_only_when_asked(tmp_path, monkeypatch, capsys):
-    """On one small system; the exact solve leaves nothing."""
-    ihvp_study = importlib.import_module("benchmark.ihvp_study")
-    torch.manual_seed(0)
-    jacobian = blpo.CriticJacobian(blpo.Agent(3, 1).critic, torch.randn(12, 3))
-    system = 5, blpo.GaussNewton(jacobian, torch.full((12,), 1 / 12)), torch.randn(12) / 12
-    monkeypatch.setattr(ihvp_study, "captured_systems", lambda *_: [system])
-    monkeypatch.chdir(tmp_path)
-    ihvp_study.main(ihvp_study.Args(env_ids=("Hopper-v4",)))
-    printed = capsys.readouterr().out
-    assert "| damping | exact |" in printed and not list(tmp_path.iterdir())
-    ihvp_study.main(ihvp_study.Args(env_ids=("Hopper-v4",), results_dir=tmp_path / "study"))
-    assert {path.name for path in (tmp_path / "study").iterdir()} == {"residuals.csv", "summary.md", "study.json"}
-    assert (tmp_path / "study" / "summary.md").read_text() == capsys.readouterr().out == printed
-    exact = [line.split("|")[2] for line in printed.splitlines()[4:]]
-    assert len(exact) == len(ihvp_study.DAMPINGS) and all(float(cell) < 1e-3 for cell in exact)

@@ -146,10 +146,11 @@ def measure(args: Args) -> list[study.Row]:
     words = f"--env-id {args.env_id} --env-backend {args.env_backend} --device cpu --num-steps {STEPS}"
     words += f" --checkpoint-every 1000 --learning-starts {RANDOM_TURNS * STEPS} --warmup-pairs 3000"
     words += " --warmup-epochs 0 --pairs-per-iteration 10 --label-budget 1000000"
-    loops = {"reference SAC": partial(reference_loop, args.env_id, 1)}
+    loops = {}
     for method in args.methods:
         chosen = f"--reward-update {method}".replace("-queue", " --implicit-pairs queue")
         loops[method] = partial(turns.script_loop, "sobirl_rlhf.py", f"{words} {chosen}")
+    loops["reference SAC"] = partial(reference_loop, args.env_id, 1)  # the scripts refuse bad input first
     samples = turns.loops_in_turns(loops, args.rounds, warmup=RANDOM_TURNS)
     return turns.loop_rows(samples, lambda _: {"reference": "reference SAC"}, env_id=args.env_id)
 

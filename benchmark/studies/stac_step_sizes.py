@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import pydantic
 
 from benchmark.data import Results, load_results
 from benchmark.scores import returns, scores
@@ -20,7 +19,7 @@ from benchmark.studies import study
 from benchmark.suites import RESULTS, Suite, load_suite
 
 
-class Args(pydantic.BaseModel, extra="forbid"):
+class Args(study.CheckedArgs):
     """Where the runs are."""
 
     results: Path = RESULTS
@@ -34,9 +33,10 @@ def ranking(suite: Suite, results: Results) -> list[study.Row]:
         raise study.BadInput(f"{missing}; run and collect them first")
 
     def means(values) -> pd.DataFrame:
-        return pd.DataFrame({
-            task: [values(results, name, task).mean() for name in suite.methods] for task in suite.environments
-        })  # fmt: skip
+        tasks = suite.environments
+        return pd.DataFrame(
+            {task: [values(results, name, task).mean() for name in suite.methods] for task in tasks}
+        )
 
     ranks = means(returns).rank(ascending=False)
     first = {"method": [method.label for method in suite.methods.values()], "mean rank": ranks.mean(axis=1)}

@@ -34,26 +34,37 @@ class BadInput(Exception):
     """One sentence that names the argument or the file and what is wrong; exit status 2."""
 
 
-class Args(pydantic.BaseModel, extra="forbid"):
-    """What every study can be told."""
+class CheckedArgs(pydantic.BaseModel, extra="forbid"):
+    """Arguments whose ranges are checked whenever they are made."""
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadInput for the first argument that is out of its range."""
+        try:
+            return check(values)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            name = str(wrong["loc"][0]).replace("_", "-")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {wrong['msg']}") from None
+
+
+class Args(CheckedArgs):
+    """What a study can be told that measures."""
 
     results_dir: Path | None = None
     """folder of the csv and json files; default: nothing is written"""
 
 
-def command(main: Callable[[Args], None], arguments: type[Args], description: str) -> None:
+def command(main: Callable[[CheckedArgs], None], arguments: type[CheckedArgs], description: str) -> None:
     """The command line of a study; bad input ends it with one sentence and exit status 2."""
     try:
-        return main(tyro.cli(arguments, description=description))
-    except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        sentence = f"--{str(wrong['loc'][0]).replace('_', '-')} is {wrong['input']!r}: {wrong['msg']}"
+        main(tyro.cli(arguments, description=description))
     except Exception as error:
         if type(error).__name__ not in ("BadInput", "BadSuite"):  # each script has a BadInput of its own
             raise
-        sentence = str(error)
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
