@@ -127,12 +127,13 @@ def draw_curves(axes, curves: pd.DataFrame, colour: str, dash) -> None:
 
 def is_early(drawn: list[pd.DataFrame]) -> bool:
     """Whether every method has made nine tenths of its way within the first eighth of the steps."""
+    late, ways = [], []
     for curves in drawn:
         mean = curves.mean(axis=1).dropna()
         away = (mean - mean.iloc[-1]).abs()
-        if away[mean.index > mean.index[-1] / 8].max() > 0.1 * (mean.max() - mean.min()):
-            return False
-    return bool(drawn)
+        ways.append(mean.max() - mean.min())
+        late.append(away[mean.index > mean.index[-1] / 8].max() > 0.1 * ways[-1])
+    return max(ways, default=0) > 0 and not any(late)
 
 
 def draw_environment(axes, suite: Suite, results: Results, environment: str, names: list[str]) -> bool:
@@ -259,10 +260,15 @@ def draw_blocks(axes, blocks: list[Block], height: float, limit: float, ratios: 
 def in_columns(blocks: list[Block]) -> list[list[Block]]:
     """The blocks in at most three columns, titles broken to fit."""
     columns = min(3, len(blocks))
-    letters = int((WIDTH / columns - 0.6) / 0.05)
-    broken = [("\n".join(textwrap.wrap(title, letters)), *rest) for title, *rest in blocks]
+    width = letters(columns)
+    broken = [(textwrap.fill(title, width, break_on_hyphens=False), *rest) for title, *rest in blocks]
     each = math.ceil(len(blocks) / columns)
     return [broken[start : start + each] for start in range(0, len(blocks), each)]
+
+
+def letters(columns: int) -> int:
+    """How many of the small letters fit into one of so many columns."""
+    return int((WIDTH / columns - 0.6) / 0.05)
 
 
 def tallest(columns: list[list[Block]]) -> float:
@@ -284,7 +290,7 @@ def draw_comparisons(part: SubFigure, columns: list[list[Block]], label: str, ra
     axes = part.subplots(1, len(columns), squeeze=False).ravel()
     for panel, column in zip(axes, columns):
         draw_blocks(panel, column, tallest(columns), limit, ratios)
-        panel.set_xlabel(label)
+        panel.set_xlabel(textwrap.fill(label, letters(len(columns)) * 2 // 3))
 
 
 # ---- The figure ----------------------------------------------------------------------------------------------

@@ -281,14 +281,17 @@ def suite_lines(suite: Suite, results: Results, compared: Comparisons, folder: P
 # ---- The page ------------------------------------------------------------------------------------------------
 def report(suites: Iterable[Suite], results_folder: Path, out: Path) -> None:
     """Write the page of these suites, the headline first, to `out`. Raises BadSuite, before anything is written."""
-    if not out.parent.is_dir():
-        raise BadSuite(f"--output is {out}, but there is no folder {out.parent}")
+    if not out.parent.is_dir() or out.is_dir():
+        what = "that is a folder, not a file" if out.is_dir() else f"there is no folder {out.parent}"
+        raise BadSuite(f"--output is {out}, but {what}")
     judges, sections, exact = {}, [], exact_results(results_folder)
     for suite in sorted(suites, key=lambda suite: not suite.headline):
+        folder = results_folder / suite.name
+        if suite.scratch or not (folder / "runs.json").exists():
+            continue
         results = load_results(suite, results_folder)
-        if len(results.runs) and not suite.scratch:
+        if len(results.runs):
             judges[suite.name] = Comparisons(suite, results)
-            folder = results_folder / suite.name
             sections.append(suite_lines(suite, results, judges[suite.name], folder, out))
     if not judges:
         raise BadSuite(f"--results is {results_folder}, which has no results of any suite; collect one first")
