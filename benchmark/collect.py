@@ -109,15 +109,17 @@ def needed(model, path: Path):
 
 
 def read_cells(path: Path, *columns: str) -> pd.DataFrame:
-    """A csv file, its cells as text. Raises BadSuite if it is not there, damaged or without these columns."""
+    """A csv file, those columns as numbers and the other cells as text. Raises BadSuite if that cannot be."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        table[list(columns)] = table[list(columns)].apply(pd.to_numeric)
+        return pd.read_csv(path, dtype=str, keep_default_na=False).astype(dict.fromkeys(columns, float))
     except (OSError, ValueError, KeyError) as error:
-        raise BadSuite(
-            f"{path} cannot be read: {error}; remove that run folder to run the job again"
-        ) from None
-    return table
+        advice = "remove that run folder to run the job again"
+        raise BadSuite(f"{path} cannot be read: {error}; {advice}") from None
+
+
+def numbers(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of text as numbers, empty ones as nan."""
+    return cells.replace("", "nan").astype(float)
 
 
 def describe(job_folder: Path, run: Path) -> Entry:
@@ -159,8 +161,9 @@ def diverged(run: Path, final_return: float | None) -> bool:
     The return alone does not tell: of logits that are nan argmax takes the first, and a simulator goes on so.
     """
     last = read_cells(run / "metrics.csv").tail(1)
-    losses = pd.to_numeric(last[[name for name in PLAYERS if name in last]].stack())
-    return not (np.isfinite(losses).all() and (final_return is None or math.isfinite(final_return)))
+    losses = numbers(last[[name for name in PLAYERS if name in last]])
+    returned = final_return is None or math.isfinite(final_return)
+    return not (returned and np.isfinite(losses).all(axis=None))
 
 
 @functools.cache
@@ -195,12 +198,10 @@ def curve(job: Job, run: Path, suite: Suite) -> pd.DataFrame:
     rows["episodic_return"] = [f"{round(value, 3)}" if value == value else "" for value in returns["mean"]]
     rows["episodes"] = returns["size"].fillna(0).astype(int).astype(str).to_numpy()
     cells = metrics[[name for name in suite.diagnostics if name in metrics]]
-    numbers = cells.apply(pd.to_numeric)
-    means = numbers.groupby(bins[0]).mean().map("{:.5g}".format)
-    means = means.mask(
-        (numbers.isna() & (cells != "")).groupby(bins[0]).any(), "nan"
-    )  # not finite in an iteration
-    means = means.where((cells != "").groupby(bins[0]).any(), "")
+    values = numbers(cells)
+    means = values.groupby(bins[0]).mean().map("{:.5g}".format)
+    broken = values.isna() & (cells != "")  # not finite in an iteration
+    means = means.mask(broken.groupby(bins[0]).any(), "nan").where((cells != "").groupby(bins[0]).any(), "")
     return rows.join(means.reindex(points, fill_value=""), on="global_step")
 
 

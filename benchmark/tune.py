@@ -129,11 +129,9 @@ def judged(suite: Suite, searched: Suite, results: Results) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     tasks = [name for name in table if name in suite.environments]
     table["rank"] = table.groupby(["method", "seeds"])[tasks].rank(ascending=False).mean(axis=1)
-    keys, ascending = (
+    table["place"] = table["method"].map(list(suite.tune.space).index)
+    rule, ascending = (
         (["score"], [False]) if suite.tune.rule == "score" else (["rank", "score"], [True, False])
     )
-    order = table.sort_values(["seeds", *keys], ascending=[False, *ascending], kind="stable").index
-    table = table.loc[order]
-    return table.sort_values(
-        "method", kind="stable", key=lambda names: names.map(list(suite.tune.space).index)
-    )
+    table = table.sort_values(["place", "seeds", *rule], ascending=[True, False, *ascending], kind="stable")
+    return table.drop(columns="place").reset_index(drop=True)
