@@ -9,12 +9,15 @@ python -m benchmark tune SUITE       search arguments as the suite says, on seed
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
+from benchmark import launch, slurm
+from benchmark.slurm import SlurmOptions
 from benchmark.suites import (
     RESULTS,
     ROOT,
@@ -30,15 +33,14 @@ from benchmark.suites import (
 Name = tyro.conf.Positional[str]
 
 
-@dataclass
-class Launching:
+class Launching(SlurmOptions):
     """How jobs are launched."""
 
     suite: Name
     """name of a suite in benchmark/suites, or the path of a .toml file"""
     run_dir: Path = ROOT / "runs" / "benchmark"
     """the job folders are created in {run_dir}/{suite}"""
-    workers: int = 1
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """runs at a time on this machine, in [1, 1024]; the cores are dealt out to them"""
     track: bool = False
     """log every run to Weights and Biases as well, in a group of the suite's name"""
@@ -46,29 +48,9 @@ class Launching:
     """print the jobs and where they stand, start nothing; imports the modules that environments name"""
     engine: Literal["local", "slurm"] = "local"
     """local: processes on this machine; slurm: one array job (docs/cluster.md)"""
-    slurm_partition: str | None = None
-    """partition of the array job; default: the cluster's"""
-    slurm_time: int = 240
-    """minutes after which Slurm stops a job, which then goes on in a new one, in [1, inf)"""
-    slurm_cpus: int = 1
-    """cores of a Slurm job, in [1, inf)"""
-    slurm_gpus: int = 0
-    """GPUs of a Slurm job, in [0, inf)"""
-    slurm_memory: str = "4GB"
-    """memory of a Slurm job"""
-    slurm_parallelism: int = 64
-    """Slurm jobs of the array at a time, in [1, inf)"""
-    slurm_pack: int = 1
-    """runs side by side in one Slurm job, which they share, in [1, inf)"""
-    slurm_extra: dict[str, str] = field(default_factory=dict)
-    """further options of sbatch, as KEY VALUE pairs: account my_account qos high"""
 
     def launch(self, suite: Suite, run_dir: Path) -> int:
         """Launch the jobs of a suite, or print them; the exit status."""
-        from benchmark import launch
-
-        if not 1 <= self.workers <= 1024:
-            raise BadSuite(f"--workers is {self.workers}, it must be in [1, 1024]")
         if self.dry_run:
             for job in suite.jobs():
                 status = launch.job_status(run_dir / suite.name / job.name)
@@ -77,13 +59,9 @@ class Launching:
             return 0
         if self.engine == "local":
             return launch.run_local(suite, run_dir, self.workers, self.track)
-        from benchmark import slurm
-
-        asked = {name[6:]: value for name, value in vars(self).items() if name.startswith("slurm_")}
-        return slurm.run_slurm(suite, run_dir, slurm.SlurmOptions(**asked), self.track)
+        return slurm.run_slurm(suite, run_dir, self, self.track)
 
 
-@dataclass
 class Run(Launching):
     """Launch the jobs of a suite that have not finished; interrupted ones go on from their checkpoints."""
 
@@ -99,7 +77,6 @@ class Run(Launching):
         return self.launch(suite, self.run_dir)
 
 
-@dataclass
 class Tune(Launching):
     """Search arguments as the suite's table `tune` says; launch, collect, judge and print the winners."""
 
@@ -114,7 +91,7 @@ class Tune(Launching):
         suite = load_suite(self.suite)
         if suite.tune is None:
             raise BadSuite(
-                f"{suite.path.name}: tune: this key is missing; benchmark/suites.py says what it may hold"
+                f"{suite.path.name}: tune: this key is missing; docs/benchmark.md says what it may hold"
             )
         trials = tune.trials_of(suite)
         everything = tune.as_suite(suite, trials, dict.fromkeys(trials, suite.tune.seeds))
@@ -218,9 +195,8 @@ Command = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit status, 2 for bad input."""
-    command = tyro.cli(Command, args=argv, prog="python -m benchmark", description=__doc__)
     try:
-        return command()
+        return tyro.cli(Command, args=argv, prog="python -m benchmark", description=__doc__)()
     except (
         BadSuite,
         OSError,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import pydantic
 import submitit
@@ -57,42 +58,47 @@ ORDINARY_REASONS = {"None", "Priority", "Resources", "BeginTime", "JobArrayTaskL
 
 
 # ---- Options ---------------------------------------------------------------------------------------------
-class SlurmOptions(pydantic.BaseModel, extra="forbid", frozen=True):
+class SlurmOptions(pydantic.BaseModel, extra="forbid"):
     """What each Slurm job asks for. Raises BadSuite for a value that makes no sense."""
 
-    partition: str | None = None
-    """partition of the jobs; None: the cluster's default"""
-    time: PositiveInt = 240
-    """time limit in minutes; a job that reaches it is requeued and goes on from its checkpoint"""
-    cpus: PositiveInt = 1
-    gpus: NonNegativeInt = 0
-    memory: str | None = Field("4GB", pattern="^[1-9][0-9]*[KMGT]B?$")
-    """such as 4GB or 512MB; None: the cluster's default"""
-    parallelism: PositiveInt = 64
+    slurm_partition: str | None = None
+    """partition of the array job; default: the cluster's"""
+    slurm_time: PositiveInt = 240
+    """minutes after which Slurm stops a job, which then goes on in a new one"""
+    slurm_cpus: PositiveInt = 1
+    """cores of a Slurm job"""
+    slurm_gpus: NonNegativeInt = 0
+    """GPUs of a Slurm job"""
+    slurm_memory: Annotated[str, Field(pattern="^[1-9][0-9]*[KMGT]B?$")] = "4GB"
+    """memory of a Slurm job, such as 4GB or 512MB"""
+    slurm_parallelism: PositiveInt = 64
     """Slurm jobs at the same time, at most"""
-    pack: PositiveInt = 1
-    """runs side by side in one Slurm job"""
-    max_timeouts: NonNegativeInt = 20
-    """how often a job may reach its time limit; pre-emptions are not counted"""
-    extra: dict[str, str] = {}
-    """further parameters of sbatch, such as account, qos, constraint, signal"""
+    slurm_pack: PositiveInt = 1
+    """runs side by side in one Slurm job, which share what it has"""
+    slurm_timeouts: NonNegativeInt = 20
+    """how often a job may reach its time limit and go on; pre-emptions are not counted"""
+    slurm_extra: dict[str, str] = {}
+    """further options of sbatch, as KEY VALUE pairs: account my_account qos high"""
 
-    def __init__(self, **values):
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def one_sentence(cls, values, check):
+        """Raise BadSuite for the first option that is out of its range, or is not theirs."""
         try:
-            super().__init__(**values)
+            options = check(values)
         except pydantic.ValidationError as error:
-            raise BadSuite(f"--slurm-{first_sentence(error)}") from None
-        for key in self.extra:
+            raise BadSuite(f"--{first_sentence(error).replace('_', '-', 2)}") from None
+        for key in options.slurm_extra:
             if key.replace("-", "_") in TAKEN:
                 raise BadSuite(f"--slurm-extra {key}: {TAKEN[key.replace('-', '_')]}")
+        return options
 
     def for_suite(self, suite: Suite) -> "SlurmOptions":
         """The options with no more runs at a time than the suite allows."""
-        if suite.workers is None:
-            return self
-        pack = min(self.pack, suite.workers)
-        parallelism = min(self.parallelism, suite.workers // pack)
-        return self.model_copy(update={"pack": pack, "parallelism": parallelism})
+        most = suite.workers or self.slurm_parallelism * self.slurm_pack
+        pack = min(self.slurm_pack, most)
+        parallelism = min(self.slurm_parallelism, most // pack)
+        return self.model_copy(update={"slurm_pack": pack, "slurm_parallelism": parallelism})
 
 
 class Queued(pydantic.BaseModel):
@@ -112,9 +118,9 @@ def check_cluster(options: SlurmOptions) -> None:
     if asked.returncode != 0:
         raise BadSuite(f"--engine slurm: Slurm does not answer: {' '.join(asked.stderr.split())}")
     partitions = sorted(set(asked.stdout.split()))
-    if options.partition is not None and options.partition not in partitions:
-        known = nearest(options.partition, partitions)
-        raise BadSuite(f"--slurm-partition: there is no partition {options.partition!r}{known}")
+    if options.slurm_partition is not None and options.slurm_partition not in partitions:
+        known = nearest(options.slurm_partition, partitions)
+        raise BadSuite(f"--slurm-partition: there is no partition {options.slurm_partition!r}{known}")
 
 
 # ---- What a node runs ------------------------------------------------------------------------------------
@@ -252,27 +258,29 @@ def submit_array(folders: list[Path], options: SlurmOptions, track: bool) -> dic
     """
     suite = folders[0].parent
     logs = suite / "slurm" / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-    executor = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=options.max_timeouts)
+    executor = submitit.AutoExecutor(
+        folder=logs, cluster="slurm", slurm_max_num_timeout=options.slurm_timeouts
+    )
     executor.update_parameters(
         name=suite.name,
         nodes=1,
         tasks_per_node=1,
-        timeout_min=options.time,
-        cpus_per_task=options.cpus,
-        gpus_per_node=options.gpus or None,
-        slurm_mem=options.memory,
-        slurm_partition=options.partition,
-        slurm_array_parallelism=options.parallelism,
+        timeout_min=options.slurm_time,
+        cpus_per_task=options.slurm_cpus,
+        gpus_per_node=options.slurm_gpus or None,
+        slurm_mem=options.slurm_memory,
+        slurm_partition=options.slurm_partition,
+        slurm_array_parallelism=options.slurm_parallelism,
         # Since Slurm 22.05 srun no longer takes this from sbatch, and would run the job on one CPU.
-        slurm_srun_args=[f"--cpus-per-task={options.cpus}"],
+        slurm_srun_args=[f"--cpus-per-task={options.slurm_cpus}"],
         # chdir: the nodes import this package from there.
-        slurm_additional_parameters={"chdir": str(ROOT), "requeue": True} | options.extra,
+        slurm_additional_parameters={"chdir": str(ROOT), "requeue": True} | options.slurm_extra,
     )
     jobs = {}
     try:
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what it raises
-            for first in range(0, len(folders), options.pack):
-                group = folders[first : first + options.pack]
+            for first in range(0, len(folders), options.slurm_pack):
+                group = folders[first : first + options.slurm_pack]
                 jobs |= dict.fromkeys(group, executor.submit(SlurmJob(group, track)))
     except FailedJobError as error:
         shutil.rmtree(logs)

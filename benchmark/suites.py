@@ -1,61 +1,6 @@
 """Suites: small TOML files that say which scripts run on which environments with which seeds and arguments.
 
-A suite `benchmark/suites/NAME.toml` (most keys are optional):
-
-    description = "what the suite is for"
-    environments = ["Hopper-v4", "Walker2d-v4"]
-    seeds = [1, 2, 3]
-    grid = 10000                       # steps between two points of a collected curve
-    diagnostics = ["bilevel/cosine"]   # columns of metrics.csv that collect keeps as well
-    workers = 1                        # at most so many runs at a time
-    baselines = ["ppo"]                # methods that every other one is compared with
-    aggregate = false                  # do not pool the environments in tables and figures
-    figures = ["ppo", "blpo"]          # methods that the figures show, instead of all
-    headline = true                    # its section is the first of the report
-    scratch = true                     # its results go to runs/results, and the report leaves it out
-    untimed = "the machine was busy"   # why tables and figures leave out the wall-clock times
-    restated = ["learning-rate"]       # arguments, by their names then or now, that the collected runs had by
-                                       # default or under another name: commands are compared without them
-
-    [dead]                             # runs to be named, and claims to be judged without them as well: those
-    column = "losses/actor_gradient_norm"  # in which this diagnostic, mean of the last 10 % of a curve,
-    below = 1e-8                       # is smaller than that
-    words = "dead actor"               # what the report calls them
-
-    [arguments]                        # of every script, by their names on the command line
-    total-timesteps = 300000
-
-    [methods.ppo]                      # one table a method, in the order of the tables and legends
-    label = "PPO"                      # what tables and legends call it
-    script = "ppo_continuous.py"
-    arguments = { num-minibatches = 8 }
-    environments = ["Hopper-v4"]       # instead of the suite's, as the keys seeds and untimed may be
-    runs-of = "stddpg.actor"           # not launched: its runs are those of that suite and method, by equal
-                                       # commands
-
-    [methods.ppo.arguments-by-environment.Hopper-v4]
-    learning-rate = 1e-3               # on this environment
-
-    [[claims]]                         # judged by `python -m benchmark report`
-    text = "BLPO at least as good as PPO"
-    better = "blpo"
-    than = "ppo"
-    measure = "return"                 # at least as good; "above": better; "time": takes less wall-clock time
-    over = "end"                       # the return of the last 10 % of the steps; "training": of all of them;
-                                       # "evaluation": of the evaluations in the last 10 % of the steps
-
-    [tune]                             # what `python -m benchmark tune SUITE` tries (benchmark/tune.py)
-    seeds = [101, 102, 103]            # none of which any method of the suite may have
-    trials = 8                         # of each method: the same budget for all of them
-    rule = "score"                     # the winner has the highest normalised return, mean over environments;
-                                       # "rank": the best mean rank in them, of equal ones the higher mean
-    over = "end"                       # as in claims: "end" or "training"
-    halving = 2                        # only the best half has the next seed (default: all have all seeds)
-
-    [tune.space.blpo]                  # one table a method that is tuned: the values of its arguments, in a
-    damping = [0.1, 1.0, 10.0]         # list or a range; lists alone are a grid, of which `trials` are drawn
-    learning-rate = { low = 1e-4, high = 1e-2, log = true }
-
+docs/benchmark.md lists the keys of `benchmark/suites/NAME.toml`; the models below check them.
 Every (method, environment, seed) is a job, and a job has one name for good: ENVIRONMENT__METHOD__SEED.
 """
 

@@ -1,4 +1,4 @@
-"""Choose arguments of methods: the search that a suite's table `tune` describes (benchmark/suites.py).
+"""Choose arguments of methods: the search that a suite's table `tune` describes (docs/benchmark.md).
 
 Every method of `tune.space` gets `trials` trials, points of its own space: the same budget. A trial is run on
 `tune.seeds`, which no method of the suite has, and on the method's environments, by the launcher and in a folder
