@@ -9,12 +9,13 @@ A job has a folder `RUN_DIR/SUITE/JOB/`:
     {run}/       the script's own run folder (docs/run_folder.md)
 
 Nothing else is remembered: what is finished, interrupted or failed is read from these folders, so a launcher
-may be killed at any moment and started again, and several may share the work. A run that diverged (its numbers
-are not finite any more) is finished: it would diverge again. Each worker has a place with cores of its own: a
+may be killed at any moment and started again, and several may share the work. A run that diverged, its numbers
+not finite any more, is finished: it would diverge again. Each worker has a place with cores of its own: a
 file in `RUN_DIR/SUITE/.places/HOST/`, locked by its training process as well. So what a killed launcher left
 behind, and the runs of another launcher on the same machine, take the places of workers.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -53,6 +54,10 @@ class JobFile(pydantic.BaseModel):
     command: list[str]
     attempts: list[dict[str, Any]] = []
 
+    def unrecorded(self) -> bool:
+        """Whether nothing is known of the end of the last attempt."""
+        return bool(self.attempts) and "exit_code" not in self.attempts[-1]
+
     def write(self, folder: Path) -> None:
         """Replace job.json."""
         text = self.model_dump_json(indent=1) + "\n"
@@ -71,29 +76,47 @@ class Result(pydantic.BaseModel):
 def prepare(suite: Suite, run_dir: Path) -> list[Path]:
     """Create the folder of every job, with its job.json, and return them in the suite's order.
 
-    Raises BadSuite if a folder belongs to a job of that name with another command, or cannot be written.
+    What ended while no launcher lived is put on record. Raises BadSuite if a folder belongs to a job of that name
+    with another command, or cannot be written.
     """
     folders = {run_dir / suite.name / job.name: job for job in suite.jobs()}
+    known = {folder: read_as(JobFile, folder / "job.json") for folder in folders}
     for folder, job in folders.items():
-        known = read_as(JobFile, folder / "job.json")
-        if known is not None and known.command != job.command:
-            raise BadSuite(
-                f"{suite.path.name}, methods.{job.method}: {folder} is a job of other arguments"
-                f" ({' '.join(known.command)}); name another --run-dir or remove that folder"
-            )
+        if known[folder] is not None and known[folder].command != job.command:
+            command = " ".join(known[folder].command)
+            other = f"{folder} is a job of other arguments ({command}); name another --run-dir or remove it"
+            raise BadSuite(f"{suite.path.name}: methods.{job.method}: {other}")
     try:
         for folder, job in folders.items():
-            if not (folder / "job.json").exists():
+            if known[folder] is None:
                 folder.mkdir(parents=True, exist_ok=True)
-                JobFile(job=job.name, command=job.command, **describe(job)).write(folder)
+                who = {
+                    key: getattr(job, key) for key in ("suite", "method", "environment", "seed", "command")
+                }
+                JobFile(job=job.name, **who).write(folder)
+            elif known[folder].unrecorded() and (lock := locked(folder / "lock")):
+                with lock:
+                    record_end(folder)
     except OSError as error:
         raise BadSuite(f"--run-dir {run_dir} cannot be written: {error}; name another folder") from None
     return list(folders)
 
 
-def describe(job) -> dict:
-    """Which run a job is."""
-    return {key: getattr(job, key) for key in ("suite", "method", "environment", "seed")}
+def record_end(folder: Path) -> JobFile:
+    """Put on record how the last attempt ended, if no launcher lived to see it; None: it was killed.
+
+    To be called with the job's lock. The job.json as it is then.
+    """
+    job = read_as(JobFile, folder / "job.json")
+    if job.unrecorded():
+        runs = run_folders(folder)
+        files = [folder / "log.txt", *(runs[-1].iterdir() if runs else ())]
+        last = max((path.stat().st_mtime for path in files if path.exists()), default=None)
+        codes = {"finished": 0, "diverged": 1, "failed": 1, "interrupted": 128 + signal.SIGTERM}
+        seen = {"end": now(last), "exit_code": codes.get(run_status(runs[-1]) if runs else None)}
+        job.attempts[-1] |= seen | {"recorded": "later, from the run folder"}
+        job.write(folder)
+    return job
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -176,14 +199,13 @@ class Attempt:
         self.lock = locked(folder / "lock")
         if self.lock is None:
             raise Elsewhere
-        self.job = read_as(JobFile, folder / "job.json")
-        self.record_end_of_last()
+        self.job = record_end(folder)
         if finished_run(folder) is not None:
             self.lock.close()
             return
         checkpoints = [run for run in run_folders(folder) if (run / "checkpoint.pt").exists()]
-        words = [*self.job.command, "--run-dir", str(folder), *(["--track"] if track else [])]
-        words += ["--resume", str(checkpoints[-1])] if checkpoints else []
+        words = [*self.job.command, "--run-dir", str(folder.resolve()), *(["--track"] if track else [])]
+        words += ["--resume", str(checkpoints[-1].resolve())] if checkpoints else []
         environment = os.environ | ONE_THREAD | {"WANDB_RUN_GROUP": self.job.suite}
         environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         said = {"argv": ["python", *words], "host": os.uname().nodename, "cores": cores, "gpu_index": gpu}
@@ -199,19 +221,8 @@ class Attempt:
             words = [sys.executable, *words]
             self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, **apart)
         if cores is not None:  # before the child has made threads, which inherit it
-            os.sched_setaffinity(self.process.pid, cores)
-
-    def record_end_of_last(self) -> None:
-        """Put on record how the attempt before ended, if no launcher lived to see it; None: it was killed."""
-        if self.job.attempts and "exit_code" not in self.job.attempts[-1]:
-            runs = run_folders(self.folder)
-            files = [self.folder / "log.txt", *(runs[-1].iterdir() if runs else ())]
-            last = max((path.stat().st_mtime for path in files if path.exists()), default=None)
-            said = run_status(runs[-1]) if runs else None
-            code = {"finished": 0, "diverged": 1, "failed": 1, "interrupted": 128 + signal.SIGTERM}.get(said)
-            seen = {"end": now(last), "exit_code": code, "recorded": "later, from the run folder"}
-            self.job.attempts[-1] |= seen
-            self.job.write(self.folder)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.sched_setaffinity(self.process.pid, cores)
 
     def poll(self) -> int | None:
         """The exit status once the attempt has ended, else None; the first time it is recorded."""

@@ -1,6 +1,5 @@
 """benchmark/: suite files, the local launcher through kills and failures, what collect makes of run folders, tuning."""
 
-import fcntl
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -448,37 +446,32 @@ def test_what_ended_while_no_launcher_lived_is_put_on_record(launched, tmp_path,
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_of_another_launcher_takes_a_workers_place_and_cores(tmp_path, workers):
-    """As after a killed launcher: with one worker nothing is started beside its run, though it is of a job that is not
-    chosen now; with two one run at a time, on the other cores."""
-    suite = load_suite(write(tmp_path, ("[1, 2]", "[1, 2, 3]")), check=False).only(("ppo",), (), ())
+    """As after a killed launcher: one worker starts nothing beside its run, though its job is not chosen now; of two
+    workers one waits, and the other runs all jobs on its own cores."""
+    suite = load_suite(write(tmp_path, ("[1, 2]", "[1, 2, 3]")), check=False)
+    suite = suite.only(("ppo",), (), (2, 3) if workers == 1 else ())
     folders = launch.prepare(suite, tmp_path / "runs")
     places = tmp_path / "runs" / "tiny" / ".places" / os.uname().nodename
     places.mkdir(parents=True)
-    held = launch.take_places(places, 0, workers)
-    beside, done = [], threading.Event()
+    held, beside, done = launch.take_places(places, 0, workers), [], threading.Event()
 
     def look():
-        """Let go of the place after three seconds (one worker), or when the launcher has ended."""
+        """How many run beside it; with one worker it ends after three seconds."""
         while not done.wait(0.05) and (workers == 2 or len(beside) < 60):
             beside.append([launch.job_status(folder) for folder in folders].count("running"))
         launch.let_go(held)
 
     thread = threading.Thread(target=look)
     thread.start()
-    chosen = suite.only((), (), (2, 3) if workers == 1 else ())
-    ended = [] if workers == 1 else [threading.Timer(60, done.set)]
     try:
-        if workers == 2:  # the worker whose place is taken waits; what is left to it is done by the other
-            threading.Thread(target=release_when_done, args=(folders, done)).start()
-        assert launch.run_local(chosen, tmp_path / "runs", workers) == 0
+        assert launch.run_local(suite, tmp_path / "runs", workers) == 0
     finally:
         done.set()
         thread.join()
-    del ended
     assert max(beside) == workers - 1
-    made = [attempts(folder)[-1] for folder in folders if attempts(folder)]
-    assert len(made) == (2 if workers == 1 else 3)
-    assert {tuple(each["cores"]) for each in made} == {tuple(launch.split_cores(workers)[-1])}
+    made = [attempt for folder in folders for attempt in attempts(folder)]
+    assert len(made) == len(folders) and {tuple(each["cores"]) for each in made} == {tuple(launch.split_cores(workers)[-1])}
+    assert all(each["load_at_start"] >= 0 and each["load_at_end"] >= 0 for each in made)
 
 
 def test_places_of_more_workers_are_dealt_out_to_fewer(tmp_path):
@@ -764,6 +757,19 @@ def test_collect_works_without_git(copied, tmp_path, monkeypatch):
     content = collect(suite, run_dir, tmp_path / "results")
     assert content.mixed == [] and {run.commit for run in content.runs} == {None}
     blob.cache_clear()
+
+
+def test_a_launch_records_the_end_of_runs_that_finished_without_one(copied, capsys):
+    suite, run_dir = copied
+    folder = run_dir / "tiny" / "toy_envs_Walk-v0__ppo__1"
+    edit_json(folder / "job.json", lambda made: made["attempts"][0].pop("exit_code"))
+    held = launch.locked(folder / "lock")
+    assert command_line.main(["run", str(suite.path), "--run-dir", str(run_dir)]) == 0
+    assert "exit_code" not in attempts(folder)[0]  # its process lives
+    held.close()
+    assert command_line.main(["run", str(suite.path), "--run-dir", str(run_dir)]) == 0
+    (attempt,) = attempts(folder)
+    assert attempt["exit_code"] == 0 and attempt["recorded"] and "4 finished" in capsys.readouterr().out
 
 
 # ---- Committed results -----------------------------------------------------------------------------------------
