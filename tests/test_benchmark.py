@@ -283,7 +283,7 @@ def test_a_folder_of_other_arguments_is_not_overwritten(launched, tmp_path, caps
     assert "is a job of other arguments" in capsys.readouterr().err and snapshot(run_dir) == before
 
 
-LONG = [("[1, 2]", "[1]"), ("total-timesteps = 1024", "total-timesteps = 38400")]
+LONG = [("[1, 2]", "[1]"), ("total-timesteps = 1024", "total-timesteps = 12800")]
 
 
 def start_launcher(path: str, run_dir: Path, workers: int = 2) -> subprocess.Popen:
@@ -302,7 +302,7 @@ def assert_complete(path: str, run_dir: Path, resumed: bool) -> None:
         folder = run_dir / "tiny" / job.name
         (run,) = launch.run_folders(folder)
         steps = [int(row["global_step"]) for row in read_csv(run / "metrics.csv")]
-        assert steps == list(range(64, 38401, 64))
+        assert steps == list(range(64, 12801, 64))
         assert launch.job_status(folder) == "finished"
         attempts = json.loads((folder / "job.json").read_text())["attempts"]
         assert any(attempt["resumed"] for attempt in attempts) == resumed
