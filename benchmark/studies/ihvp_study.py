@@ -13,8 +13,7 @@ nowhere else.
 """
 
 import statistics
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Collection, Iterator
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -79,7 +78,7 @@ def residual(curvature: blpo.GaussNewton, b: torch.Tensor, v: torch.Tensor, damp
     return float((curvature.product(v) + damping * v - b).norm() / b.norm())
 
 
-def measure(args: Args) -> list[study.Row]:
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """A row for each system, damping and solver; the residual is a median over draws of directions."""
     rows: list[study.Row] = []
     for env_id in args.env_ids:
@@ -104,21 +103,10 @@ def measure(args: Args) -> list[study.Row]:
                 for solver, solutions in solved.items():
                     left = statistics.median(residual(curvature, b, v, damping) for v in solutions)
                     rows.append(labels | {"damping": damping, "solver": solver, "residual": left} | means)
-    return rows
-
-
-def worst(rows: list[study.Row]) -> list[study.Row]:
-    """A row for each damping: the largest residual over the systems of each solver."""
+    yield "residuals", rows
     words = {"index": "damping", "columns": "solver", "values": "residual", "aggfunc": "max", "sort": False}
-    return pd.DataFrame(rows).pivot_table(**words).reset_index().to_dict("records")
-
-
-def main(args: Args) -> None:
-    """Capture, solve, print, and write if asked."""
-    made_by = study.begin(args, __file__)
-    title = f"Largest residual, rank {RANK}, median over {DRAWS} draws of directions"
-    study.report(args, made_by, "residuals", title, partial(measure, args), worst)
+    yield "largest", pd.DataFrame(rows).pivot_table(**words).reset_index().to_dict("records")
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

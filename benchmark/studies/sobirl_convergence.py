@@ -17,7 +17,7 @@ Writes curves.csv (what was fitted), exponents.csv and convergence.png.
 
 import io
 import math
-from functools import partial
+from collections.abc import Iterator
 from typing import Annotated
 
 import numpy as np
@@ -128,15 +128,14 @@ def picture(rows: list[study.Row]) -> bytes:
     return png.getvalue()
 
 
-def main(args: Args) -> None:
-    """Measure, fit, print, and write if asked."""
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row] | bytes]]:
+    """What was fitted, the slopes and the figure."""
     torch.set_num_threads(1)
-    made_by = study.begin(args, __file__)
-    rows = study.report(args, made_by, "curves", "Slopes", partial(curves, args), exponents)
-    if args.results_dir:
-        study.write(args, "exponents.csv", study.as_csv(exponents(rows)))
-        study.write(args, "convergence.png", picture(rows))
+    rows = curves(args)
+    yield "curves", rows
+    yield "exponents", exponents(rows)
+    yield "convergence.png", picture(rows)
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

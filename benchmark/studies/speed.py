@@ -86,16 +86,11 @@ def measure_against(args: Args) -> list[study.Row]:
 
     with worktree(args.against) as other:
         for shape, (more, rollouts) in SHAPES.items():
-            loops = {
-                f"{name}, {tree}": partial(
-                    turns.script_loop,
-                    script,
-                    f"--env-id {args.env_id} --device cpu {more} {words}",
-                    tree=folder,
-                )
-                for name, (script, words) in SCRIPTS.items()
-                for tree, folder in ((args.against, other), ("this tree", ROOT))
-            }
+            words, loops = f"--env-id {args.env_id} --device cpu {more}", {}
+            for name, (script, own) in SCRIPTS.items():
+                for tree, folder in ((args.against, other), ("this tree", ROOT)):
+                    loop = partial(turns.script_loop, script, f"{words} {own}", tree=folder)
+                    loops[f"{name}, {tree}"] = loop
             samples = turns.loops_in_turns(loops, args.rounds, rollouts, warmup=2)
             rows += turns.loop_rows(samples, references, env_id=args.env_id, shape=shape)
     return rows
@@ -127,13 +122,7 @@ def reference(words: str, rollout_done: Callable[[turns.Numbers], None]) -> None
     reference_loop(args, envs, policy_and_value, list(agent.parameters()), action_shape, rollout_done)
 
 
-BLPO_SOLVERS = {
-    "BLPO none": "--ihvp none",
-    "BLPO nystrom 10": "--ihvp nystrom --nystrom-rank 10",
-    "BLPO cg 10": "--ihvp cg --cg-iterations 10",
-    "BLPO cg 50": "--ihvp cg --cg-iterations 50",
-    "BLPO exact": "--ihvp exact",
-}
+BLPO_SOLVERS = ("none", "nystrom", "cg 10", "cg 50", "exact")
 
 
 def measure_training(args: Args) -> list[study.Row]:
@@ -141,12 +130,11 @@ def measure_training(args: Args) -> list[study.Row]:
     rows: list[study.Row] = []
     for shape, (more, rollouts) in SHAPES.items():
         words = f"--env-id {args.env_id} --device cpu {more}"
-        loops = {
-            "PPO": partial(turns.script_loop, "ppo_continuous.py", words),
-            "reference PPO": partial(reference, words),
-        }
-        for name, solver in BLPO_SOLVERS.items():
-            loops[name] = partial(turns.script_loop, "blpo_continuous.py", f"{words} {solver}")
+        loops = {"PPO": partial(turns.script_loop, "ppo_continuous.py", words)}
+        loops["reference PPO"] = partial(reference, words)
+        for solver in BLPO_SOLVERS:
+            more = f"{words} --ihvp {solver} --nystrom-rank 10".replace("cg ", "cg --cg-iterations ")
+            loops[f"BLPO {solver}"] = partial(turns.script_loop, "blpo_continuous.py", more)
         samples = turns.loops_in_turns(loops, args.rounds, rollouts)
         rows += turns.loop_rows(samples, lambda _: {"PPO": "PPO"}, env_id=args.env_id, shape=shape)
     return rows
@@ -167,8 +155,8 @@ def measure_solvers(args: Args) -> list[study.Row]:
     def milliseconds(solve: Callable, systems: list, damping: float) -> turns.Numbers:
         start, calls = time.perf_counter(), 0
         while (seconds := time.perf_counter() - start) < 0.02:
-            for curvature, u in systems:
-                solve(curvature, u, damping)
+            for system in systems:
+                solve(*system, damping)
             calls += len(systems)
         return {"ms": 1e3 * seconds / calls}
 
@@ -179,24 +167,21 @@ def measure_solvers(args: Args) -> list[study.Row]:
             calls = {name: partial(milliseconds, solve, systems, damping) for name, solve in SOLVERS.items()}
             turns.in_turns(calls, 1)  # does not count
             for name, samples in turns.in_turns(calls, args.rounds).items():
-                left = [
-                    residual(curvature, *SOLVERS[name](curvature, u, damping), damping)
-                    for curvature, u in systems
-                ]
+                solved = [SOLVERS[name](*system, damping) for system in systems]
+                left = [residual(system[0], *bv, damping) for system, bv in zip(systems, solved)]
                 row = {"env_id": args.env_id, "rows": size, "damping": damping, "solver": name}
                 rows.append(row | samples | {"relative_residual": left})
     return rows
 
 
-def main(args: Args) -> None:
-    """Measure, print, and write if asked."""
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
+    """The parts that are asked for, in this order: torch forbids forks once autograd has run in this
+    process."""
     torch.set_num_threads(1)
-    made_by = study.begin(args, __file__)
-    # In this order: torch forbids the forks of `training` once autograd has run here.
     measures = {"against": measure_against, "training": measure_training, "solvers": measure_solvers}
     for part in (part for part in measures if part in (("against",) if args.against else args.parts)):
-        study.report(args, made_by, part, part, partial(measures[part], args))
+        yield part, measures[part](args)
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

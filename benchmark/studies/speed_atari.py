@@ -15,7 +15,7 @@ precision (convolutions in TF32, but for the follower full).
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, Literal
 
@@ -51,17 +51,15 @@ def games_only(words: str, rollout_done: Callable[[turns.Numbers], None]) -> Non
     """The games alone, with random actions drawn beforehand: the limit of every loop on them."""
     args = ppo.parse_args(words.split())
     envs = ppo.make_envs(args, args.num_envs, args.seed)
-    actions = np.random.default_rng(args.seed).integers(
-        0, envs.action_space.n, (args.num_steps, args.num_envs)
-    )
+    shape = args.num_steps, args.num_envs
+    actions = np.random.default_rng(args.seed).integers(0, envs.action_space.n, shape)
     envs.reset()
     while True:
         start = time.perf_counter()
         for action in actions:
             envs.step(action)
-        rollout_done(
-            {"env": time.perf_counter() - start, "policy": 0.0, "update": 0.0, "steps": actions.size}
-        )
+        seconds = time.perf_counter() - start
+        rollout_done({"env": seconds, "policy": 0.0, "update": 0.0, "steps": actions.size})
 
 
 def reference(words: str, threads: int, rollout_done: Callable[[turns.Numbers], None]) -> None:
@@ -73,10 +71,8 @@ def reference(words: str, threads: int, rollout_done: Callable[[turns.Numbers], 
         args.env_id, env_type="gymnasium", num_envs=args.num_envs, num_threads=min(cores(), args.num_envs),
         episodic_life=True, reward_clip=True, seed=args.seed,
     )  # fmt: skip
-    heads = ((int(envs.action_space.n), 0.01), (1, 1.0))
-    network = nn.ModuleList(
-        [ppo.nature_cnn(), *(ppo.layer_init(nn.Linear(512, n), gain) for n, gain in heads)]
-    )
+    actor, critic = nn.Linear(512, int(envs.action_space.n)), nn.Linear(512, 1)
+    network = nn.ModuleList([ppo.nature_cnn(), ppo.layer_init(actor, 0.01), ppo.layer_init(critic, 1.0)])
     trunk, actor, critic = network.to(args.device)
 
     def policy_and_value(images: torch.Tensor) -> tuple[torch.distributions.Categorical, torch.Tensor]:
@@ -91,33 +87,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def measure(args: Args) -> list[study.Row]:
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """A row for each loop."""
     words, loops = f"--env-id {args.env_id} --device {args.device} --torch-threads {args.torch_threads}", {}
     for games in args.games:
         more, label = f"{words} --num-envs {games}", "" if games == 8 else f", {games} games"
         loops[f"games only{label}"] = partial(games_only, more)
         loops[f"PPO{label}"] = partial(turns.script_loop, "ppo_atari.py", more)
-    counts = {1} if args.device == "cuda" else {1, args.torch_threads or cores()}
-    references = {f"reference_{count}_threads": f"reference, {count} threads" for count in sorted(counts)}
-    for count, name in zip(sorted(counts), references.values()):
+    references = {"PPO_separate": "PPO separate"}
+    for count in sorted({1} if args.device == "cuda" else {1, args.torch_threads or cores()}):
+        name = references[f"reference_{count}_threads"] = f"reference, {count} threads"
         loops[name] = partial(reference, words, count)
     loops["PPO separate"] = partial(turns.script_loop, "ppo_atari.py", f"{words} --separate-trunks")
     for follower, ihvp in itertools.product(args.followers, ("exact", "none")):
         more = f"{words} --follower {follower} --ihvp {ihvp}"
         loops[f"BLPO {follower}, {ihvp}"] = partial(turns.script_loop, "blpo_atari.py", more)
     samples = turns.loops_in_turns(loops, args.rounds, *((4, 2) if args.device == "cuda" else (1, 1)))
-    return turns.loop_rows(
-        samples, lambda _: references | {"PPO_separate": "PPO separate"}, env_id=args.env_id
-    )
-
-
-def main(args: Args) -> None:
-    """Measure, print, and write if asked."""
-    made_by = study.begin(args, __file__, cuda=args.device == "cuda")
-    title = f"{args.env_id}, networks on {args.device}, {cores()} usable cores"
-    study.report(args, made_by, "loops", title, partial(measure, args))
+    yield "loops", turns.loop_rows(samples, lambda _: references, env_id=args.env_id)
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

@@ -15,7 +15,7 @@ temperature, targets parameter by parameter.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, Literal, get_args
 
@@ -53,10 +53,8 @@ class ReferenceActor(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
         self.mean, self.logstd = nn.Linear(256, space.shape[0]), nn.Linear(256, space.shape[0])
-        self.scale, self.bias = (
-            torch.tensor((space.high - space.low) / 2),
-            torch.tensor((space.high + space.low) / 2),
-        )
+        self.scale = torch.tensor((space.high - space.low) / 2)
+        self.bias = torch.tensor((space.high + space.low) / 2)
 
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.trunk(obs)
@@ -104,9 +102,8 @@ def reference_loop(env_id: str, seed: int, rollout_done: Callable[[turns.Numbers
         position, obs, step = (position + 1) % capacity, next_obs, step + 1
         if step > RANDOM_TURNS * STEPS:
             index = np.random.randint(0, min(step, capacity), size=256)
-            b_obs, b_next_obs, b_actions, b_rewards, b_dones = (
-                torch.as_tensor(array[index, 0]) for array in replay
-            )
+            batch = [torch.as_tensor(array[index, 0]) for array in replay]
+            b_obs, b_next_obs, b_actions, b_rewards, b_dones = batch
             with torch.no_grad():
                 next_actions, next_logprob = actor.sample(b_next_obs)
                 pairs = torch.cat([b_next_obs, next_actions], 1)
@@ -141,7 +138,7 @@ def reference_loop(env_id: str, seed: int, rollout_done: Callable[[turns.Numbers
             start, env_time = time.perf_counter(), 0.0
 
 
-def measure(args: Args) -> list[study.Row]:
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """A row for the reference and each method."""
     words = f"--env-id {args.env_id} --env-backend {args.env_backend} --device cpu --num-steps {STEPS}"
     words += f" --checkpoint-every 1000 --learning-starts {RANDOM_TURNS * STEPS} --warmup-pairs 3000"
@@ -152,15 +149,11 @@ def measure(args: Args) -> list[study.Row]:
         loops[method] = partial(turns.script_loop, "sobirl_rlhf.py", f"{words} {chosen}")
     loops["reference SAC"] = partial(reference_loop, args.env_id, 1)  # the scripts refuse bad input first
     samples = turns.loops_in_turns(loops, args.rounds, warmup=RANDOM_TURNS)
-    return turns.loop_rows(samples, lambda _: {"reference": "reference SAC"}, env_id=args.env_id)
-
-
-def main(args: Args) -> None:
-    """Measure, print, and write if asked."""
-    made_by = study.begin(args, __file__)
-    title = f"Iterations of {STEPS} steps, whose seconds these are; one torch thread"
-    study.report(args, made_by, "speed_sobirl", title, partial(measure, args))
+    yield (
+        "speed_sobirl",
+        turns.loop_rows(samples, lambda _: {"reference": "reference SAC"}, env_id=args.env_id),
+    )
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

@@ -18,11 +18,13 @@ kernel.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from benchmark.studies import study, turns
 
+Script = Literal["stddpg.py", "stsac.py"]
 REFERENCE = "none-sequential"
 COMPETITORS = {  # name -> words
     REFERENCE: "--leader none-sequential",
@@ -40,10 +42,7 @@ class Args(study.Args):
 
     env_id: str = "HalfCheetah-v4"
     """environment; its episodes never end early, so each of its steps has one update"""
-    scripts: Annotated[tuple[Literal["stddpg.py", "stsac.py"], ...], study.AT_LEAST_ONE] = (
-        "stddpg.py",
-        "stsac.py",
-    )
+    scripts: Annotated[tuple[Script, ...], study.AT_LEAST_ONE] = get_args(Script)
     """whose updates to measure"""
     rounds: study.Count = 9
     """turns of each competitor"""
@@ -58,36 +57,27 @@ def all_iterations(script) -> None:
     script.conjugate_gradient = partial(script.conjugate_gradient, tolerance=0.0)
 
 
-def measure(args: Args) -> list[study.Row]:
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """A row for each script and kind of update."""
     rows: list[study.Row] = []
-    words = (
-        f"--env-id {args.env_id} --device {args.device} --env-threads 1 --eval-episodes 0 --learning-starts 0"
+    words = f"--env-id {args.env_id} --device {args.device} --env-threads 1 --eval-episodes 0"
+    words += (
+        f" --learning-starts 0 --num-steps {args.num_steps} --update-every {math.gcd(50, args.num_steps)}"
     )
-    words += f" --num-steps {args.num_steps} --update-every {math.gcd(50, args.num_steps)}"
     words += f" --total-timesteps {(args.rounds + 2) * args.num_steps}"
     competitors = dict(COMPETITORS)
     if args.device == "cuda":
         for name in (REFERENCE, "actor, kernel"):
             competitors[f"{name}, every kernel launched"] = f"{COMPETITORS[name]} --no-cuda-graphs"
     for script in dict.fromkeys(args.scripts):
-        loops = {
-            name: partial(
-                turns.script_loop, script, f"{words} {more}", prepare=all_iterations if "10" in name else id
-            )
-            for name, more in competitors.items()
-        }
+        loops = {}
+        for name, more in competitors.items():
+            prepared = {"prepare": all_iterations} if "10 iterations" in name else {}
+            loops[name] = partial(turns.script_loop, script, f"{words} {more}", **prepared)
         samples = turns.loops_in_turns(loops, args.rounds)
         rows += turns.loop_rows(samples, lambda _: {"plain": REFERENCE}, env_id=args.env_id, script=script)
-    return rows
-
-
-def main(args: Args) -> None:
-    """Measure, print, and write if asked."""
-    made_by = study.begin(args, __file__, cuda=args.device == "cuda")
-    title = f"{args.env_id}, networks on {args.device}, turns of {args.num_steps} updates"
-    study.report(args, made_by, "speed_stackelberg", title, partial(measure, args))
+    yield "speed_stackelberg", rows
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

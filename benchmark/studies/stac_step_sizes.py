@@ -8,6 +8,7 @@ counting with the random policy's; the best mean rank over the tasks wins, and o
 mean normalised return.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from benchmark.studies import study
 from benchmark.suites import RESULTS, Suite, load_suite
 
 
-class Args(study.CheckedArgs):
+class Args(study.Args):
     """Where the runs are."""
 
     results: Path = RESULTS
@@ -47,11 +48,11 @@ def ranking(suite: Suite, results: Results) -> list[study.Row]:
     )
 
 
-def main(args: Args) -> None:
-    """Print the table."""
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
+    """The ranking."""
     suite = load_suite("stac_mujoco_tune", check=False)
-    study.show(suite.name, ranking(suite, load_results(suite, args.results)))
+    yield suite.name, ranking(suite, load_results(suite, args.results))
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

@@ -2,7 +2,7 @@
 
     python -m benchmark.studies.stackelberg_damping --results-dir benchmark/results/stackelberg_damping
 
-Each run (actor-led, kernel, lambda = 1; a seed that no suite reports) is stopped after --steps steps; then
+Each run (actor-led, kernel, lambda = 1; a seed that no suite reports) ends after --steps steps; then
 --batches minibatches are drawn from its replay, and each solve is made for each lambda at the same networks
 and minibatches. A row of solves.csv: median and largest relative residual |(H + lambda I) x - b| / |b|;
 medians of |total gradient| / |own gradient| of the leader and of the cosine between them, and of the mean
@@ -14,16 +14,13 @@ The rule for the default of `--regularisation`: the smallest power of ten at whi
 kernel is below 1e-3, the largest included.
 """
 
-import contextlib
-import io
 import itertools
 import math
-import os
-import signal
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import pandas as pd
 import torch
@@ -33,6 +30,7 @@ import stddpg
 import stsac
 from benchmark.studies import study
 
+Script = Literal["stddpg.py", "stsac.py"]
 SOLVES = [("actor, kernel", damping) for damping in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)]
 SOLVES += [("actor, cg", damping) for damping in (0.0, 1.0, 10.0, 100.0, 500.0)]
 SOLVES += [("critic, cg", damping) for damping in (0.0, 0.1, 1.0, 10.0, 100.0)]
@@ -41,10 +39,7 @@ SOLVES += [("critic, cg", damping) for damping in (0.0, 0.1, 1.0, 10.0, 100.0)]
 class Args(study.Args):
     """The runs."""
 
-    scripts: Annotated[tuple[Literal["stddpg.py", "stsac.py"], ...], study.AT_LEAST_ONE] = (
-        "stddpg.py",
-        "stsac.py",
-    )
+    scripts: Annotated[tuple[Script, ...], study.AT_LEAST_ONE] = get_args(Script)
     """whose solves to study"""
     env_ids: Annotated[tuple[str, ...], study.AT_LEAST_ONE] = ("HalfCheetah-v4", "Hopper-v4")
     """environments of the runs"""
@@ -54,26 +49,6 @@ class Args(study.Args):
     """minibatches of each run"""
     seed: study.Seed = 101
     """seed of the runs, which no suite reports"""
-
-
-def interrupted_run(script, env_id: str, args: Args, run_dir: Path) -> Path:
-    """The folder of a run with a checkpoint and its replay after args.steps steps."""
-    log = script.Run.log
-
-    def log_and_stop(run, global_step, *rest):
-        log(run, global_step, *rest)
-        if global_step >= args.steps and not run.stop_signal:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    words = f"--env-id {env_id} --seed {args.seed} --device cpu --env-threads 1 --random-steps 3000"
-    words += f" --eval-episodes 0 --regularisation 1 --total-timesteps {2 * args.steps} --run-dir {run_dir}"
-    script.Run.log = log_and_stop
-    try:
-        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            script.train(script.parse_args(words.split()))
-    finally:
-        script.Run.log = log
-    return next(run_dir.iterdir())
 
 
 def solves(script, folder: Path, batches: int) -> list[dict]:
@@ -128,31 +103,24 @@ def solves(script, folder: Path, batches: int) -> list[dict]:
     return rows
 
 
-def measure(args: Args) -> list[study.Row]:
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """One row for each script, environment, solver and lambda."""
-    rows = []
+    torch.set_num_threads(1)
+    rows, words = (
+        [],
+        f"--seed {args.seed} --device cpu --env-threads 1 --random-steps 3000 --regularisation 1",
+    )
+    words += f" --eval-episodes 0 --total-timesteps {args.steps}"
     for name, env_id in itertools.product(args.scripts, args.env_ids):
         script = {"stddpg.py": stddpg, "stsac.py": stsac}[name]
         with tempfile.TemporaryDirectory() as run_dir:
-            rows += solves(script, interrupted_run(script, env_id, args, Path(run_dir)), args.batches)
+            given = f"{words} --env-id {env_id} --run-dir {run_dir}".split()
+            rows += solves(script, script.train(script.parse_args(given)), args.batches)
     columns = {column: (column, "median") for column in ("residual", "multiplier", "cosine", "weight")}
     columns |= {"largest": ("residual", "max"), "stopped": ("stopped", "mean"), "plain": ("plain", "mean")}
     groups = pd.DataFrame(rows).groupby(["script", "env_id", "solve", "lambda"], sort=False)
-    return groups.agg(**columns).reset_index().to_dict("records")
-
-
-def main(args: Args) -> None:
-    """Run, measure, print, and write if asked."""
-    torch.set_num_threads(1)
-    made_by = study.begin(args, __file__)
-    study.report(
-        args,
-        made_by,
-        "solves",
-        f"After {args.steps} steps, {args.batches} minibatches",
-        partial(measure, args),
-    )
+    yield "solves", groups.agg(**columns).reset_index().to_dict("records")
 
 
 if __name__ == "__main__":
-    study.command(main, Args, __doc__)
+    study.command(Args, measure, __file__, __doc__)

@@ -3,7 +3,6 @@
 A table is a list of rows; a row maps column names to a word, a number, or the list of one number's samples.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -22,20 +21,24 @@ import pydantic
 import tyro
 from pydantic import Field
 
-from benchmark.machine import provenance
+from benchmark.machine import provenance, write_atomically
 
 Row = dict[str, str | float | list[float]]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 AT_LEAST_ONE = Field(min_length=1)
+PRINTED = 100  # rows of a table; a longer one is only written
 
 
 class BadInput(Exception):
     """One sentence that names the argument or the file and what is wrong; exit status 2."""
 
 
-class CheckedArgs(pydantic.BaseModel, extra="forbid"):
+class Args(pydantic.BaseModel, extra="forbid"):
     """Arguments whose ranges are checked whenever they are made."""
+
+    results_dir: Path | None = None
+    """folder of the csv and json files; default: nothing is written"""
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -49,17 +52,15 @@ class CheckedArgs(pydantic.BaseModel, extra="forbid"):
             raise BadInput(f"--{name} is {wrong['input']!r}: {wrong['msg']}") from None
 
 
-class Args(CheckedArgs):
-    """What a study can be told that measures."""
-
-    results_dir: Path | None = None
-    """folder of the csv and json files; default: nothing is written"""
+# Measures table by table, and gives each as soon as it is made: its name and its rows, or a file's name and
+# bytes.
+Measure = Callable[[Args], Iterator[tuple[str, list[Row] | bytes]]]
 
 
-def command(main: Callable[[CheckedArgs], None], arguments: type[CheckedArgs], description: str) -> None:
+def command(arguments: type[Args], measure: Measure, module: str, description: str) -> None:
     """The command line of a study; bad input ends it with one sentence and exit status 2."""
     try:
-        main(tyro.cli(arguments, description=description))
+        run(tyro.cli(arguments, description=description), measure, module)
     except Exception as error:
         if type(error).__name__ not in ("BadInput", "BadSuite"):  # each script has a BadInput of its own
             raise
@@ -67,60 +68,45 @@ def command(main: Callable[[CheckedArgs], None], arguments: type[CheckedArgs], d
         sys.exit(2)
 
 
-@contextlib.contextmanager
-def writing(args: Args) -> Iterator[None]:
-    """Raises BadInput where the results folder cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"--results-dir {args.results_dir}: {error.strerror}; name another folder") from error
-
-
-def begin(args: Args, module: str, cuda: bool = False) -> dict:
-    """What makes the numbers of the study in the file `module`: command, commit, versions, machine, date.
-
-    Raises BadInput where a CUDA device is needed and there is none, or where the folder cannot be written.
+def run(args: Args, measure: Measure, module: str) -> None:
+    """Measure, print and, if asked, write of each table {name}.csv and {name}.json: what made it, the load,
+    and all samples. `module` is the study's file. Raises BadInput, before anything is measured where it can.
     """
     with multiprocessing.get_context("fork").Pool(1) as child:  # who has asked for a CUDA device cannot fork
         made_by = child.apply(provenance)
-    if cuda and made_by["gpu"] is None:
+    if getattr(args, "device", "cpu") == "cuda" and made_by["gpu"] is None:
         raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    if args.results_dir:
-        with writing(args):
+    made_by["command"] = shlex.join(["python", "-m", f"benchmark.studies.{Path(module).stem}", *sys.argv[1:]])
+    made_by["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        if args.results_dir:
             args.results_dir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=args.results_dir).close()
-    words = shlex.join(["python", "-m", f"benchmark.studies.{Path(module).stem}", *sys.argv[1:]])
-    print(f"{made_by['cpu']}, GPU {made_by['gpu']}, commit {made_by['commit']}: {words}")
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return made_by | {"command": words, "date": date}
+    except OSError as error:
+        raise unwritable(args, error) from error
+    print(f"{made_by['cpu']}, GPU {made_by['gpu']}, commit {made_by['commit']}: {made_by['command']}")
+    made_by["load_average"], start = [os.getloadavg()], time.perf_counter()
+    for name, content in measure(args):
+        made_by["load_average"].append(os.getloadavg())
+        made_by["seconds"] = round(time.perf_counter() - start)
+        if not isinstance(content, bytes) and len(content) <= PRINTED:
+            loads = " to ".join(f"{load[0]:.1f}" for load in made_by["load_average"])
+            show(f"{name}, after {made_by['seconds']} s, load average {loads}", content)
+        if args.results_dir:
+            files = {name: content} if isinstance(content, bytes) else files_of(name, content, made_by)
+            try:
+                for file, text in files.items():
+                    write_atomically(args.results_dir / file, lambda new, text=text: new.write_bytes(text))
+            except OSError as error:
+                raise unwritable(args, error) from error
 
 
-def report(
-    args: Args,
-    made_by: dict,
-    part: str,
-    title: str,
-    measure: Callable[[], list[Row]],
-    shown=lambda rows: rows,
-) -> list[Row]:
-    """Measure the rows of a table; print what `shown` makes of them; with --results-dir write {part}.csv, and
-    {part}.json with what made the rows, the load, and all samples. Returns the rows."""
-    before, start = os.getloadavg(), time.perf_counter()
-    rows = measure()
-    load, seconds = {"before": before, "after": os.getloadavg()}, round(time.perf_counter() - start)
-    show(
-        f"{title} ({seconds} s; load average {before[0]:.1f} before, {load['after'][0]:.1f} after)",
-        shown(rows),
-    )
-    if args.results_dir:
-        content = {"provenance": made_by | {"load_average": load, "seconds": seconds}}
-        if any(isinstance(value, list) for row in rows for value in row.values()):
-            content["rows"] = rows  # without samples the csv file has them all
-        write(args, f"{part}.csv", as_csv(rows))
-        write(args, f"{part}.json", json.dumps(content, indent=1) + "\n")
-    return rows
+def unwritable(args: Args, error: OSError) -> BadInput:
+    """The refusal of a results folder."""
+    return BadInput(f"--results-dir {args.results_dir}: {error.strerror}; name another folder")
 
 
+# ---- Tables ----------------------------------------------------------------------------------------
 def cell(value: str | float | list[float]) -> str:
     """A value in three digits, samples as median (lowest..highest)."""
     if isinstance(value, list) and len(value) > 1:
@@ -138,24 +124,15 @@ def show(title: str, rows: list[Row]) -> None:
     print(f"\n**{title}**\n", *(f"| {' | '.join(line)} |" for line in lines), sep="\n", flush=True)
 
 
-def as_csv(rows: list[Row]) -> str:
-    """One line a row: samples as their median, with columns _min and _max; numbers in six digits."""
-    lines = []
-    for row in rows:
-        lines.append({})
-        for name, value in row.items():
-            samples = value if isinstance(value, list) else None
-            lines[-1][name] = statistics.median(samples) if samples else value
-            lines[-1] |= {f"{name}_min": min(samples), f"{name}_max": max(samples)} if samples else {}
-    return pd.DataFrame(lines).to_csv(index=False, float_format="%.6g")
-
-
-def write(args: Args, name: str, content: str | bytes) -> None:
-    """Write or replace a file of the results folder: after a crash the old or the new one is there."""
-    new = args.results_dir / f"{name}.new"
-    with writing(args):
-        try:
-            new.write_bytes(content if isinstance(content, bytes) else content.encode())
-            os.replace(new, args.results_dir / name)
-        finally:
-            new.unlink(missing_ok=True)
+def files_of(name: str, rows: list[Row], made_by: dict) -> dict[str, bytes]:
+    """A csv file with samples as their median and columns _min and _max, numbers in six digits; a json file
+    with what made the rows and, if there are samples, the rows."""
+    lines, content = [dict(row) for row in rows], {"provenance": made_by}
+    for line in lines:
+        for column, samples in list(line.items()):
+            if isinstance(samples, list):
+                content["rows"] = rows
+                line[column] = statistics.median(samples)
+                line |= {f"{column}_min": min(samples), f"{column}_max": max(samples)}
+    table = pd.DataFrame(lines).to_csv(index=False, float_format="%.6g")
+    return {f"{name}.csv": table.encode(), f"{name}.json": (json.dumps(content, indent=1) + "\n").encode()}

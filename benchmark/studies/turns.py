@@ -48,17 +48,15 @@ def ratios(samples: list[float], reference: list[float]) -> list[float]:
 def loop_rows(samples: Samples, references: Callable[[str], dict[str, str]], **labels: str) -> list[Row]:
     """A row for each loop: steps per second; for each of its `references`, label -> loop, the ratios of time,
     processor time and the update's time; and milliseconds of an environment step, in all and by part."""
-    per_step = {
+    of_step = {
         name: {key: ratios(each[key], each["steps"]) for key in each} for name, each in samples.items()
     }
     rows: list[Row] = []
-    for name, mine in per_step.items():
+    for name, mine in of_step.items():
         row: Row = labels | {"loop": name, "steps_per_s": [1 / each for each in mine["rollout"]]}
         for label, other in references(name).items():
-            for key in ("rollout", "cpu", "update"):
-                row[f"{'time' if key == 'rollout' else key}_over_{label}"] = ratios(
-                    mine[key], per_step[other][key]
-                )
+            for word, key in (("time", "rollout"), ("cpu", "cpu"), ("update", "update")):
+                row[f"{word}_over_{label}"] = ratios(mine[key], of_step[other][key])
         rows.append(row | {f"{key}_ms": [1e3 * each for each in mine[key]] for key in mine if key != "steps"})
     return rows
 
@@ -103,9 +101,7 @@ def serve(name: str, loop: Loop, pipe) -> None:
 
     def next_turn() -> int:
         while not pipe.poll(1.0):
-            if (
-                os.getppid() != parent
-            ):  # it was killed; its end of the pipe lives on in the other loops' processes
+            if os.getppid() != parent:  # it was killed; its end of the pipe lives on in the other loops
                 raise Enough
         return pipe.recv()
 
@@ -132,9 +128,7 @@ def serve(name: str, loop: Loop, pipe) -> None:
             pipe.send(BadInput(f"{name}: {error}") if refused else RuntimeError(f"{name}: {error!r}"))
 
 
-def script_loop(
-    script: str, words: str, rollout_done, tree: Path = ROOT, prepare=lambda module: None
-) -> None:
+def script_loop(script: str, words: str, rollout_done, tree: Path = ROOT, prepare=lambda _: None) -> None:
     """The training of a script of `tree` with these words, as it is, logging included: its log entry marks
     the end of a rollout. `prepare` gets the script's module first."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, tree / script)
@@ -152,7 +146,6 @@ def script_loop(
 
     module.Run.log = log_and_tell
     with tempfile.TemporaryDirectory() as folder:
-        of_old = (
-            [module.Args] if module.parse_args.__code__.co_argcount == 2 else []
-        )  # commits before b115306
-        module.train(module.parse_args(*of_old, [*words.split(), "--run-dir", folder]))
+        first = module.Args if module.parse_args.__code__.co_argcount == 2 else None  # commits before b115306
+        given = [*words.split(), "--run-dir", folder]
+        module.train(module.parse_args(first, given) if first else module.parse_args(given))
