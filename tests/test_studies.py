@@ -126,7 +126,9 @@ def test_a_long_table_is_written_and_not_printed(tmp_path, capsys):
         (stackelberg_damping, "--env-ids nope", "--env-id 'nope' cannot be made"),
         (sobirl_convergence, "--instances 1", "--instances is 1: "),
         (sobirl_convergence, "--ladder 64", "--ladder is (64,): "),
-        (stac_step_sizes, "--results {file}", "72 runs of stac_mujoco_tune are missing"),
+        (sobirl_convergence, "--ladder 64 64", "--ladder is (64, 64): it must be two numbers or more"),
+        (stac_step_sizes, "--results {file}-missing", "72 runs of stac_mujoco_tune are missing"),
+        (stac_step_sizes, "--results {file}", "{file}/stac_mujoco_tune"),
         (stac_step_sizes, "--results {damaged}", "{damaged}/stac_mujoco_tune/runs.json"),
     ],
 )

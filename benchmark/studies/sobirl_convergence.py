@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from scipy import stats
 
 import sobirl_tabular as sobirl
@@ -37,7 +37,15 @@ SETTINGS = {  # the theorem's exponents
     "7.7 Stoc-SoBiRL, 16 tuples": {"iterations": -2 / 3, "samples": -2 / 3},
     "7.7 Stoc-SoBiRL, growing tuples": {"iterations": -2 / 3, "samples": -2 / 7},
 }
+Rung = Annotated[int, Field(ge=2, le=10**6)]
 Iterations = Annotated[int, Field(ge=4, le=10**6)]  # fewer have no two doublings
+
+
+def ascending(ladder: tuple[int, ...]) -> tuple[int, ...]:
+    """The ladder; raises ValueError unless each rung is above the one before."""
+    if list(ladder) != sorted(set(ladder)) or len(ladder) < 2:
+        raise ValueError("it must be two numbers or more, each above the one before")
+    return ladder
 
 
 class Args(study.Args):
@@ -49,13 +57,8 @@ class Args(study.Args):
     """K of SoBiRL"""
     stochastic_iterations: Iterations = 1024
     """K of Stoc-SoBiRL with 16 tuples"""
-    ladder: Annotated[tuple[Annotated[int, Field(ge=2, le=10**6)], ...], Field(min_length=2)] = (
-        64,
-        128,
-        256,
-        512,
-    )
-    """K of the runs with growing tuples, ascending; the first one has 4 tuples"""
+    ladder: Annotated[tuple[Rung, ...], AfterValidator(ascending)] = (64, 128, 256, 512)
+    """K of the runs with growing tuples; the first one has 4 tuples"""
     instances: Annotated[int, Field(ge=2, le=1000)] = 10
     """instances of each problem"""
     seed: study.Seed = 1

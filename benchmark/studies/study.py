@@ -48,8 +48,8 @@ class Args(pydantic.BaseModel, extra="forbid"):
             return check(values)
         except pydantic.ValidationError as error:
             wrong = error.errors()[0]
-            name = str(wrong["loc"][0]).replace("_", "-")
-            raise BadInput(f"--{name} is {wrong['input']!r}: {wrong['msg']}") from None
+            name, message = str(wrong["loc"][0]).replace("_", "-"), wrong["msg"].removeprefix("Value error, ")
+            raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
 
 
 # Measures table by table, and gives each as soon as it is made: its name and its rows, or a file's name and
@@ -76,6 +76,7 @@ def run(args: Args, measure: Measure, module: str) -> None:
         made_by = child.apply(provenance)
     if getattr(args, "device", "cpu") == "cuda" and made_by["gpu"] is None:
         raise BadInput("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    del made_by["threads"]  # of this process; those that are measured have their own
     made_by["command"] = shlex.join(["python", "-m", f"benchmark.studies.{Path(module).stem}", *sys.argv[1:]])
     made_by["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:

@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmark.studies.study import BadInput, Row
@@ -81,13 +82,15 @@ def loops_in_turns(loops: dict[str, Loop], rounds: int, rollouts: int = 1, warmu
         processes.append(context.Process(target=serve, args=(name, loop, end), daemon=True))
         processes[-1].start()
         end.close()
-    for name in loops:
-        turn(name, warmup)
-    samples = in_turns({name: lambda name=name: turn(name, rollouts) for name in loops}, rounds)
-    for process, pipe in zip(processes, pipes.values()):
-        pipe.send(0)
-        process.join()
-    return samples
+    try:
+        for name in loops:
+            turn(name, warmup)
+        return in_turns({name: partial(turn, name, rollouts) for name in loops}, rounds)
+    finally:
+        for process, pipe in zip(processes, pipes.values()):
+            with contextlib.suppress(BrokenPipeError):  # of one that has refused
+                pipe.send(0)
+            process.join()
 
 
 class Enough(Exception):
@@ -103,7 +106,9 @@ def serve(name: str, loop: Loop, pipe) -> None:
         while not pipe.poll(1.0):
             if os.getppid() != parent:  # it was killed; its end of the pipe lives on in the other loops
                 raise Enough
-        return pipe.recv()
+        if not (rollouts := pipe.recv()):
+            raise Enough
+        return rollouts
 
     def rollout_done(numbers: Numbers) -> None:
         nonlocal todo, start
@@ -112,8 +117,7 @@ def serve(name: str, loop: Loop, pipe) -> None:
         if len(done) == todo:
             pipe.send({key: statistics.mean(each[key] for each in done) for key in done[0]})
             done.clear()
-            if not (todo := next_turn()):
-                raise Enough
+            todo = next_turn()
         start = time.perf_counter(), time.process_time()
 
     warnings.simplefilter("ignore")  # Gymnasium deprecates the v4 tasks
