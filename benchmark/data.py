@@ -3,13 +3,11 @@
     curves.csv   one row a run and point of the suite's grid of steps, sorted by environment, method, seed and
                  global_step; wall_time_s, episodic_return (mean of the episodes that ended since the point
                  before), episodes (how many) and the suite's diagnostics; empty cells where there is nothing
-    runs.json    suite, mixed, missing, failed; `runs`, one entry a run (Entry), on a line of its own;
-                 `common`, what is equal in all entries: an entry's keys, arguments and versions go over it
+    runs.json    what was collected (RunsFile), one entry a run (Entry), each on a line of its own
 
 Both files are replaced as a whole, curves.csv first: rows of runs that runs.json does not name are not read.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from benchmark.machine import write_atomically
+from benchmark.machine import read_as, write_atomically
 from benchmark.reference import load_reference
-from benchmark.suites import BadSuite, Job, Suite, first_sentence, same_run
+from benchmark.suites import BadSuite, Job, Suite, same_run
 
 RUN = ["environment", "method", "seed"]  # the columns that name a run
 COLUMNS = [*RUN, "global_step", "wall_time_s", "episodic_return", "episodes"]  # and before the diagnostics
@@ -30,7 +28,7 @@ COLUMNS = [*RUN, "global_step", "wall_time_s", "episodic_return", "episodes"]  #
 class Entry(BaseModel):
     """Where a run came from, and what came out."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
     job: str
     method: str
     environment: str
@@ -62,9 +60,9 @@ class Entry(BaseModel):
 
 
 class RunsFile(BaseModel):
-    """The content of runs.json, with `common` put back into the entries."""
+    """The content of runs.json."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
     suite: str
     file: str = Field(default_factory=lambda known: f"benchmark/suites/{known['suite']}.toml")
     """the suite file that these are the results of"""
@@ -117,20 +115,7 @@ def chosen(table: pd.DataFrame, method: str, environment: str) -> pd.DataFrame:
 # ---- Reading -----------------------------------------------------------------------------------------------
 def read_runs(folder: Path) -> RunsFile | None:
     """The runs.json of a suite's folder; None if there is none. Raises BadSuite if it is damaged."""
-    path = folder / "runs.json"
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        common = content.pop("common", {})
-        for run in content.get("runs", []):
-            inside = {name: common.get(name, {}) | run.get(name, {}) for name in ("arguments", "versions")}
-            run.update(common | run | inside)
-        return RunsFile.model_validate(content)
-    except ValidationError as error:
-        raise BadSuite(f"{path}: {first_sentence(error)}; collect the suite again") from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise BadSuite(f"{path} cannot be read: {error}; collect the suite again") from None
+    return read_as(RunsFile, folder / "runs.json")
 
 
 def read_curves(folder: Path, cells: type = float) -> pd.DataFrame:
@@ -219,38 +204,6 @@ def write_results(folder: Path, content: RunsFile, curves: pd.DataFrame) -> None
     folder.mkdir(parents=True, exist_ok=True)
     curves = curves.sort_values([*RUN, "global_step"], kind="stable")
     write_atomically(folder / "curves.csv", lambda new: curves.to_csv(new, index=False, lineterminator="\n"))
-    entries = [run.model_dump() for run in content.runs]
-    common = shared(entries)
-    lines = [json.dumps(own(run, common)) for run in entries]
-    head = content.model_dump(exclude={"runs"}) | {"common": common}
-    text = ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in head.items())
-    text = f'{{\n{text},\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-    write_atomically(folder / "runs.json", lambda new: new.write_text(text))
-
-
-def shared(entries: list[dict]) -> dict:
-    """What is equal in all of several dictionaries; of dictionaries in them, the items that are."""
-    if len(entries) < 2:
-        return {}
-    common = {}
-    for key in entries[0]:
-        values = [entry.get(key) for entry in entries]
-        if len({json.dumps(value, sort_keys=True) for value in values}) == 1:
-            common[key] = values[0]
-        elif all(isinstance(value, dict) for value in values):
-            everywhere = set(values[0]).intersection(*values)
-            common[key] = shared([{name: value[name] for name in sorted(everywhere)} for value in values])
-    return common
-
-
-def own(entry: dict, common: dict) -> dict:
-    """What an entry has besides `common`."""
-    left = {}
-    for key, value in entry.items():
-        if key not in common:
-            left[key] = value
-        elif isinstance(value, dict):
-            left |= {key: mine} if (mine := own(value, common[key])) else {}
-        elif json.dumps(value) != json.dumps(common[key]):
-            left[key] = value
-    return left
+    head = content.model_dump_json(exclude={"runs"}).removesuffix("}")
+    lines = ",\n".join(run.model_dump_json() for run in content.runs)
+    write_atomically(folder / "runs.json", lambda new: new.write_text(f'{head},"runs":[\n{lines}\n]}}\n'))

@@ -17,7 +17,6 @@ behind, and the runs of another launcher on the same machine, take the places of
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -253,15 +252,10 @@ def split_cores(workers: int) -> list[list[int]] | list[None]:
 
 def visible_gpus() -> list[str]:
     """The indices of the GPUs that this process may use."""
+    import torch  # seconds, which `report` need not wait
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [index for index in visible.split(",") if index.strip()]
-    ask = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(ask, capture_output=True, text=True)
-    except OSError:
-        return []
-    return done.stdout.split() if done.returncode == 0 else []
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def take_places(folder: Path, worker: int, workers: int) -> list | None:
@@ -283,18 +277,6 @@ def let_go(files: list) -> None:
     """Close files, and so give their locks back."""
     for file in files:
         file.close()
-
-
-def steps_made(folder: Path) -> float:
-    """The part of its steps that a job's newest run has made, by the last whole line of its metrics.csv."""
-    try:
-        run = run_folders(folder)[-1]
-        total = json.loads((run / "args.json").read_text())["args"]["total_timesteps"]
-        with open(run / "metrics.csv", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-            return int(file.read().split(b"\n")[-2].split(b",")[0]) / total
-    except (OSError, ValueError, KeyError, IndexError):  # it has only begun
-        return 0.0
 
 
 class Launch:
@@ -398,15 +380,12 @@ class Launch:
             attempt.stop()
 
     def show(self) -> None:
-        """A line a minute: how many jobs are where, how far the running ones are, and the time left."""
-        if time.monotonic() - self.told < 60:
-            return
-        self.told = time.monotonic()
-        parts = [steps_made(folder) for folder in list(self.running)]
-        done, left = self.finished() - self.before + sum(parts), len(self.folders) - self.before
-        minutes = (self.told - self.started) / 60
-        ahead = f", about {minutes * (left / done - 1):,.0f} min left" if done else ""
-        say(f"{self.summary()} ({', '.join(f'{part:.0%}' for part in parts)}){ahead}")
+        """A line a minute: how many jobs are where, and the time left by the pace of this launch."""
+        if time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            done, left = self.finished() - self.before, len(self.folders) - self.before
+            minutes = (self.told - self.started) / 60 * (left / done - 1) if done else 0
+            say(self.summary() + (f", about {minutes:,.0f} min left" if done else ""))
 
     def finished(self) -> int:
         """How many jobs have come to their end."""

@@ -622,9 +622,9 @@ def test_collect_refuses_damaged_files_and_writes_nothing(copied, tmp_path, caps
 @pytest.mark.parametrize(
     ("name", "old", "new", "words"),
     [
-        ("runs.json", '"runs": [', '"runs": {', "runs.json cannot be read"),
+        ("runs.json", '"runs":[', '"runs":{', "runs.json: Invalid JSON"),
         ("runs.json", '"job"', '"jib"', "runs.json: runs[0].job: this key is missing"),
-        ("runs.json", '"seed": 1,', '"seed": "one",', "runs.json: runs[0].seed: Input should be a valid integer"),
+        ("runs.json", '"seed":1,', '"seed":"one",', "runs.json: runs[0].seed: Input should be a valid integer"),
         ("curves.csv", "global_step", "step", "curves.csv cannot be read: the column global_step is missing"),
         ("curves.csv", ",256,", ",512,", "curves.csv cannot be read: a run has a point twice"),
         ("curves.csv", ",256,", ",soon,", "curves.csv cannot be read: invalid literal"),
@@ -773,23 +773,22 @@ def test_a_launch_records_the_end_of_runs_that_finished_without_one(copied, caps
 
 
 # ---- Committed results -----------------------------------------------------------------------------------------
-def test_what_all_entries_share_is_written_once_and_read_back(tmp_path):
-    one = {"job": "a", "suite": "s"}
+def test_what_is_written_is_read_back(tmp_path):
     entry = dict(
         method="m", environment="e", script="x.py", command="python x.py", commit=None, commits=[None], script_blob=None,
         dirty=False, cpu="c", gpu=None, cores=None, attempts=1, final_return=1.5, wall_time_s=None, steps=10,
     )  # fmt: skip
     runs = [
-        data.Entry(job=f"e__m__{seed}", seed=seed, arguments={"gamma": 0.9, "width": width}, versions={"torch": "2"}, **entry)
-        for seed, width in ((1, 8), (2, None), (3, 8.0))
+        data.Entry(job=f"e__m__{seed}", seed=seed, arguments={"limit": limit}, versions={"torch": "2"}, **entry)
+        for seed, limit in ((1, 8), (2, None), (3, math.inf))
     ]
     rows = [("e", "m", seed, step, "1.0", "", "0") for seed in (3, 2, 1) for step in (20, 10)]
     curves = pd.DataFrame(rows, columns=data.COLUMNS)
-    data.write_results(tmp_path, data.RunsFile(suite=one["suite"], runs=runs), curves)
-    written = json.loads((tmp_path / "runs.json").read_text())
-    assert written["common"]["arguments"] == {"gamma": 0.9} and written["common"]["versions"] == {"torch": "2"}
-    assert written["runs"][1] == {"job": "e__m__2", "seed": 2, "arguments": {"width": None}}
+    data.write_results(tmp_path, data.RunsFile(suite="s", runs=runs), curves)
+    lines = (tmp_path / "runs.json").read_text().splitlines()
+    assert len(lines) == len(runs) + 2 and json.loads("".join(lines))["runs"][2]["arguments"] == {"limit": math.inf}
     assert data.read_runs(tmp_path).runs == runs and data.read_runs(tmp_path / "none") is None
+    assert data.read_runs(tmp_path).file == "benchmark/suites/s.toml"
     read = data.read_curves(tmp_path)
     assert read["seed"].tolist() == [1, 1, 2, 2, 3, 3] and read["global_step"].tolist() == [10, 20] * 3
     assert read["episodic_return"].isna().all() and read["wall_time_s"].tolist() == [1.0] * 6
