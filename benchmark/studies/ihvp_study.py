@@ -2,8 +2,7 @@
 
     python -m benchmark.studies.ihvp_study --results-dir benchmark/results/ihvp_study      four minutes
 
-It captures systems from three runs of 102,400 steps, solves them all, and prints the largest residual over
-them.
+It captures systems from three runs of 102,400 steps, solves them all, and prints the largest residuals.
 
 The rule, written before the numbers: among the dampings 100, 30, 10, 3, 1, 0.3, 0.1 take the smallest at
 which the cheapest kind of directions leaves a relative residual |(H + damping I) v - b| / |b| below 0.3 in
@@ -24,6 +23,7 @@ import blpo_continuous as blpo
 import blpo_continuous_ablations as laboratory
 from benchmark.studies import study
 
+System = tuple[int, blpo.GaussNewton, torch.Tensor]  # rollout, curvature, u with b = J^T u
 RANK, DRAWS = 10, 5
 DAMPINGS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 COLUMNS = ("coordinates", "last-layer", "gaussian", "krylov", "features")
@@ -42,12 +42,9 @@ class Args(study.Args):
     """seed of the runs and of the random directions"""
 
 
-def captured_systems(
-    words: list[str], rollouts: Collection[int]
-) -> list[tuple[int, blpo.GaussNewton, torch.Tensor]]:
-    """(rollout, curvature, u with b = J^T u) of the last minibatch of some rollouts of a real run with these
-    words, on the CPU and with the exact solver, so that no approximation shapes the critics. Raises
-    BadInput."""
+def captured_systems(words: list[str], rollouts: Collection[int]) -> list[System]:
+    """The systems of the last minibatch of some rollouts of a real run with these words, on the CPU and with the
+    exact solver, so that no approximation shapes the critics. Raises BadInput."""
     systems, solves, original = [], 0, blpo.exact_ihvp
 
     def keep(curvature, u, damping):
@@ -62,9 +59,7 @@ def captured_systems(
         per_rollout = args.update_epochs * args.num_minibatches
         made = args.total_timesteps // (args.num_envs * args.num_steps)
         if max(rollouts) > made:
-            raise study.BadInput(
-                f"--iterations {max(rollouts)}: the run has {made} rollouts; ask for more steps"
-            )
+            raise study.BadInput(f"--iterations {max(rollouts)}: the run has {made} rollouts; ask for more")
         blpo.exact_ihvp = keep
         try:
             blpo.train(args)

@@ -1,7 +1,6 @@
 """PPO in the manner of CleanRL's scripts, the loop that most readers know, to compare the speed with."""
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,23 +8,15 @@ import torch.nn as nn
 from torch import Tensor
 
 
-def reference_loop(
-    args, envs, policy_and_value, parameters: list, action_shape: tuple, rollout_done: Callable
-) -> None:
+def reference_loop(args, envs, first_obs, action_shape, policy_and_value, parameters, rollout_done) -> None:
     """Train for ever with a script's arguments on a vector of environments; no logging.
 
     Values are asked at every step, GAE is a loop over time, distributions are those of torch, Adam is its
     default implementation, and a number is read back in every minibatch.
     """
-    optimiser, device = (
-        torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5),
-        torch.device(args.device),
-    )
+    optimiser, device = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5), torch.device(args.device)
     shape, batch_size = (args.num_steps, args.num_envs), args.num_steps * args.num_envs
-    reset = (
-        envs.reset(seed=args.seed)[0] if action_shape else envs.reset()[0]
-    )  # EnvPool is seeded when it is made
-    next_obs, next_done = torch.Tensor(reset).to(device), torch.zeros(args.num_envs, device=device)
+    next_obs, next_done = torch.Tensor(first_obs).to(device), torch.zeros(args.num_envs, device=device)
     obs = torch.zeros(args.num_steps, *next_obs.shape, device=device)
     actions = torch.zeros(*shape, *action_shape, device=device)
     logprobs, rewards, dones, values = (torch.zeros(shape, device=device) for _ in range(4))

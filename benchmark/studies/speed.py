@@ -119,7 +119,8 @@ def reference(words: str, rollout_done: Callable[[turns.Numbers], None]) -> None
         policy = torch.distributions.Normal(mean, agent.actor_logstd.expand_as(mean).exp())
         return policy, agent.critic(obs).flatten()
 
-    reference_loop(args, envs, policy_and_value, list(agent.parameters()), action_shape, rollout_done)
+    first_obs, parameters = envs.reset(seed=args.seed)[0], list(agent.parameters())
+    reference_loop(args, envs, first_obs, action_shape, policy_and_value, parameters, rollout_done)
 
 
 BLPO_SOLVERS = ("none", "nystrom", "cg 10", "cg 50", "exact")

@@ -79,7 +79,8 @@ def reference(words: str, threads: int, rollout_done: Callable[[turns.Numbers], 
         features = trunk(images / 255.0)
         return torch.distributions.Categorical(logits=actor(features)), critic(features).flatten()
 
-    reference_loop(args, envs, policy_and_value, list(network.parameters()), (), rollout_done)
+    parameters = list(network.parameters())
+    reference_loop(args, envs, envs.reset()[0], (), policy_and_value, parameters, rollout_done)
 
 
 def cores() -> int:

@@ -34,18 +34,15 @@ def ranking(suite: Suite, results: Results) -> list[study.Row]:
         raise study.BadInput(f"{missing}; run and collect them first")
 
     def means(values) -> pd.DataFrame:
-        tasks = suite.environments
-        return pd.DataFrame(
-            {task: [values(results, name, task).mean() for name in suite.methods] for task in tasks}
-        )
+        names = suite.methods
+        return pd.DataFrame({task: [values(results, name, task).mean() for name in names] for task in tasks})
 
+    tasks, order = suite.environments, ["mean rank", "mean normalised return"]
     ranks = means(returns).rank(ascending=False)
     first = {"method": [method.label for method in suite.methods.values()], "mean rank": ranks.mean(axis=1)}
     first["mean normalised return"] = means(partial(scores, suite)).mean(axis=1)
-    table = pd.DataFrame(first).join(ranks)
-    return table.sort_values(["mean rank", "mean normalised return"], ascending=[True, False]).to_dict(
-        "records"
-    )
+    table = pd.DataFrame(first).join(ranks).sort_values(order, ascending=[True, False])
+    return table.to_dict("records")
 
 
 def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:

@@ -6,9 +6,9 @@ Each run (actor-led, kernel, lambda = 1; a seed that no suite reports) ends afte
 --batches minibatches are drawn from its replay, and each solve is made for each lambda at the same networks
 and minibatches. A row of solves.csv: median and largest relative residual |(H + lambda I) x - b| / |b|;
 medians of |total gradient| / |own gradient| of the leader and of the cosine between them, and of the mean
-weight 2 z that the actor's backups get; the fractions of solves that the guard stopped and of those with x =
-0, which leave the leader's own gradient. Multiplier and cosine are empty where the actor is saturated and
-its own gradient is 0.
+weight 2 z that the actor's backups get; the fractions of solves that the guard stopped and of those with
+x = 0, which leave the leader's own gradient. The multiplier is empty where the actor is saturated and its own
+gradient is 0.
 
 The rule for the default of `--regularisation`: the smallest power of ten at which every residual of the
 kernel is below 1e-3, the largest included.
@@ -106,11 +106,8 @@ def solves(script, folder: Path, batches: int) -> list[dict]:
 def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """One row for each script, environment, solver and lambda."""
     torch.set_num_threads(1)
-    rows, words = (
-        [],
-        f"--seed {args.seed} --device cpu --env-threads 1 --random-steps 3000 --regularisation 1",
-    )
-    words += f" --eval-episodes 0 --total-timesteps {args.steps}"
+    rows, words = [], f"--seed {args.seed} --device cpu --env-threads 1 --random-steps 3000 --eval-episodes 0"
+    words += f" --regularisation 1 --total-timesteps {args.steps}"
     for name, env_id in itertools.product(args.scripts, args.env_ids):
         script = {"stddpg.py": stddpg, "stsac.py": stsac}[name]
         with tempfile.TemporaryDirectory() as run_dir:
