@@ -71,6 +71,11 @@ def test_every_loop_is_warmed_up_and_a_turn_is_a_mean():
     assert all(seconds > 0 for seconds in samples["A"]["rollout"])
 
 
+def test_a_loop_that_ends_too_early_is_bad_input():
+    with pytest.raises(study.BadInput, match="A has made all its steps; ask for fewer --rounds"):
+        turns.loops_in_turns({"A": two_loops}, rounds=100)
+
+
 def test_a_script_that_refuses_its_arguments_is_bad_input():
     loop = partial(turns.script_loop, "ppo_continuous.py", "--env-id Hopper-v4 --num-envs 0")
     with pytest.raises(study.BadInput, match="^A: --num-envs is "):

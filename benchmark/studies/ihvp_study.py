@@ -43,8 +43,8 @@ class Args(study.Args):
 
 
 def captured_systems(words: list[str], rollouts: Collection[int]) -> list[System]:
-    """The systems of the last minibatch of some rollouts of a real run with these words, on the CPU and with the
-    exact solver, so that no approximation shapes the critics. Raises BadInput."""
+    """The systems of the last minibatch of some rollouts of a real run with these words, on the CPU and with
+    the exact solver, so that no approximation shapes the critics. Raises BadInput."""
     systems, solves, original = [], 0, blpo.exact_ihvp
 
     def keep(curvature, u, damping):

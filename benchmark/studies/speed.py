@@ -86,7 +86,7 @@ def measure_against(args: Args) -> list[study.Row]:
 
     with worktree(args.against) as other:
         for shape, (more, rollouts) in SHAPES.items():
-            words, loops = f"--env-id {args.env_id} --device cpu {more}", {}
+            words, loops = f"--env-id {args.env_id} --device cpu --total-timesteps 1000000000 {more}", {}
             for name, (script, own) in SCRIPTS.items():
                 for tree, folder in ((args.against, other), ("this tree", ROOT)):
                     loop = partial(turns.script_loop, script, f"{words} {own}", tree=folder)
@@ -130,7 +130,7 @@ def measure_training(args: Args) -> list[study.Row]:
     """A row for each shape and loop."""
     rows: list[study.Row] = []
     for shape, (more, rollouts) in SHAPES.items():
-        words = f"--env-id {args.env_id} --device cpu {more}"
+        words = f"--env-id {args.env_id} --device cpu --total-timesteps 1000000000 {more}"
         loops = {"PPO": partial(turns.script_loop, "ppo_continuous.py", words)}
         loops["reference PPO"] = partial(reference, words)
         for solver in BLPO_SOLVERS:

@@ -142,7 +142,8 @@ def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """A row for the reference and each method."""
     words = f"--env-id {args.env_id} --env-backend {args.env_backend} --device cpu --num-steps {STEPS}"
     words += f" --checkpoint-every 1000 --learning-starts {RANDOM_TURNS * STEPS} --warmup-pairs 3000"
-    words += " --warmup-epochs 0 --pairs-per-iteration 10 --label-budget 1000000"
+    words += f" --warmup-epochs 0 --pairs-per-iteration 10 --label-budget {10**9}"
+    words += f" --total-timesteps {max(500_000, (RANDOM_TURNS + args.rounds + 1) * STEPS)}"
     loops = {}
     for method in args.methods:
         chosen = f"--reward-update {method}".replace("-queue", " --implicit-pairs queue")

@@ -125,6 +125,7 @@ def serve(name: str, loop: Loop, pipe) -> None:
         try:
             todo, start = next_turn(), (time.perf_counter(), time.process_time())
             loop(rollout_done)
+            pipe.send(BadInput(f"{name} has made all its steps; ask for fewer --rounds"))
         except Enough:
             pass
         except BaseException as error:
