@@ -5,21 +5,24 @@ from benchmark.suites import Claim, Suite
 
 LEAST = 5  # seeds of each method on each task below which nothing is decided (3, of paired times)
 
-RULE = f"""Every comparison is one method's score minus another's, mean over the tasks that both have. A score is
-0 at a random policy's return and below, and 1 at a [published level](../benchmark/reference.json) of the same kind
-of algorithm: PPO's, or DDPG's or SAC's for the off-policy scripts. It is of the last tenth of the steps, unless
-"training" (mean of the curve) or "evaluation" (most probable actions) is said. In brackets: 95 % studentised
-bootstrap interval over seeds, 100,000 resamples; p: two-sided permutation test, labels exchanged within each task.
+RULE = f"""Every comparison is one method's score minus another's, mean over the tasks that both have. A score
+is 0 at a random policy's return and below, and 1 at a [published level](../benchmark/reference.json) of the
+same kind of algorithm: PPO's, or DDPG's or SAC's for the off-policy scripts. It is of the last tenth of the
+steps, unless "training" (mean of the curve) or "evaluation" (most probable actions) is said. In brackets:
+95 % studentised bootstrap interval over seeds, 100,000 resamples; p: two-sided permutation test, labels
+exchanged within each task.
 
 - **better**, **worse**: the interval excludes 0, and p < 0.05. **equivalent**: the interval lies inside
-  ±{MARGIN:g}, and permutation tests of both bounds agree (p < 0.025). **inconclusive**: anything else, also where
-  interval and p disagree, where the verdict is within the Monte Carlo error of a threshold, with fewer than {LEAST}
-  seeds, and where runs failed. Times: the ratio, by pairs of equal seed, 3 pairs at least; equivalent within 10 %.
+  ±{MARGIN:g}, and permutation tests of both bounds agree (p < 0.025). **inconclusive**: anything else, also
+  where interval and p disagree, where the verdict is within the Monte Carlo error of a threshold, with
+  fewer than {LEAST} seeds (with fewer than 3 there is neither interval nor p), and where runs failed.
+  Times: the ratio, by pairs of equal seed, 3 pairs at least; equivalent within 10 %.
 - Behind a pooled number stand its tasks alone, with \\* where their own interval and p say that there is a
-  difference. Nothing is corrected for the number of comparisons: of twenty without any difference one looks decided.
-- A *collapsed* run ends below a tenth of its peak (of the runs that ever score above 0.1). A run that diverged
-  counts with the random policy's return. An interval that is far wider on one side says that a method has rare runs
-  far from its others, and that these few runs cannot tell how rare."""
+  difference. Nothing is corrected for the number of comparisons: of twenty without any difference one looks
+  decided.
+- A *collapsed* run ends below a tenth of its peak (of the runs that ever score above 0.1). A run that
+  diverged counts with the random policy's return. An interval that is far wider on one side says that a
+  method has rare runs far from its others, and that these few runs cannot tell how rare."""
 
 
 def sign(low: float, high: float, p: float) -> int:

@@ -1,7 +1,7 @@
 """The figure of a suite, from its committed results alone.
 
-`results.png` has the learning curves, a panel an environment (of many methods a row of panels for each group):
-every run as a thin line, the mean, and Student's 95 % interval from five runs on. Below are the suite's
+`results.png` has the learning curves, a panel an environment (of many methods a row for each group): every
+run as a thin line, the mean, and Student's 95 % interval from five runs on. Below are the suite's
 comparisons, pooled and each task alone (`benchmark/statistics.py`), and wall-clock times over the first
 baseline's, where they were taken. The same results and the same matplotlib give bitwise the same file.
 """
@@ -29,20 +29,13 @@ from benchmark.suites import BadSuite, Suite
 
 PAPER = Path(__file__).parent / "paper.json"
 # Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too faint on white.
-COLOURS = {
-    "blue": "#0072B2",
-    "orange": "#E69F00",
-    "green": "#009E73",
-    "red": "#D55E00",
-    "purple": "#CC79A7",
-    "sky": "#56B4E9",
-    "black": "#000000",
-}
+CODES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+COLOURS = dict(zip(("blue", "orange", "green", "red", "purple", "sky", "black"), CODES))
 DASHES = {"": "-", "dashed": (0, (4, 1.5)), "dotted": (0, (1, 1.2)), "dash-dotted": (0, (5, 1.2, 1, 1.2))}
-# A method has one look in all suites: the baseline blue, its control without the leader's correction orange,
-# the method itself green. Other methods get the next look that is free in their suite.
+# A method, or the last word of its name, has one look in all suites: the baseline blue, its control without
+# the leader's correction orange, the method itself green. Others get the next look that is free.
 LOOKS = {
-    "blue": "ppo ac-80 sequential ground-truth w1-ppo w64-ppo",
+    "blue": "ppo ac-80 sequential ground-truth",
     "orange": "nested plain-80 simultaneous drlhf",
     "green": "blpo stac-80 actor sobirl",
     "red": "authors released-80 critic",
@@ -53,7 +46,7 @@ LOOKS = {
     "orange dashed": "one-step plain-1",
     "green dashed": "stac-1",
     "red dashed": "constant",
-    "purple dashed": "permuted blpo-cg-50 sobirl-permuted",
+    "purple dashed": "permuted blpo-cg-50",
     "sky dashed": "ppo-critic-lr ac-1-twice",
     "black dashed": "frozen stac-1-gauss-newton",
     "blue dotted": "ac-settings-80 ground-truth-endless",
@@ -62,47 +55,36 @@ LOOKS = {
     "red dotted": "released-settings-80",
     "green dash-dotted": "nested-entropy",
 }
-for arm in ("l0", "l05", "l09", "l095", "l1", "both0", "both05", "both09", "both1", "w1", "w64"):
-    LOOKS["green"] += f" {arm}"
-    LOOKS["orange"] += f" {arm}-nested"
-    LOOKS["red dashed"] += f" {arm}-constant"
-    LOOKS["purple dashed"] += f" {arm}-permuted"
 TOGETHER = 7  # methods in one panel; more are drawn in groups
 SETTINGS = {
-    "font.family": "DejaVu Sans",
     "font.size": 8,
-    "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "0.92",
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "legend.fontsize": 8,
     "savefig.dpi": 130,
 }
-WIDTH, PANEL, LINE = (
-    9.6,
-    2.1,
-    0.135,
-)  # inches: of a figure; high, a panel of curves and a line of a comparison
+WIDTH = 9.6  # inches: of a figure
+PANEL, LINE = 2.1, 0.135  # of a panel of curves and of a line of a comparison, how high
 Block = tuple[str, str, list[tuple[str, Comparison]], float]  # title, colour, labelled rows, a paper's number
 
 
 def looks(suite: Suite) -> dict[str, tuple]:
-    """Method -> colour and dash."""
+    """Method -> colour and dash. The method that NAME-nested is the control of looks like BLPO."""
     known = {name: look for look, names in LOOKS.items() for name in names.split()}
-    taken = {known.get(name) for name in suite.methods}
-    free = [f"{colour} {dash}".strip() for dash in (*DASHES, "dotted") for colour in COLOURS]
-    free = iter([look for look in free if look not in taken] + free)
-    chosen = {name: known.get(name) or next(free) for name in suite.methods}
-    parts = {name: look.partition(" ") for name, look in chosen.items()}
+    roles = {name: "blpo" if f"{name}-nested" in suite.methods else name for name in suite.methods}
+    chosen = {name: known.get(role) or known.get(role.split("-")[-1]) for name, role in roles.items()}
+    every = [f"{colour} {dash}".strip() for dash in DASHES for colour in COLOURS]
+    free = iter([look for look in every if look not in chosen.values()] + every)
+    parts = {name: (look or next(free)).partition(" ") for name, look in chosen.items()}
     return {name: (COLOURS[colour], DASHES[dash]) for name, (colour, _, dash) in parts.items()}
 
 
 def groups(names: list[str]) -> list[list[str]]:
-    """The methods that share panels: all if they are few, else those whose names begin with the same word, and
-    the lone ones together."""
+    """The methods that share panels: all if they are few, else those whose names begin with the same word,
+    and the lone ones together."""
     if len(names) <= TOGETHER:
         return [names]
     found: dict[str, list[str]] = {}
@@ -112,7 +94,7 @@ def groups(names: list[str]) -> list[list[str]]:
     return [group for group in (lone, *found.values()) if len(group) > 1 or group is lone and group]
 
 
-# ---- Curves --------------------------------------------------------------------------------------------------
+# ---- Curves ------------------------------------------------------------------------------------------------
 def draw_curves(axes, curves: pd.DataFrame, colour: str, dash) -> None:
     """The runs of a method, one column each; their mean where all have a value."""
     axes.plot(curves.index, curves.to_numpy(), color=colour, linestyle=dash, linewidth=0.5, alpha=0.35)
@@ -120,9 +102,8 @@ def draw_curves(axes, curves: pd.DataFrame, colour: str, dash) -> None:
     if whole.shape[1] > 1:
         axes.plot(whole.index, whole.mean(axis=1), color=colour, linestyle=dash, linewidth=1.5)
     if whole.shape[1] >= claims.LEAST:
-        axes.fill_between(
-            whole.index, *mean_interval(whole.to_numpy().T), color=colour, alpha=0.13, linewidth=0
-        )
+        band = mean_interval(whole.to_numpy().T)
+        axes.fill_between(whole.index, *band, color=colour, alpha=0.13, linewidth=0)
 
 
 def is_early(drawn: list[pd.DataFrame]) -> bool:
@@ -190,7 +171,7 @@ def legend_columns(labels: Iterable[str], width: float) -> int:
     return max(1, min(5, int(width / (0.6 + 0.062 * max(map(len, labels))))))
 
 
-# ---- Comparisons ---------------------------------------------------------------------------------------------
+# ---- Comparisons -------------------------------------------------------------------------------------------
 def blocks_of_returns(suite: Suite, compared: Comparisons) -> list[Block]:
     """A block a comparison of returns: pooled, then each task alone."""
     blocks = []
@@ -224,7 +205,8 @@ def blocks_of_times(suite: Suite, results: Results) -> list[Block]:
 
 
 def paper_ratio(method: str, environments: list[str]) -> float:
-    """The logarithm of the paper's time over its PPO's, mean over these environments; nan if one is not there."""
+    """The logarithm of the paper's time over its PPO's, mean over these environments; nan if one is not
+    there."""
     paper = json.loads(PAPER.read_text())
     mine, base = (paper["columns"].get(name) for name in (method, "ppo"))
     times = [paper["wall_time_s"].get(each, {}) for each in environments]
@@ -293,7 +275,7 @@ def draw_comparisons(part: SubFigure, columns: list[list[Block]], label: str, ra
         panel.set_xlabel(textwrap.fill(label, letters(len(columns)) * 2 // 3))
 
 
-# ---- The figure ----------------------------------------------------------------------------------------------
+# ---- The figure --------------------------------------------------------------------------------------------
 def results_figure(suite: Suite, results: Results) -> Figure:
     """Curves, comparisons and times under one another."""
     present = set(results.runs["method"])
@@ -309,12 +291,9 @@ def results_figure(suite: Suite, results: Results) -> Figure:
         height = math.ceil(environments / 3) * PANEL + 0.35 + 0.17 * entries
         rows.append((height, [(draw_group, suite, results, names, width) for names in here]))
     baseline = suite.methods[suite.baselines[0]].label if suite.baselines else ""
+    compared = Comparisons(suite, results)
     for blocks, label, ratios in (
-        (
-            blocks_of_returns(suite, Comparisons(suite, results)),
-            "difference of scores (grey: equivalent)",
-            False,
-        ),
+        (blocks_of_returns(suite, compared), "score difference (grey: ±0.1)", False),
         (blocks_of_times(suite, results), f"time / {baseline} (diamond: the paper's)", True),
     ):
         if blocks:

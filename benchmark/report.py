@@ -1,9 +1,9 @@
-"""`docs/results.md` from the committed results alone: the claims that matter, what was computed exactly, then a
-table and a figure a suite.
+"""`docs/results.md` from the committed results alone: the claims that matter, what was computed exactly, then
+a table and a figure a suite.
 
 The same results give the same bytes. How comparisons are judged: `benchmark/claims.py`; the intervals:
-`benchmark/statistics.py`. `top_claims.json` chooses the claims on top and has their words; every number beside
-them comes from the results.
+`benchmark/statistics.py`. `top_claims.json` chooses the claims on top and has their words; every number
+beside them comes from the results.
 """
 
 import json
@@ -27,7 +27,7 @@ from benchmark.suites import BadSuite, Claim, Suite
 TOP = Path(__file__).parent / "top_claims.json"
 
 
-# ---- Comparisons in words ------------------------------------------------------------------------------------
+# ---- Comparisons in words ----------------------------------------------------------------------------------
 def judged(compared: Comparisons, claim: Claim) -> tuple[str, str]:
     """A claim's verdict and the evidence for it."""
     found, pair = compared.of(claim), (claim.better, claim.than)
@@ -89,13 +89,13 @@ def top_lines(judges: dict[str, Comparisons], exact: dict[str, pd.DataFrame]) ->
     return table(["", "verdict", "difference", "n, suite"], rows) if rows else []
 
 
-# ---- Where everything is exact -------------------------------------------------------------------------------
+# ---- Where everything is exact -----------------------------------------------------------------------------
 CENTRE = {"sobirl_tabular": "median", "blpo_tabular": "mean"}
 BETTER = {"sobirl_tabular": "lower", "blpo_tabular": "higher"}
 
 
 def exact_results(results_folder: Path) -> dict[str, pd.DataFrame]:
-    """What the tabular scripts computed: a table with rows (problem, seed) or (features, seed), a column a method.
+    """What the tabular scripts computed: rows (problem, seed) or (features, seed), a column a method.
 
     Raises BadSuite for a file that cannot be read or lacks a column.
     """
@@ -138,9 +138,9 @@ def exact_lines(exact: dict[str, pd.DataFrame]) -> list[str]:
             p = paired(objectives, problem, "sobirl", "x-only").p
             rows.append([problem, *(f"{value:.3f}" for value in medians), probability(p)])
         lines += [
-            "**SoBiRL** ([docs](sobirl.md#what-came-out)): the objective at the end, median over instances, **lower"
-            " is better**; the x-only control leaves out how the lower level's policy answers the reward. p: SoBiRL"
-            " against it, by instance.",
+            "**SoBiRL** ([docs](sobirl.md#what-came-out)): the objective at the end, median over instances,"
+            " **lower is better**; the x-only control leaves out how the lower level's policy answers the"
+            " reward. p: SoBiRL against it, by instance.",
             "",
             *table(["problem", *names.values(), "p"], rows),
         ]
@@ -150,15 +150,15 @@ def exact_lines(exact: dict[str, pd.DataFrame]) -> list[str]:
         names |= {"constant": "constant weights", "permuted": "permuted weights"}
         rows = [[label, *(f"{value:.3f}" for value in means[name])] for name, label in names.items()]
         lines += [
-            "**BLPO** ([docs](blpo.md#where-the-hypergradient-matters)): fraction of the optimal return, mean over"
-            " Garnet MDPs, by the number of the critic's features; the leader looks one step ahead.",
+            "**BLPO** ([docs](blpo.md#where-the-hypergradient-matters)): fraction of the optimal return, mean"
+            " over Garnet MDPs, by the number of the critic's features; the leader looks one step ahead.",
             "",
             *table(["features", *map(str, means.index)], rows),
         ]
     return lines
 
 
-# ---- A suite -------------------------------------------------------------------------------------------------
+# ---- A suite -----------------------------------------------------------------------------------------------
 def returns_cell(suite: Suite, results: Results, name: str, environment: str) -> str:
     """mean ± standard deviation, and how many of the runs collapsed."""
     values = returns(results, name, environment)
@@ -278,9 +278,10 @@ def suite_lines(suite: Suite, results: Results, compared: Comparisons, folder: P
     return [*lines, *without_dead(suite, results), f"*{provenance(suite, results)}.*", ""]
 
 
-# ---- The page ------------------------------------------------------------------------------------------------
+# ---- The page ----------------------------------------------------------------------------------------------
 def report(suites: Iterable[Suite], results_folder: Path, out: Path) -> None:
-    """Write the page of these suites, the headline first, to `out`. Raises BadSuite, before anything is written."""
+    """Write the page of these suites, the headline first, to `out`. Raises BadSuite, before anything is
+    written."""
     if not out.parent.is_dir() or out.is_dir():
         what = "that is a folder, not a file" if out.is_dir() else f"there is no folder {out.parent}"
         raise BadSuite(f"--output is {out}, but {what}")

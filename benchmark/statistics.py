@@ -1,18 +1,21 @@
 """Differences between two methods from a few runs on a few tasks: estimate, interval and p.
 
-A comparison has one entry a task: two arrays, the scores of both methods' runs there, or one array of paired differences.
-Every task weighs the same, however many runs it has. The estimate is the mean over the tasks of the difference of means.
+A comparison has one entry a task: two arrays, the scores of both methods' runs there, or one array of paired
+differences. Every task weighs the same, however many runs it has. The estimate is the mean over the tasks of
+the difference of means.
 
-*Interval*, 95 %: studentised bootstrap, 100,000 resamples by `scipy.stats.bootstrap`, runs drawn with replacement within each
-task and method. Of two methods with normal, skewed or two-valued scores it holds the true difference in 92 to 99 % of the cases
-at 3 to 10 runs; the percentile and the BCa interval hold it in 78 to 94 % (`tests/test_statistics.py`). It can be much wider
-than they are where a method has a rare run far from its others: how rare, a few runs cannot tell.
+*Interval*, 95 %: studentised bootstrap, 100,000 resamples by `scipy.stats.bootstrap`, runs drawn with
+replacement within each task and method. Of two methods with normal, skewed or two-valued scores it holds the
+true difference in 92 to 99 % of the cases at 3 to 10 runs; the percentile and the BCa interval hold it in 78
+to 94 % (`tests/test_statistics.py`). It can be much wider than they are where a method has a rare run far
+from its others: how rare, a few runs cannot tell.
 
-*p*: two-sided permutation test of the same estimate, labels exchanged within each task (signs, of paired differences); over all
-exchanges where they can be counted, else over 200,000 random ones. Few runs bound it from below: 2 / 20 for three runs against
-three on one task, 2 / 252 for five.
+*p*: two-sided permutation test of the same estimate, labels exchanged within each task (signs, of paired
+differences); over all exchanges where they can be counted, else over 200,000 random ones. Few runs bound it
+from below: 2 / 20 for three runs against three on one task, 2 / 252 for five.
 
-With fewer than 3 runs of a method on a task there is neither. Samples without any variance have an interval without width.
+With fewer than 3 runs of a method on a task there is neither. Samples without any variance have an interval
+without width.
 """
 
 import functools
@@ -64,8 +67,10 @@ class Comparison:
 
 
 def compare(tasks: Tasks, margin: float = MARGIN, seed: int = 0) -> Comparison | None:
-    """The comparison of these tasks; None without a task or with a task without runs. Raises ValueError for a value that is
-    not finite. Same seed, same numbers."""
+    """The comparison of these tasks; None without a task or with one without runs. Same seed, same numbers.
+
+    Raises ValueError for a score that is not finite.
+    """
     tasks = [tuple(np.asarray(sample, dtype=np.float64) for sample in task) for task in tasks]
     samples = [sample for task in tasks for sample in task]
     if not all(np.isfinite(sample).all() for sample in samples):
@@ -97,9 +102,10 @@ def shifted(tasks: Tasks, by: float) -> Tasks:
     return [(task[0] + by, *task[1:]) for task in tasks]
 
 
-# ---- The interval ----------------------------------------------------------------------------------------------
+# ---- The interval ------------------------------------------------------------------------------------------
 def bootstrap(tasks: Tasks, estimate: float, seed: int) -> list[tuple[float, float]]:
-    """The studentised interval, then with its tails larger and smaller by two standard errors of the resamples."""
+    """The studentised interval, then with its tails larger and smaller by two standard errors of the
+    resamples."""
     samples = [sample for task in tasks for sample in task]
 
     def standard_error(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -136,16 +142,17 @@ def bootstrap(tasks: Tasks, estimate: float, seed: int) -> list[tuple[float, flo
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Student's 95 % interval of the mean over the first axis, at each point of a curve; (runs, points) -> two of (points,)."""
+    """Student's 95 % interval of the mean over the first axis, at each point of a curve; (runs, points) ->
+    two of (points,)."""
     runs = len(values)
     half = scipy.stats.t.ppf(1 - TAIL, runs - 1) * values.std(axis=0, ddof=1) / math.sqrt(runs)
     return values.mean(axis=0) - half, values.mean(axis=0) + half
 
 
-# ---- p ---------------------------------------------------------------------------------------------------------
+# ---- p -----------------------------------------------------------------------------------------------------
 @functools.cache
 def exchanges(first: int, second: int, seed: int) -> tuple[np.ndarray, bool]:
-    """The weight of each run in the difference of means, (exchanges, runs), and whether these are all exchanges.
+    """The weight of each run in the difference of means, (exchanges, runs), and whether these are all.
 
     `second` is 0 for paired differences, whose signs are exchanged.
     """
@@ -167,14 +174,15 @@ def exchanges(first: int, second: int, seed: int) -> tuple[np.ndarray, bool]:
 
 
 def permutation_p(tasks: Tasks, estimate: float, side: str, seed: int) -> tuple[float, bool]:
-    """The share of exchanges whose estimate is as large as this one ("above"), as small ("below") or as far from 0 ("both"),
-    and whether it is over all of them."""
+    """The share of exchanges whose estimate is as large as this one ("above"), as small ("below") or as far
+    from 0 ("both"), and whether it is over all of them."""
     nulls, counted = [], True
     for index, task in enumerate(tasks):
         weights, complete = exchanges(len(task[0]), len(task[1]) if len(task) > 1 else 0, seed + index)
         nulls.append(weights @ np.concatenate(task) / len(tasks))
         counted = counted and complete
-    # Two halves of the tasks, each with the sums of all its exchanges; the pairs of both are counted by bisection.
+    # Two halves of the tasks, each with the sums of all its exchanges; the pairs of both are counted by
+    # bisection.
     halves = [np.zeros(1), np.zeros(1)]
     for null in sorted(nulls, key=len, reverse=True):
         smaller = int(len(halves[1]) < len(halves[0]))

@@ -58,11 +58,11 @@ def make_results(
             "charts/eval_return": values, "losses/actor_gradient_norm": 1.0,
         }))  # fmt: skip
         runs.append({
-            "job": job.name, "method": job.method, "environment": job.environment, "seed": job.seed, "script": job.script,
-            "command": " ".join(["python", *job.command]), "arguments": {}, "commit": "0123456789abcdef",
-            "commits": ["0123456789abcdef"], "script_blob": None, "dirty": False, "versions": {}, "cpu": "a processor",
-            "gpu": None, "cores": None, "attempts": 1, "final_return": zero + (one - zero) * end, "wall_time_s": seconds,
-            "steps": int(steps[-1]),
+            "job": job.name, "method": job.method, "environment": job.environment, "seed": job.seed,
+            "script": job.script, "command": " ".join(["python", *job.command]), "arguments": {},
+            "commit": "0123456789abcdef", "commits": ["0123456789abcdef"], "script_blob": None,
+            "dirty": False, "versions": {}, "cpu": "a processor", "gpu": None, "cores": None, "attempts": 1,
+            "final_return": zero + (one - zero) * end, "wall_time_s": seconds, "steps": int(steps[-1]),
         })  # fmt: skip
     table = pd.concat(curves).astype(str).astype({"seed": int, "global_step": int})
     write_results(folder / suite.name, RunsFile(suite=suite.name, runs=runs), table)

@@ -1,4 +1,5 @@
-"""benchmark/figures.py on made-up results: what a figure shows, that nothing is cut off, and bitwise the same files."""
+"""benchmark/figures.py on made-up results: what a figure shows, that nothing is cut off, and bitwise the
+same files."""
 
 import re
 

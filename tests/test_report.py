@@ -41,7 +41,7 @@ def of_blpo(level: float):
     return lambda method, _: level if method == "blpo" else 0.8
 
 
-# ---- Verdicts ------------------------------------------------------------------------------------------------
+# ---- Verdicts ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "level, noise, said",
     [(1.2, 0.1, "better"), (0.3, 0.1, "worse"), (0.8, 0.01, "equivalent"), (0.9, 0.4, "inconclusive")],
@@ -66,6 +66,9 @@ def test_below_five_seeds_nothing_is_decided_and_times_need_three_pairs(tmp_path
 
 COMPARISON = {"estimate": 0.1, "runs": (5, 5), "low": 0.05, "high": 0.2, "p": 0.01, "outside": 0.5}
 COMPARISON |= {"narrow": (0.06, 0.19), "wide": (0.04, 0.21)}
+ACROSS = {"low": -0.01, "narrow": (-0.005, 0.19), "wide": (-0.02, 0.21)}
+SMALL = {"low": -0.05, "high": 0.05, "narrow": (-0.04, 0.04), "wide": (-0.06, 0.06), "p": 0.9}
+NEAR = "**inconclusive** (within Monte Carlo error of a threshold, here better)"
 
 
 @pytest.mark.parametrize(
@@ -73,17 +76,15 @@ COMPARISON |= {"narrow": (0.06, 0.19), "wide": (0.04, 0.21)}
     [
         ({}, "**better**"),
         ({"p": 0.06}, "**inconclusive** (interval and p disagree)"),
-        ({"low": -0.01, "narrow": (-0.005, 0.19), "wide": (-0.02, 0.21)}, "**inconclusive** (interval and p disagree)"),
-        ({"wide": (-0.001, 0.21)}, "**inconclusive** (within Monte Carlo error of a threshold, here better)"),
-        ({"p": 0.0495, "counted": False}, "**inconclusive** (within Monte Carlo error of a threshold, here better)"),
+        (ACROSS, "**inconclusive** (interval and p disagree)"),
+        ({"wide": (-0.001, 0.21)}, NEAR),
+        ({"p": 0.0495, "counted": False}, NEAR),
         ({"p": 0.0495}, "**better**"),
-        ({"estimate": 0.0, "low": -0.05, "high": 0.05, "narrow": (-0.04, 0.04), "wide": (-0.06, 0.06), "p": 0.9, "outside": 0.01},
-         "**equivalent**"),
-        ({"estimate": 0.0, "low": -0.05, "high": 0.05, "narrow": (-0.04, 0.04), "wide": (-0.06, 0.06), "p": 0.9, "outside": 0.03},
-         "**inconclusive**"),
+        (SMALL | {"outside": 0.01}, "**equivalent**"),
+        (SMALL | {"outside": 0.03}, "**inconclusive**"),
         ({"low": math.nan, "high": math.nan, "runs": (1, 5)}, "**inconclusive** (n = 1)"),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_needs_interval_and_p_and_no_luck_of_the_draw(change, said):
     assert claims.verdict(Comparison(**(COMPARISON | change))) == said
 
@@ -131,7 +132,7 @@ def test_a_suite_without_claims_compares_with_its_baselines():
     assert claims.claims(twice) == [ABOVE, TIME]
 
 
-# ---- Scores --------------------------------------------------------------------------------------------------
+# ---- Scores ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "script, level", [("ppo_continuous.py", 1443), ("stddpg.py", 10374), ("stsac.py", 9635)]
 )
@@ -205,7 +206,7 @@ def test_times_are_compared_by_pairs_of_equal_seeds(tmp_path):
     )  # 4 pairs: p is 2 / 16
 
 
-# ---- The page ------------------------------------------------------------------------------------------------
+# ---- The page ----------------------------------------------------------------------------------------------
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     suites = [load_suite(name, check=False) for name in known_suites()]
     text = page(suites, RESULTS, tmp_path / "results.md")
@@ -327,7 +328,7 @@ def test_every_top_claim_is_about_something_that_is_there():
             assert {entry["better"], entry["than"]} in pairs, entry
 
 
-# ---- Bad input -----------------------------------------------------------------------------------------------
+# ---- Bad input ---------------------------------------------------------------------------------------------
 def test_a_page_is_only_written_where_it_can_be_and_of_results_that_are_there(tmp_path):
     suite = make_suite()
     for out, words in (
@@ -348,11 +349,11 @@ def test_a_page_is_only_written_where_it_can_be_and_of_results_that_are_there(tm
     assert out.read_text() == "what was there"
 
 
-# ---- Words and files -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "value, text",
-    [(2383.4, "2383"), (41.55, "41.5"), (-0.123, "-0.12"), (0.0123, "0.012"), (-0.0001, "0.000"), (math.inf, "∞"), (-math.inf, "-∞")],
-)  # fmt: skip
+# ---- Words and files ---------------------------------------------------------------------------------------
+NUMBERS = {2383.4: "2383", 41.55: "41.5", -0.123: "-0.12", 0.0123: "0.012", -0.0001: "0.000", -math.inf: "-∞"}
+
+
+@pytest.mark.parametrize("value, text", NUMBERS.items())
 def test_numbers_have_as_many_digits_as_say_something(value, text):
     assert markdown.number(value) == text
 

@@ -17,7 +17,7 @@ def normal(*shape: int, seed: int = 0, by: float = 0.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(by, size=shape)
 
 
-# ---- Estimate and shape ----------------------------------------------------------------------------------------
+# ---- Estimate and shape ------------------------------------------------------------------------------------
 def test_tasks_weigh_the_same_whatever_their_number_of_runs():
     comparison = compare([(A, B), (np.array([10.0, 20.0, 30.0, 40.0, 0.0]), np.array([5.0, 5.0, 5.0]))])
     assert comparison.estimate == pytest.approx((1.0 + 15.0) / 2) and comparison.runs == (3, 5)
@@ -66,7 +66,7 @@ def test_a_score_that_is_not_finite_is_refused(bad):
         compare([(np.array([1.0, bad, 2.0]), B)])
 
 
-# ---- The interval ----------------------------------------------------------------------------------------------
+# ---- The interval ------------------------------------------------------------------------------------------
 def test_of_many_runs_the_interval_is_welchs():
     x, y = normal(200, by=0.3), 2 * normal(150, seed=1)
     comparison, welch = compare([(x, y)]), scipy.stats.ttest_ind(x, y, equal_var=False).confidence_interval()
@@ -125,7 +125,7 @@ def test_the_mean_of_a_curve_has_students_interval_at_each_point():
     np.testing.assert_allclose((low, high), (student.low, student.high))
 
 
-# ---- p ---------------------------------------------------------------------------------------------------------
+# ---- p -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sizes", [(3, 3), (5, 5), (4, 7)])
 def test_p_of_one_task_is_scipys_exact_one(sizes):
     x, y = normal(sizes[0], by=1.0), normal(sizes[1], seed=1)
