@@ -230,14 +230,109 @@ def test_dry_run_prints_the_jobs_and_creates_nothing(tmp_path, capsys):
 
 
 # ---- The launcher ----------------------------------------------------------------------------------------------
+# What the launcher needs of a script, without PyTorch: a run folder with a row each 64 steps and a checkpoint each 128.
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+words, given, stopped = sys.argv[1:], {}, []
+while words:
+    name = words.pop(0).removeprefix("--").replace("-", "_")
+    given[name] = words.pop(0) if words and not words[0].startswith("--") else not name.startswith("no_")
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: stopped.append(number))
+resume, given["total_timesteps"] = given.pop("resume", None), int(given["total_timesteps"])
+run = Path(resume or Path(given["run_dir"]) / f"run{time.time_ns()}")
+run.mkdir(exist_ok=True)
+step = int((run / "checkpoint.pt").read_text()) if resume else 0
+made = {"args": given, "commit": "ab" * 20, "versions": {"torch": "2"}, "cpu": "a processor"}
+(run / "args.json").write_text(json.dumps(made))
+blpo = "blpo" in sys.argv[0]
+tables = {}
+for name, head in (("metrics", "global_step,wall_time_s,losses/policy_loss,losses/value_loss"), ("episodes", "global_step,episodic_return")):
+    head += ",bilevel/cosine" if blpo and name == "metrics" else ""
+    old = (run / f"{name}.csv").read_text().splitlines()[1:] if resume else []
+    tables[name] = open(run / f"{name}.csv", "w")
+    print(head, *(line for line in old if int(line.split(",")[0]) <= step), sep="\\n", file=tables[name], flush=True)
+
+
+def end(status, code):
+    value = None if status == "diverged" else 5.0
+    result = {"status": status, "global_step": step, "wall_time_s": step / 1000, "final_return": value}
+    (run / "result.json").write_text(json.dumps(result))
+    print(f"{status} at step {step:,}")
+    sys.exit(code)
+
+
+while step < given["total_timesteps"]:
+    step += 64
+    cosine = f",{0.5 + step % 7 / 100:.3f}" if blpo else ""
+    print(f"{step},{step / 1000},0.1,0.2{cosine}", file=tables["metrics"], flush=True)
+    print(f"{step - 30},{step % 11}", f"{step},{step % 5}", sep="\\n", file=tables["episodes"], flush=True)
+    if step % 128 == 0 or stopped:
+        (run / "new").write_text(str(step))
+        os.replace(run / "new", run / "checkpoint.pt")
+    if stopped:
+        end("interrupted", 128 + stopped[0])
+    if "Broken" in given["env_id"] and step > 100:
+        raise RuntimeError("the hundredth step breaks")
+    if "Exploding" in given["env_id"] and step > 300:
+        end("diverged", 1)
+    time.sleep(float(os.environ.get("PAUSE", 0)))
+end("finished", 0)
+"""
+COMMIT = "ab" * 20
+MADE = {"commit": COMMIT, "dirty": False, "versions": {"torch": "2"}, "cpu": "a processor", "gpu": None}
+# The launcher in a process of its own, to be stopped and killed.
+LAUNCHER = f"""
+import sys
+from pathlib import Path
+from benchmark import launch
+from benchmark.suites import load_suite
+launch.ROOT, launch.provenance = Path(sys.argv[1]).parent / "root", lambda: {MADE}
+sys.exit(launch.run_local(load_suite(sys.argv[1], check=False), Path(sys.argv[2]), 2))
+"""
+
+
+def pretend(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Launch SCRIPT in place of the repository's scripts."""
+    (folder / "root").mkdir()
+    for name in ("ppo_continuous.py", "blpo_continuous.py"):
+        (folder / "root" / name).write_text(SCRIPT)
+    patch.setattr(launch, "ROOT", folder / "root")
+    patch.setattr(launch, "provenance", lambda: dict(MADE))
+    patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """Launch SCRIPT in this test."""
+    pretend(tmp_path, monkeypatch)
+
+
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory, toy_envs):
+def launched(tmp_path_factory):
     """The tiny suite, run to its end with two workers: (path of the suite, run_dir, exit status). Read only."""
     folder = tmp_path_factory.mktemp("launched")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPO / "tests"))
-        path = write(folder)
-        return path, folder / "runs", command_line.main(["run", path, "--run-dir", str(folder / "runs"), "--workers", "2"])
+        pretend(folder, patch)
+        suite = load_suite(write(folder), check=False)
+        return str(suite.path), folder / "runs", launch.run_local(suite, folder / "runs", 2)
+
+
+@pytest.mark.full
+def test_the_scripts_themselves_are_launched_collected_and_reported(tmp_path):
+    path, run_dir = write(tmp_path), tmp_path / "runs"
+    assert command_line.main(["run", path, "--run-dir", str(run_dir), "--workers", "2"]) == 0
+    words = ["--run-dir", str(run_dir), "--results", str(tmp_path / "results"), "--allow-mixed"]
+    assert command_line.main(["collect", path, *words]) == 0
+    loaded = data.load_results(load_suite(path, check=False), tmp_path / "results")
+    assert len(loaded.runs) == 4 and (loaded.runs["steps"] == 1024).all() and (loaded.runs["wall_time_s"] > 0).all()
+    assert all(run["torch"] for run in loaded.runs["versions"]) and loaded.runs["commit"].notna().all()
+    for job in load_suite(path, check=False).jobs():
+        (run,) = launch.run_folders(run_dir / "tiny" / job.name)
+        mine = loaded.curves_of(job.method, job.environment, "episodes")[job.seed]
+        assert mine.index.tolist() == [256, 512, 768, 1024] and mine.sum() == len(read_csv(run / "episodes.csv"))
 
 
 def snapshot(folder: Path) -> dict[str, int]:
@@ -256,7 +351,7 @@ def test_every_job_has_a_folder_a_log_and_a_record(launched):
         made = json.loads((folder / "job.json").read_text())
         assert made["command"] == job.command and len(made["attempts"]) == 1
         attempt = made["attempts"][0]
-        assert attempt["exit_code"] == 0 and attempt["commit"] and attempt["versions"]["torch"] and attempt["host"]
+        assert attempt["exit_code"] == 0 and attempt["commit"] == COMMIT and attempt["host"] == os.uname().nodename
         assert launch.job_status(folder) == "finished" and len(launch.run_folders(folder)) == 1
 
 
@@ -271,25 +366,26 @@ def test_workers_get_cores_of_their_own():
 def test_what_has_finished_is_not_touched_again(launched):
     path, run_dir, _ = launched
     before = snapshot(run_dir)
-    assert command_line.main(["run", path, "--run-dir", str(run_dir)]) == 0
+    assert launch.run_local(load_suite(path, check=False), run_dir, 1) == 0
     assert snapshot(run_dir) == before
 
 
-def test_a_folder_of_other_arguments_is_not_overwritten(launched, tmp_path, capsys):
-    path, run_dir, _ = launched
+def test_a_folder_of_other_arguments_is_not_overwritten(launched, tmp_path):
     changed = write(tmp_path, ("update-epochs = 1", "update-epochs = 2"))
-    before = snapshot(run_dir)
-    assert command_line.main(["run", changed, "--run-dir", str(run_dir)]) == 2
-    assert "is a job of other arguments" in capsys.readouterr().err and snapshot(run_dir) == before
+    before = snapshot(launched[1])
+    with pytest.raises(BadSuite, match="tiny.toml: methods.ppo: .*__ppo__1 is a job of other arguments"):
+        launch.prepare(load_suite(changed, check=False), launched[1])
+    assert snapshot(launched[1]) == before
 
 
 LONG = [("[1, 2]", "[1]"), ("total-timesteps = 1024", "total-timesteps = 12800")]
 
 
-def start_launcher(path: str, run_dir: Path, workers: int = 2) -> subprocess.Popen:
-    """`python -m benchmark run` in a process of its own."""
-    words = [sys.executable, "-m", "benchmark", "run", path, "--run-dir", str(run_dir), "--workers", str(workers)]
-    return subprocess.Popen(words, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start_launcher(path: str, run_dir: Path) -> subprocess.Popen:
+    """A launcher of two workers in a process of its own; its scripts take four seconds and more."""
+    words = [sys.executable, "-c", LAUNCHER, path, str(run_dir)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, cwd=REPO, env=environment(PAUSE="0.02"), text=True, **pipes)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -298,18 +394,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def assert_complete(path: str, run_dir: Path, resumed: bool) -> None:
     """Every job has finished in one run folder whose csv files have every step once."""
-    for job in load_suite(path).jobs():
+    for job in load_suite(path, check=False).jobs():
         folder = run_dir / "tiny" / job.name
         (run,) = launch.run_folders(folder)
         steps = [int(row["global_step"]) for row in read_csv(run / "metrics.csv")]
         assert steps == list(range(64, 12801, 64))
         assert launch.job_status(folder) == "finished"
-        attempts = json.loads((folder / "job.json").read_text())["attempts"]
-        assert any(attempt["resumed"] for attempt in attempts) == resumed
+        assert any(attempt["resumed"] for attempt in attempts(folder)) == resumed
 
 
 @pytest.mark.full
-def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
+def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path, pretended):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     first = start_launcher(path, run_dir)
     wait_for(first, lambda: len(checkpoints(run_dir)) == 2)
@@ -324,25 +419,27 @@ def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
 
 
 @pytest.mark.full
-def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_path):
+def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_path, pretended):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     first = start_launcher(path, run_dir)
     wait_for(first, lambda: len(checkpoints(run_dir)) == 2)
     first.kill()
     first.communicate()
-    assert {launch.job_status(folder) for folder in (run_dir / "tiny").glob("[!.]*")} == {"running"}
-    second = start_launcher(path, run_dir)
-    out, err = second.communicate(timeout=300)
-    assert second.returncode == 0 and "start" not in out, (out, err)
+    folders = list((run_dir / "tiny").glob("[!.]*"))
+    assert {launch.job_status(folder) for folder in folders} == {"running"}
+    suite = load_suite(path, check=False)
+    assert launch.run_local(suite, run_dir, 2) == 0  # meanwhile they may have ended: nothing is started in either case
     assert_complete(path, run_dir, resumed=False)
+    assert launch.run_local(suite, run_dir, 2) == 0
+    assert [(len(attempts(folder)), attempts(folder)[0]["exit_code"]) for folder in folders] == [(1, 0)] * 2
 
 
 @pytest.mark.full
-def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
+def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path, pretended):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     launcher = start_launcher(path, run_dir)
     wait_for(launcher, lambda: len(checkpoints(run_dir)) == 2)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    children = [each for task in Path(f"/proc/{launcher.pid}/task").iterdir() for each in (task / "children").read_text().split()]
     for child in map(int, children):
         os.kill(child, signal.SIGKILL)
     out, err = launcher.communicate(timeout=300)
@@ -350,68 +447,45 @@ def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
     assert_complete(path, run_dir, resumed=True)
 
 
-@pytest.mark.full
-def test_a_job_that_fails_is_tried_twice_and_listed(tmp_path, capsys):
-    path = write(tmp_path, ("toy_envs:Walk-v0", "toy_envs:toy/Broken-v0"), ("[1, 2]", "[1]"))
+def test_a_job_that_fails_is_tried_twice_and_listed(tmp_path, pretended, capsys):
+    path = write(tmp_path, ("toy_envs:Walk-v0", "Broken-v0"), ("[1, 2]", "[1]"))
     own = '[methods.blpo]\nenvironments = ["toy_envs:Walk-v0"]'
-    path = write(tmp_path, ("[methods.blpo]", own), text=Path(path).read_text())
-    assert command_line.main(["run", path, "--run-dir", str(tmp_path / "runs")]) == 1
-    out, name = capsys.readouterr().out, "toy_envs_toy_Broken-v0__ppo__1"
+    suite = load_suite(write(tmp_path, ("[methods.blpo]", own), text=Path(path).read_text()), check=False)
+    assert launch.run_local(suite, tmp_path / "runs", 1) == 1
+    out, name = capsys.readouterr().out, "Broken-v0__ppo__1"
     assert f"FAILED {name}: exit status 1, once more" in out and "done   toy_envs_Walk-v0__blpo__1" in out
+    assert "1 finished, 1 failed\n" in out
     assert f"failed: {name}, exit status 1, 1: RuntimeError: the hundredth step breaks" in out
     folder = tmp_path / "runs" / "tiny" / name
     assert launch.job_status(folder) == "failed" and len(attempts(folder)) == 2
 
 
-EXPLODING = """
-import gymnasium as gym
-import toy_envs
-
-
-class Exploding(toy_envs.Clock):
-    steps = 0
-
-    def step(self, action):
-        Exploding.steps += 1
-        observation, reward, *rest = super().step(action)
-        return observation, float("nan") if Exploding.steps > 300 else reward, *rest
-
-
-gym.register("Exploding-v0", entry_point=Exploding)
-"""
-
-
-def test_a_run_that_diverged_is_not_run_again_and_counts_as_a_random_policy(tmp_path, monkeypatch, capsys):
-    """The script ends with the status 1 and rewards that are not finite after 320 of 1,024 steps."""
-    (tmp_path / "exploding.py").write_text(EXPLODING)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO / "tests"), str(tmp_path)]))
-    path = write(tmp_path, ("toy_envs:Walk-v0", "exploding:Exploding-v0"), ("[1, 2]", "[1]"))
-    monkeypatch.syspath_prepend(tmp_path)
-    words = ["run", path, "--run-dir", str(tmp_path / "runs"), "--methods", "ppo"]
-    assert command_line.main(words) == 0
-    assert "done   exploding_Exploding-v0__ppo__1, diverged" in capsys.readouterr().out
-    folder = tmp_path / "runs" / "tiny" / "exploding_Exploding-v0__ppo__1"
+def test_a_run_that_diverged_is_not_run_again_and_counts_as_a_random_policy(tmp_path, pretended, monkeypatch, capsys):
+    """The script ends with the status 1 after 320 of 1,024 steps."""
+    suite = load_suite(write(tmp_path, ("toy_envs:Walk-v0", "Exploding-v0"), ("[1, 2]", "[1]")), check=False).only(("ppo",), (), ())
+    assert launch.run_local(suite, tmp_path / "runs", 1) == 0
+    assert "done   Exploding-v0__ppo__1, diverged" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "tiny" / "Exploding-v0__ppo__1"
     (attempt,) = attempts(folder)
     assert attempt["exit_code"] == 1 and launch.job_status(folder) == "finished"
-    assert command_line.main(words) == 0 and launch.Attempt(folder).process is None and len(attempts(folder)) == 1
+    assert launch.run_local(suite, tmp_path / "runs", 1) == 0
+    assert launch.Attempt(folder).process is None and len(attempts(folder)) == 1
 
-    suite, results = load_suite(path, check=False), tmp_path / "results"
-    content = collect(suite, tmp_path / "runs", results / "tiny", allow_mixed=True)
+    content = collect(suite, tmp_path / "runs", tmp_path / "results" / "tiny")
     (run,) = content.runs
-    assert run.diverged and run.wall_time_s is None and run.steps < 1024 and content.failed == []
-    rows = read_csv(results / "tiny" / "curves.csv")
+    assert run.diverged and run.wall_time_s is None and run.steps == 320 and content.failed == []
+    rows = read_csv(tmp_path / "results" / "tiny" / "curves.csv")
     assert [row["global_step"] for row in rows] == ["256", "512", "768", "1024"] and rows[-1]["episodic_return"] == ""
-    random = {"exploding:Exploding-v0": {"random": -7.0}}
-    monkeypatch.setattr(data, "load_reference", lambda: random)
-    loaded = data.load_results(suite, results)
+    monkeypatch.setattr(data, "load_reference", lambda: {"Exploding-v0": {"random": -7.0}})
+    loaded = data.load_results(suite, tmp_path / "results")
     assert loaded.runs["diverged"].tolist() == [True] and loaded.runs["final_return"].tolist() == [-7.0]
-    curve = loaded.curves_of("ppo", "exploding:Exploding-v0")[1]
-    assert curve.iloc[0] == float(rows[0]["episodic_return"]) and curve.iloc[2:].tolist() == [-7.0, -7.0]
+    curve = loaded.curves_of("ppo", "Exploding-v0")[1]
+    assert curve.tolist() == [float(rows[0]["episodic_return"]), float(rows[1]["episodic_return"]), -7.0, -7.0]
 
 
-def test_a_job_is_never_run_twice_at_once(tmp_path):
-    suite = load_suite(write(tmp_path, *LONG))
-    folder = launch.prepare(suite, tmp_path / "runs")[0]
+def test_a_job_is_never_run_twice_at_once(tmp_path, pretended, monkeypatch):
+    monkeypatch.setenv("PAUSE", "1")
+    folder = launch.prepare(load_suite(write(tmp_path), check=False), tmp_path / "runs")[0]
     running = launch.Attempt(folder)
     try:
         assert launch.job_status(folder) == "running"
@@ -424,7 +498,7 @@ def test_a_job_is_never_run_twice_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(("said", "code"), [("finished", 0), ("diverged", 1), ("failed", 1), ("interrupted", 143), (None, None)])
-def test_what_ended_while_no_launcher_lived_is_put_on_record(launched, tmp_path, said, code):
+def test_what_ended_while_no_launcher_lived_is_put_on_record(launched, pretended, tmp_path, said, code):
     subprocess.run(["cp", "-r", str(launched[1] / "tiny" / "toy_envs_Walk-v0__ppo__1"), str(tmp_path / "job")], check=True)
     folder = tmp_path / "job"
     (run,) = launch.run_folders(folder)
@@ -443,9 +517,8 @@ def test_what_ended_while_no_launcher_lived_is_put_on_record(launched, tmp_path,
     assert len(attempts(folder)) == (1 if said in ("finished", "diverged") else 2)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_of_another_launcher_takes_a_workers_place_and_cores(tmp_path, workers):
+def test_a_run_of_another_launcher_takes_a_workers_place_and_cores(tmp_path, pretended, monkeypatch, workers):
     """As after a killed launcher: one worker starts nothing beside its run, though its job is not chosen now; of two
     workers one waits, and the other runs all jobs on its own cores."""
     suite = load_suite(write(tmp_path, ("[1, 2]", "[1, 2, 3]")), check=False)
@@ -454,10 +527,11 @@ def test_a_run_of_another_launcher_takes_a_workers_place_and_cores(tmp_path, wor
     places = tmp_path / "runs" / "tiny" / ".places" / os.uname().nodename
     places.mkdir(parents=True)
     held, beside, done = launch.take_places(places, 0, workers), [], threading.Event()
+    monkeypatch.setenv("PAUSE", "0.05")
 
     def look():
-        """How many run beside it; with one worker it ends after three seconds."""
-        while not done.wait(0.05) and (workers == 2 or len(beside) < 60):
+        """How many run beside it; with one worker it ends after a second."""
+        while not done.wait(0.05) and (workers == 2 or len(beside) < 20):
             beside.append([launch.job_status(folder) for folder in folders].count("running"))
         launch.let_go(held)
 
@@ -487,7 +561,7 @@ def test_places_of_more_workers_are_dealt_out_to_fewer(tmp_path):
     assert len(launch.take_places(tmp_path, 0, 1)) == 4
 
 
-def test_runs_are_tracked_in_a_group_of_the_suites_name(launched, tmp_path, monkeypatch):
+def test_runs_are_tracked_in_a_group_of_the_suites_name(launched, pretended, tmp_path, monkeypatch):
     """Whatever starts the script sees the words and the group; nothing is sent anywhere."""
     started = {}
 
@@ -497,9 +571,8 @@ def test_runs_are_tracked_in_a_group_of_the_suites_name(launched, tmp_path, monk
         def __init__(self, words, env, **others):
             started.update(words=words, group=env["WANDB_RUN_GROUP"])
 
-    folders = launch.prepare(load_suite(launched[0], check=False), tmp_path)
+    folders = launch.prepare(load_suite(launched[0], check=False), tmp_path / "runs")
     monkeypatch.setattr(launch.subprocess, "Popen", Started)
-    monkeypatch.setattr(launch, "provenance", dict)
     launch.Attempt(folders[0], track=True)
     assert started["group"] == "tiny" and started["words"][-1] == "--track"
 
@@ -528,8 +601,8 @@ def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
         else:
             assert {row["bilevel/cosine"] for row in rows} == {""}
     made = content.runs[0]
-    assert made.command.startswith("python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1") and made.commit
-    assert made.versions["torch"] and made.wall_time_s > 0 and made.steps == 1024 and not made.diverged
+    assert made.command.startswith("python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1") and made.commit == COMMIT
+    assert made.versions["torch"] and made.wall_time_s == 1.024 and made.steps == 1024 and not made.diverged
     loaded = data.load_results(suite, tmp_path)
     assert loaded.runs["job"].tolist() == [job.name for job in suite.jobs()] and not loaded.missing
     shown = loaded.curves_of("ppo", "toy_envs:Walk-v0")
@@ -653,18 +726,10 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def clean(made: dict) -> None:
-    """As if run from a committed tree, which the tree under test need not be."""
-    for attempt in made["attempts"]:
-        attempt["dirty"] = False
-
-
 @pytest.fixture
 def copied(launched, tmp_path):
-    """A copy of the tiny suite's runs, of committed code."""
+    """A copy of the tiny suite's runs."""
     subprocess.run(["cp", "-r", str(launched[1]), str(tmp_path / "runs")], check=True)
-    for path in (tmp_path / "runs").glob("tiny/*/job.json"):
-        edit_json(path, clean)
     return load_suite(launched[0], check=False), tmp_path / "runs"
 
 
@@ -764,10 +829,9 @@ def test_a_launch_records_the_end_of_runs_that_finished_without_one(copied, caps
     folder = run_dir / "tiny" / "toy_envs_Walk-v0__ppo__1"
     edit_json(folder / "job.json", lambda made: made["attempts"][0].pop("exit_code"))
     held = launch.locked(folder / "lock")
-    assert command_line.main(["run", str(suite.path), "--run-dir", str(run_dir)]) == 0
-    assert "exit_code" not in attempts(folder)[0]  # its process lives
+    assert launch.run_local(suite, run_dir, 1) == 0 and "exit_code" not in attempts(folder)[0]  # its process lives
     held.close()
-    assert command_line.main(["run", str(suite.path), "--run-dir", str(run_dir)]) == 0
+    assert launch.run_local(suite, run_dir, 1) == 0
     (attempt,) = attempts(folder)
     assert attempt["exit_code"] == 0 and attempt["recorded"] and "4 finished" in capsys.readouterr().out
 
@@ -853,10 +917,10 @@ def quality(point: dict) -> float:
 
 
 @pytest.fixture
-def pretended(monkeypatch):
+def imagined(monkeypatch):
     """Instead of collecting: results made of `quality`, the curves with the opposite order."""
 
-    def pretend(suite, run_dir, folder, allow_mixed):
+    def imagine(suite, run_dir, folder, allow_mixed):
         index = pd.Index([256, 512, 768, 1024], name="global_step")
         runs, curves = [], []
         for job in suite.jobs():
@@ -870,7 +934,7 @@ def pretended(monkeypatch):
             curves.append(pd.DataFrame(who | {"global_step": index, "wall_time_s": "1", "episodic_return": str(-value), "episodes": "1"}))
         data.write_results(folder, data.RunsFile(suite=suite.name, runs=runs), pd.concat(curves))
 
-    monkeypatch.setattr(tune, "collect", pretend)
+    monkeypatch.setattr(tune, "collect", imagine)
 
 
 @pytest.mark.parametrize(
@@ -882,7 +946,7 @@ def pretended(monkeypatch):
         ('rule = "rank"\nover = "training"', ("0.9", "0.001"), [16]),
     ],
 )
-def test_the_winner_is_chosen_by_the_suites_rule(tmp_path, levels, pretended, capsys, rule, winner, launched):
+def test_the_winner_is_chosen_by_the_suites_rule(tmp_path, levels, imagined, capsys, rule, winner, launched):
     suite, numbers = searched(tmp_path, ("trials = 3", f"trials = 4\n{rule}")), []
 
     def launch_nothing(jobs, run_dir):
@@ -905,7 +969,7 @@ def test_the_winner_is_chosen_by_the_suites_rule(tmp_path, levels, pretended, ca
 
 
 @pytest.mark.full
-def test_tuning_on_the_command_line(tmp_path, levels, capsys):
+def test_tuning_on_the_command_line(tmp_path, levels, pretended, capsys):
     changes = ("trials = 3", "trials = 2"), ("seeds = [11, 12]", "seeds = [11]"), ("[methods.ppo]", SEARCH + "\n[methods.ppo]")
     path = write(tmp_path, *reversed(changes))
     words = ["tune", path, "--run-dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--allow-mixed"]
