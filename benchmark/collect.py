@@ -77,12 +77,16 @@ def collect(suite: Suite, run_dir: Path, folder: Path, allow_mixed: bool = False
                 content.failed.append(job.name)
             continue
         commands.append(job.command)
+    if not content.runs:
+        raise BadSuite(
+            f"{suite.name}: no run in {run_dir / suite.name} has finished; --run-dir says where they are"
+        )
     content.mixed = mixtures(content.runs, commands, suite.restated)
     if content.mixed and not allow_mixed:
         raise BadSuite(
             f"{suite.name} mixes {'; '.join(content.mixed)}; run the rest again, or say --allow-mixed"
         )
-    table = pd.concat(curves, ignore_index=True) if curves else known
+    table = pd.concat(curves, ignore_index=True)
     diagnostics = [name for name in suite.diagnostics if name in table]
     data.write_results(folder, content, table[[*COLUMNS, *diagnostics]].fillna(""))
     return content

@@ -53,10 +53,18 @@ def pair(text: Any) -> Any:
     return text.split(".", 1)
 
 
+def value(given: Any) -> Any:
+    """An argument's value; raises ValueError for what no command line has."""
+    if not isinstance(given, (bool, int, float, str)):
+        raise ValueError("it must be a number, a text, true or false")
+    return given
+
+
 Names = Annotated[tuple[StrictStr, ...], Field(min_length=1), pydantic.AfterValidator(unique)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), pydantic.AfterValidator(unique)]
-Arguments = dict[str, StrictBool | StrictInt | StrictFloat | StrictStr]
+Value = Annotated[Any, pydantic.AfterValidator(value)]
+Arguments = dict[str, Value]
 Word = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]  # the name of a method
 
 
@@ -114,15 +122,14 @@ class Range(Table):
         return self
 
 
-Values = Annotated[tuple[StrictBool | StrictInt | StrictFloat | StrictStr, ...], Field(min_length=1)]
-
-
 class Tune(Table):
     """What `python -m benchmark tune` tries, and how it chooses."""
 
     seeds: Seeds
     trials: Annotated[StrictInt, Field(ge=1, le=10_000)]
-    space: dict[str, dict[str, Range | Values]] = Field(min_length=1)
+    space: dict[str, dict[str, Range | Annotated[tuple[Value, ...], Field(min_length=1)]]] = Field(
+        min_length=1
+    )
     rule: Literal["score", "rank"] = "score"
     over: Literal["end", "training"] = "end"
     halving: Annotated[StrictInt, Field(ge=2)] | None = None
@@ -248,7 +255,8 @@ def nearest(word: object, known: Iterable) -> str:
 def first_sentence(error: pydantic.ValidationError) -> str:
     """What pydantic holds against a table first: the key, and what is wrong with it."""
     wrong = error.errors()[0]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in wrong["loc"])
+    parts = [part for part in wrong["loc"] if "[" not in str(part) or part == "[key]"]  # no names of types
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     message = {"missing": "this key is missing", "extra_forbidden": "this key is unknown"}.get(
         wrong["type"], wrong["msg"].removeprefix("Value error, ")
     )
@@ -409,7 +417,10 @@ def load_script(key: str, script: str):
         raise ValueError(f"{key}.script: there is no script {script!r}{nearest(script, scripts)}")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    return importlib.import_module(Path(script).stem)
+    module = importlib.import_module(Path(script).stem)
+    if not hasattr(module, "parse_args"):
+        raise ValueError(f"{key}.script: {script} trains on no environment")
+    return module
 
 
 def check_command(key: str, module, words: list[str]):

@@ -164,7 +164,7 @@ BAD = [
     ([("ppo_continuous.py", "ppo_continous.py")], "methods.ppo.script: there is no script 'ppo_continous.py'; the nearest"),
     ([("nystrom-rank", "nystrom-rnk")], "methods.blpo.arguments: blpo_continuous.py cannot read"),
     ([("nystrom-rank = 3", "nystrom-rank = 0")], "--nystrom-rank is 0: Input should be greater than or equal to 1"),
-    ([("nystrom-rank = 3", "nystrom-rank = [3]")], "methods.blpo.arguments.nystrom-rank.bool: Input should be a valid boolean"),
+    ([("nystrom-rank = 3", "nystrom-rank = [3]")], "methods.blpo.arguments.nystrom-rank: it must be a number, a text, true or false"),
     ([("total-timesteps = 1024", "total-timesteps = 63")], "--total-timesteps 63 is less than one rollout of 64"),
     ([("device", "seed = 3\ndevice")], "methods.ppo.arguments.seed: this argument is the launcher's own"),
     ([("device", "capture-video = true\ndevice")], "arguments.capture-video: toy_envs:Walk-v0 cannot be filmed here"),
@@ -191,7 +191,9 @@ BAD = [
     ([(SUITE, SUITE + CLAIM.replace('"ppo"', '"sac"'))], "claims[0].than names 'sac', which is no method of the suite"),
     ([(HEAD, TUNE.replace("[11]", "[2]") + HEAD)], "tune.seeds holds 2, a seed of the suite; tune on seeds that it does not report"),
     ([(HEAD, TUNE.replace("space.ppo", "space.sac") + HEAD)], "tune.space names 'sac', which is no method"),
-    ([(HEAD, TUNE.replace("[0.9, 0.99]", "{ low = 1, high = 1 }") + HEAD)], "low must be less than high"),
+    ([(HEAD, TUNE.replace("[0.9, 0.99]", "{ low = 1, high = 1 }") + HEAD)], "tune.space.ppo.gamma: low must be less than high"),
+    ([(HEAD, TUNE.replace("[0.9, 0.99]", "[[1]]") + HEAD)], "tune.space.ppo.gamma"),
+    ([("ppo_continuous.py", "stackelberg_toy.py")], "methods.ppo.script: stackelberg_toy.py trains on no environment"),
     ([(HEAD, TUNE + HEAD)], "tune: reference.json has no levels of toy_envs:Walk-v0"),
 ]
 
@@ -647,6 +649,8 @@ def test_what_others_collected_is_left_alone(launched, tmp_path, capsys):
     (tmp_path / "results" / "tiny" / "notes.txt").touch()
     own = write(tmp_path)
     before = snapshot(tmp_path / "results")
+    assert command_line.main(["collect", path, "--run-dir", str(tmp_path), "--results", str(tmp_path / "new")]) == 2
+    assert "tiny has finished; --run-dir says where they are" in capsys.readouterr().err and not (tmp_path / "new").exists()
     for words in (["collect", own], ["collect", own, "--run-dir", str(run_dir)]):
         assert command_line.main([*words, "--results", str(tmp_path / "results")]) == 2
         assert f"tiny holds the results of {path}, not of {own}; name another --results" in capsys.readouterr().err
