@@ -22,7 +22,9 @@ exchanged within each task.
   decided.
 - A *collapsed* run ends below a tenth of its peak (of the runs that ever score above 0.1). A run that
   diverged counts with the random policy's return. An interval that is far wider on one side says that a
-  method has rare runs far from its others, and that these few runs cannot tell how rare."""
+  method has rare runs far from its others, and that these few runs cannot tell how rare.
+- Figures: every run as a thin line, the mean as a thick one, Student's 95 % interval from five runs on; below,
+  the differences, all tasks (thick) and each alone, with their intervals, which may leave the axis."""
 
 
 def sign(low: float, high: float, p: float) -> int:
