@@ -250,7 +250,7 @@ def in_columns(blocks: list[Block]) -> list[list[Block]]:
 
 def letters(columns: int) -> int:
     """How many of the small letters fit into one of so many columns."""
-    return int((WIDTH / columns - 0.6) / 0.05)
+    return int((WIDTH / columns - 0.6) / 0.053)
 
 
 def tallest(columns: list[list[Block]]) -> float:

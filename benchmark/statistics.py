@@ -150,7 +150,7 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- p -----------------------------------------------------------------------------------------------------
-@functools.cache
+@functools.lru_cache(maxsize=8)  # of up to hundreds of megabytes with many runs
 def exchanges(first: int, second: int, seed: int) -> tuple[np.ndarray, bool]:
     """The weight of each run in the difference of means, (exchanges, runs), and whether these are all.
 
