@@ -142,11 +142,12 @@ class Plot:
     """the figures go beside them in {results}/{suite}; default: as of `collect`"""
 
     def __call__(self) -> int:
+        from benchmark.data import own_runs
         from benchmark.figures import plot
 
         suite = load_suite(self.suite, check=False)
         results = results_of(suite, self.results)
-        if not (results / suite.name / "runs.json").exists():
+        if own_runs(suite, results / suite.name) is None:
             raise BadSuite(f"{results / suite.name} has no runs.json; collect the suite first")
         for path in plot(suite, results):
             print(path)

@@ -16,7 +16,7 @@ import pandas as pd
 import pydantic
 
 from benchmark import data
-from benchmark.data import COLUMNS, RUN, Entry, RunsFile, read_curves, read_runs
+from benchmark.data import COLUMNS, RUN, Entry, RunsFile
 from benchmark.launch import JobFile, Result, finished_run, job_status
 from benchmark.machine import read_as
 from benchmark.suites import ROOT, BadSuite, Job, Suite, without
@@ -57,12 +57,10 @@ def collect(suite: Suite, run_dir: Path, folder: Path, allow_mixed: bool = False
     before anything is written, if another suite file wrote the folder, if a file is damaged, and, unless
     `allow_mixed`, for runs of several commits, of uncommitted code or of other arguments than the suite's.
     """
-    before, file = read_runs(folder) or RunsFile(suite=suite.name), suite_file(suite)
-    if before.runs and before.file != file:
-        raise BadSuite(f"{folder} holds the results of {before.file}, not of {file}; name another --results")
+    before = data.own_runs(suite, folder) or RunsFile(suite=suite.name)
     earlier = {run.job: run for run in before.runs}
-    known = read_curves(folder, str) if earlier else pd.DataFrame(columns=COLUMNS)
-    content, curves, commands = RunsFile(suite=suite.name, file=file), [], []
+    known = data.read_curves(folder, str) if earlier else pd.DataFrame(columns=COLUMNS)
+    content, curves, commands = RunsFile(suite=suite.name, file=data.suite_file(suite)), [], []
     for job in suite.jobs():
         source = finished_run(run_dir / suite.name / job.name)
         if source is not None:
@@ -90,12 +88,6 @@ def collect(suite: Suite, run_dir: Path, folder: Path, allow_mixed: bool = False
     diagnostics = [name for name in suite.diagnostics if name in table]
     data.write_results(folder, content, table[[*COLUMNS, *diagnostics]].fillna(""))
     return content
-
-
-def suite_file(suite: Suite) -> str:
-    """The suite's file, in the repository if it is there: whose results a folder holds."""
-    path = suite.path.resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def did_fail(job_folder: Path, before: bool) -> bool:

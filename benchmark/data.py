@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from benchmark.machine import read_as, write_atomically
 from benchmark.reference import load_reference
-from benchmark.suites import BadSuite, Job, Suite, same_run
+from benchmark.suites import ROOT, BadSuite, Job, Suite, same_run
 
 RUN = ["environment", "method", "seed"]  # the columns that name a run
 COLUMNS = [*RUN, "global_step", "wall_time_s", "episodic_return", "episodes"]  # and before the diagnostics
@@ -116,6 +116,21 @@ def chosen(table: pd.DataFrame, method: str, environment: str) -> pd.DataFrame:
 def read_runs(folder: Path) -> RunsFile | None:
     """The runs.json of a suite's folder; None if there is none. Raises BadSuite if it is damaged."""
     return read_as(RunsFile, folder / "runs.json")
+
+
+def suite_file(suite: Suite) -> str:
+    """The suite's file, in the repository if it is there: whose results a folder holds."""
+    path = suite.path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def own_runs(suite: Suite, folder: Path) -> RunsFile | None:
+    """The runs.json of a folder that is to be written. Raises BadSuite if it is another suite's."""
+    found = read_runs(folder)
+    if found is not None and found.file != suite_file(suite):
+        other = f"holds the results of {found.file}, not of {suite_file(suite)}"
+        raise BadSuite(f"{folder} {other}; name another --results")
+    return found
 
 
 def read_curves(folder: Path, cells: type = float) -> pd.DataFrame:

@@ -651,7 +651,7 @@ def test_what_others_collected_is_left_alone(launched, tmp_path, capsys):
     before = snapshot(tmp_path / "results")
     assert command_line.main(["collect", path, "--run-dir", str(tmp_path), "--results", str(tmp_path / "new")]) == 2
     assert "tiny has finished; --run-dir says where they are" in capsys.readouterr().err and not (tmp_path / "new").exists()
-    for words in (["collect", own], ["collect", own, "--run-dir", str(run_dir)]):
+    for words in (["collect", own], ["collect", own, "--run-dir", str(run_dir)], ["plot", own]):
         assert command_line.main([*words, "--results", str(tmp_path / "results")]) == 2
         assert f"tiny holds the results of {path}, not of {own}; name another --results" in capsys.readouterr().err
     assert snapshot(tmp_path / "results") == before
