@@ -257,9 +257,8 @@ def first_sentence(error: pydantic.ValidationError) -> str:
     wrong = error.errors()[0]
     parts = [part for part in wrong["loc"] if "[" not in str(part) or part == "[key]"]  # no names of types
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    message = {"missing": "this key is missing", "extra_forbidden": "this key is unknown"}.get(
-        wrong["type"], wrong["msg"].removeprefix("Value error, ")
-    )
+    said = {"missing": "this key is missing", "extra_forbidden": "this key is unknown"}.get(wrong["type"])
+    message = said or wrong["msg"].removeprefix("Value error, ")
     return f"{key.removeprefix('.')}: {message}".removeprefix(": ")
 
 
@@ -275,7 +274,13 @@ def load_suite(name: str, check: bool = True) -> Suite:
     """
     path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
     try:
-        table = tomllib.loads(path.read_text())
+        text = path.read_bytes()
+    except OSError as error:
+        if name.endswith(".toml"):
+            raise BadSuite(f"the suite {name} cannot be read: {error.strerror}") from None
+        raise BadSuite(f"there is no suite {name!r}{nearest(name, known_suites())}") from None
+    try:
+        table = tomllib.loads(text.decode())
         if "name" in table or "path" in table:
             raise ValueError("name, path: these keys are unknown")
         suite = Suite.model_validate(table | {"name": path.stem, "path": path})
@@ -293,10 +298,6 @@ def load_suite(name: str, check: bool = True) -> Suite:
         if check:
             check_jobs(suite)
             check_runs_of(suite)
-    except OSError as error:
-        if name.endswith(".toml"):
-            raise BadSuite(f"the suite {name} cannot be read: {error.strerror}") from None
-        raise BadSuite(f"there is no suite {name!r}{nearest(name, known_suites())}") from None
     except pydantic.ValidationError as error:
         raise BadSuite(f"{path.name}: {first_sentence(error)}") from None
     except ValueError as error:  # no TOML, no UTF-8, or one of the checks
