@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -450,9 +451,10 @@ def check_environment(key: str, module, args, environment: str) -> None:
     if getattr(args, "capture_video", False):
         try:
             os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do
-            env = gym.make(environment, render_mode="rgb_array", **json.loads(args.env_kwargs))
-            env.reset()
-            env.render()
+            with warnings.catch_warnings(action="ignore"):
+                env = gym.make(environment, render_mode="rgb_array", **json.loads(args.env_kwargs))
+                env.reset()
+                env.render()
             env.close()
         except Exception as error:  # whatever the task, MuJoCo or the driver raises
             words = f"{key}.arguments.capture-video: {environment} cannot be filmed here"

@@ -258,7 +258,10 @@ def test_a_suite_is_requeued_resumed_and_retried(cluster, suite):
     assert {line.split(":")[1].strip() for line in lines if line.startswith("not finished")} == {KILLED, BROKEN}
     assert [each["exit_code"] for each in attempts(folders[BROKEN])] == [2, 2]
     assert launch.job_status(folders[BROKEN]) == "failed"
-    assert [each["exit_code"] for name in (REQUEUED, TIMED_OUT) for each in attempts(folders[name])] == [130, 0, 130, 0]
+    for name in (REQUEUED, TIMED_OUT):
+        first, second = attempts(folders[name])
+        # 143: on a busy machine Slurm kills what runs the script before it has seen its end; then the run folder tells.
+        assert (first["exit_code"] == 130 or (first["exit_code"] == 143 and first["recorded"])) and second["exit_code"] == 0
     for folder in todo:
         check_resumed(folder)
     assert slurm.submit(todo, OPTIONS) == {} == slurm.queue()
