@@ -30,6 +30,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -393,7 +394,8 @@ def draw_figures(
     sac_returns = {name: reward(path[..., 0]) for name, path in sac.items()}
     draw_curves(axes[1], sac_returns, r"return $R(\theta)$", log=False)
     for number, figure in drawn.items():
-        figure.savefig(args.output_dir / f"figure_{number}.png", metadata={"Software": None})
+        draw = partial(figure.savefig, format="png", metadata={"Software": None})
+        replace_file(args.output_dir / f"figure_{number}.png", draw)
 
 
 # ---- Tables ------------------------------------------------------------------------------------------
@@ -413,6 +415,16 @@ def print_table(title: str, rows: list[dict]) -> None:
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     print(f"\n{title}\n", *lines, sep="\n")
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace `path` by what `write` makes beside it: after a crash the old or the new content is there."""
+    new = path.with_name(path.name + ".new")
+    try:
+        write(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -466,8 +478,9 @@ def main(args: Args) -> None:
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for name, _, rows in tables:
-            write_table(args.output_dir / f"{name}.csv", rows)
-        (args.output_dir / "provenance.json").write_text(json.dumps(provenance(args), indent=1) + "\n")
+            replace_file(args.output_dir / f"{name}.csv", partial(write_table, rows=rows))
+        made = json.dumps(provenance(args), indent=1) + "\n"
+        replace_file(args.output_dir / "provenance.json", lambda new: new.write_text(made))
         draw_figures(paths, dampings, sac, args)
     except OSError as error:
         raise BadInput(f"--output-dir cannot be written: {error}; name another folder") from error

@@ -1,206 +1,238 @@
-"""From run folders to `benchmark/results/SUITE/`: one small csv file a run, and where each came from.
+"""From run folders to a suite's `curves.csv` and `runs.json` (benchmark/data.py).
 
-    JOB.csv      global_step, wall_time_s, episodic_return, episodes, and the suite's diagnostics; one row for each
-                 `grid` steps: the mean return of the episodes that ended in them, how many these were, the mean of a
-                 diagnostic over the iterations in them. A cell is empty where there is nothing to average.
-    runs.json    command, commit, versions, machine, attempts, load, final return, wall-clock time (none of a run that
-                 stopped because it diverged) of every run; the jobs missing, and those of them that failed
-
-Figures drawn from earlier csv files are removed: `python -m benchmark plot SUITE` draws them anew.
+A row of curves.csv stands for `grid` steps: the mean return of the episodes that ended in them, how many these
+were, the mean of a diagnostic over the iterations in them. Episodes are never taken for runs.
 """
 
-import csv
+import functools
 import json
 import math
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import pydantic
 
-from benchmark.launch import finished_run, job_status, run_status
-from benchmark.machine import write_atomically
-from benchmark.suites import RESULTS, ROOT, BadSuite, Suite, read_json, without
+from benchmark import data
+from benchmark.data import COLUMNS, RUN, Entry, RunsFile
+from benchmark.launch import JobFile, Result, finished_run, job_status
+from benchmark.machine import read_as
+from benchmark.suites import ROOT, BadSuite, Job, Suite, without
 
 # What may differ between the runs of one method: who and where they are, and what leaves the result as it is.
-FREE = {"env_id", "seed", "exp_name", "run_dir", "device", "resume", "track", "wandb_project_name", "wandb_entity"}
+FREE = {
+    "env_id",
+    "seed",
+    "exp_name",
+    "run_dir",
+    "device",
+    "resume",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+}
 FREE |= {"save_model", "eval_episodes", "capture_video", "checkpoint_every", "env_threads"}
-
-
-class Mixed(BadSuite):
-    """Runs that should not be put into one table."""
-
-
-def collect(suite: Suite, run_dir: Path, results: Path = RESULTS, allow_mixed: bool = False) -> dict:
-    """Write the suite's files under `results` and return the content of runs.json.
-
-    A job whose run folder is not here keeps what an earlier collection committed, if its command is still the same.
-    Raises Mixed, before anything is written, for runs of several commits, of uncommitted code or of other arguments
-    than the suite's, unless `allow_mixed`.
-    """
-    folder = results / suite.name
-    before = read_json(folder / "runs.json") or {}
-    earlier = {run["job"]: run for run in before.get("runs", [])}
-    runs, curves, missing, failed = [], {}, [], []
-    for job in suite.jobs():
-        source = finished_run(run_dir / suite.name / job.name)
-        if source is not None:
-            runs.append(describe(run_dir / suite.name / job.name, source))
-            curves[job.name] = curve(source, suite.grid, suite.diagnostics)
-        elif job.name in earlier and (folder / f"{job.name}.csv").exists():
-            runs.append(earlier[job.name])
-        else:
-            missing.append(job.name)
-            if did_fail(run_dir / suite.name / job.name, job.name in before.get("failed", [])):
-                failed.append(job.name)
-            continue
-        runs[-1]["suite_command"] = job.command
-    problems = mixtures(runs, suite.restated)
-    if problems and not allow_mixed:
-        raise Mixed(f"{suite.name} mixes {'; '.join(problems)}; run the rest again, or say --allow-mixed")
-    for run in runs:
-        del run["suite_command"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (header, rows) in curves.items():
-        write_csv(folder / f"{name}.csv", header, rows)
-    for path in folder.glob("*.csv"):  # of jobs that the suite no longer has
-        if path.stem not in {run["job"] for run in runs}:
-            path.unlink()
-    for path in (*folder.glob("*.png"), *folder.glob("*.pdf")):
-        path.unlink()
-    content = {"suite": suite.name, "mixed": problems, "missing": missing, "failed": failed, "runs": runs}
-    write_atomically(folder / "runs.json", lambda new: new.write_text(json.dumps(content, indent=1) + "\n"))
-    return content
-
-
-def did_fail(job_folder: Path, before: bool) -> bool:
-    """Whether a job that has not finished ended with an error; what was known before, if its folder is not here."""
-    return job_status(job_folder) == "failed" if job_folder.exists() else before
-
-
-def describe(job_folder: Path, run: Path) -> dict:
-    """Where a finished run came from, and what came out."""
-    job, made, result = (read_json(path) for path in (job_folder / "job.json", run / "args.json", run / "result.json"))
-    attempts = job["attempts"] or [origin(made)]
-    commits = list(dict.fromkeys(attempt["commit"] for attempt in attempts))
-    script = job["command"][0]
-    return {
-        "job": job["job"],
-        "method": job["method"],
-        "environment": job["environment"],
-        "seed": job["seed"],
-        "script": script,
-        "command": " ".join(["python", *job["command"]]),
-        "arguments": {name: value for name, value in made["args"].items() if name not in FREE},
-        "commit": commits[-1],
-        "commits": commits,
-        "script_blob": blob(commits[-1], script),
-        "dirty": any(attempt["dirty"] for attempt in attempts),
-        "versions": made["versions"],
-        "cpu": made.get("cpu", attempts[-1]["cpu"]),
-        "gpu": made.get("gpu", attempts[-1]["gpu"]),
-        "cores": attempts[-1].get("cores"),
-        "attempts": len(job["attempts"]),
-        "load": max((each[key] for each in attempts for key in LOADS if each.get(key) is not None), default=None),
-        "final_return": result["final_return"],
-        "diverged": result["status"] == "diverged" or diverged(run, result["final_return"]),
-        "wall_time_s": None if result["status"] == "diverged" else result["wall_time_s"],  # it made fewer steps
-        "steps": result["global_step"],
-    }
-
-
-def origin(made: dict) -> dict:
-    """Where a run that was started by hand came from, by its args.json: scripts that write "-dirty" behind the commit leave
-    the machine to the launcher, the others write it themselves."""
-    commit = made["commit"]
-    dirty = made.get("dirty", commit is not None and commit.endswith("-dirty"))
-    found = {"commit": commit and commit.removesuffix("-dirty"), "dirty": dirty}
-    return found | {name: made.get(name) for name in ("cpu", "gpu")}
-
-
 LOADS = ("load_at_start", "load_at_end")
 PLAYERS = tuple(f"losses/{name}_loss" for name in ("policy", "actor", "value", "qf"))
 
 
-def diverged(run: Path, final_return: float | None) -> bool:
-    """Whether training ended with parameters that are not finite: the return, or a player's loss in the last row, is not.
+class Made(pydantic.BaseModel):
+    """What is needed of the args.json of a run folder; scripts that write "-dirty" behind the commit leave
+    the machine to the launcher, others write it themselves."""
 
-    The return alone does not tell: of logits that are nan argmax takes the first, and a simulator goes on with such actions.
+    args: dict[str, Any]
+    commit: str | None = None
+    dirty: bool | None = None
+    versions: dict[str, str | None] = {}
+    cpu: str | None = None
+    gpu: str | None = None
+
+
+def collect(suite: Suite, run_dir: Path, folder: Path, allow_mixed: bool = False) -> RunsFile:
+    """Write the suite's files into `folder` and return the content of runs.json.
+
+    A job whose run folder is not here keeps what an earlier collection of this suite wrote. Raises BadSuite,
+    before anything is written, if another suite file wrote the folder, if a file is damaged, and, unless
+    `allow_mixed`, for runs of several commits, of uncommitted code or of other arguments than the suite's.
     """
-    with open(run / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    losses = [rows[-1][name] for name in PLAYERS if name in rows[-1]] if rows else []
-    returned = final_return is None or math.isfinite(final_return)
-    return not returned or not all(cell and math.isfinite(float(cell)) for cell in losses)
+    before = data.own_runs(suite, folder) or RunsFile(suite=suite.name)
+    earlier = {run.job: run for run in before.runs}
+    known = data.read_curves(folder, str) if earlier else pd.DataFrame(columns=COLUMNS)
+    content, curves, commands = RunsFile(suite=suite.name, file=data.suite_file(suite)), [], []
+    for job in suite.jobs():
+        source = finished_run(run_dir / suite.name / job.name)
+        if source is not None:
+            content.runs.append(describe(run_dir / suite.name / job.name, source))
+            curves.append(curve(job, source, suite))
+        elif job.name in earlier:
+            content.runs.append(earlier[job.name])
+            curves.append(known[(known[RUN] == [job.environment, job.method, job.seed]).all(axis=1)])
+        else:
+            content.missing.append(job.name)
+            if did_fail(run_dir / suite.name / job.name, job.name in before.failed):
+                content.failed.append(job.name)
+            continue
+        commands.append(job.command)
+    if not content.runs:
+        raise BadSuite(
+            f"{suite.name}: no run in {run_dir / suite.name} has finished; --run-dir says where they are"
+        )
+    content.mixed = mixtures(content.runs, commands, suite.restated)
+    if content.mixed and not allow_mixed:
+        raise BadSuite(
+            f"{suite.name} mixes {'; '.join(content.mixed)}; run the rest again, or say --allow-mixed"
+        )
+    table = pd.concat(curves, ignore_index=True)
+    diagnostics = [name for name in suite.diagnostics if name in table]
+    data.write_results(folder, content, table[[*COLUMNS, *diagnostics]].fillna(""))
+    return content
 
 
-def blob(commit: str | None, script: str) -> str | None:
-    """Git's name for the content of a script at a commit: equal names, equal code. None if git does not know it or is not there."""
+def did_fail(job_folder: Path, before: bool) -> bool:
+    """Whether a job that has not finished ended with an error; as known before, if its folder is not here."""
+    return job_status(job_folder) == "failed" if job_folder.exists() else before
+
+
+# ---- One run ---------------------------------------------------------------------------------------------
+def needed(model, path: Path):
+    """A json file as that model. Raises BadSuite if it is not there or damaged."""
+    found = read_as(model, path)
+    if found is None:
+        raise BadSuite(f"{path} is missing; remove that folder to run the job again")
+    return found
+
+
+def read_cells(path: Path, *columns: str) -> pd.DataFrame:
+    """A csv file, those columns as numbers and the other cells as text. Raises BadSuite if that cannot be."""
     try:
-        done = subprocess.run(["git", "rev-parse", f"{commit}:{script}"], cwd=ROOT, capture_output=True, text=True)
+        return pd.read_csv(path, dtype=str, keep_default_na=False).astype(dict.fromkeys(columns, float))
+    except (OSError, ValueError, KeyError) as error:
+        advice = "remove that run folder to run the job again"
+        raise BadSuite(f"{path} cannot be read: {error}; {advice}") from None
+
+
+def numbers(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of text as numbers, empty ones as nan."""
+    return cells.replace("", "nan").astype(float)
+
+
+def describe(job_folder: Path, run: Path) -> Entry:
+    """Where a finished run came from, and what came out."""
+    job, made = needed(JobFile, job_folder / "job.json"), needed(Made, run / "args.json")
+    result = needed(Result, run / "result.json")
+    by_hand = {"commit": made.commit and made.commit.removesuffix("-dirty"), "cpu": made.cpu, "gpu": made.gpu}
+    by_hand["dirty"] = (made.commit or "").endswith("-dirty") if made.dirty is None else made.dirty
+    attempts = job.attempts or [by_hand]
+    commits = list(dict.fromkeys(attempt["commit"] for attempt in attempts))
+    last = attempts[-1]
+    return Entry(
+        **job.model_dump(include={"job", "method", "environment", "seed"}),
+        script=job.command[0],
+        command=" ".join(["python", *job.command]),
+        arguments={name: value for name, value in made.args.items() if name not in FREE},
+        commit=commits[-1],
+        commits=commits,
+        script_blob=blob(commits[-1], job.command[0]),
+        dirty=any(attempt["dirty"] for attempt in attempts),
+        versions=made.versions or last.get("versions", {}),
+        cpu=made.cpu or last["cpu"],
+        gpu=made.gpu or last["gpu"],
+        cores=last.get("cores"),
+        attempts=len(job.attempts),
+        load=max(
+            (each[key] for each in attempts for key in LOADS if each.get(key) is not None), default=None
+        ),
+        final_return=result.final_return,
+        diverged=result.status == "diverged" or diverged(run, result.final_return),
+        wall_time_s=None if result.status == "diverged" else result.wall_time_s,
+        steps=result.global_step,
+    )
+
+
+def diverged(run: Path, final_return: float | None) -> bool:
+    """Whether training ended with parameters that are not finite: the return is not, or a player's last loss.
+
+    The return alone does not tell: of logits that are nan argmax takes the first, and a simulator goes on so.
+    """
+    last = read_cells(run / "metrics.csv").tail(1)
+    losses = numbers(last[[name for name in PLAYERS if name in last]])
+    returned = final_return is None or math.isfinite(final_return)
+    return not (returned and np.isfinite(losses).all(axis=None))
+
+
+@functools.cache
+def blob(commit: str | None, script: str) -> str | None:
+    """Git's name for the content of a script at a commit: equal names, equal code; None if git cannot tell."""
+    ask = ["git", "rev-parse", f"{commit}:{script}"]
+    try:
+        done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def mixtures(runs: list[dict], restated: tuple[str, ...] = ()) -> list[str]:
-    """What keeps the runs from one table, each as a phrase; none if nothing does. Commands are compared without the arguments
-    that are `restated` (Suite)."""
-    problems = []
-    commits = sorted({commit or "none" for run in runs for commit in run["commits"]})
-    if len(commits) > 1:
-        scripts = {(run["script"], run["script_blob"]) for run in runs}
-        same = len(scripts) == len({script for script, _ in scripts}) and None not in {name for _, name in scripts}
-        words = " (the scripts themselves are the same in all of them)" if same else ""
-        problems.append(f"the commits {', '.join(commit[:10] for commit in commits)}{words}")
-    dirty = [run["job"] for run in runs if run["dirty"]]
-    if dirty:
-        problems.append(f"runs of uncommitted code ({', '.join(dirty)})")
-    for run in runs:
-        if without(restated, run["command"].split()) != without(restated, ["python", *run["suite_command"]]):
-            problems.append(f"a run with other arguments than the suite's now ({run['job']}: {run['command']})")
-    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for run in runs:
-        key = json.dumps(run["arguments"], sort_keys=True)
-        groups.setdefault((run["method"], run["environment"]), {}).setdefault(key, []).append(run["job"])
-    for (method, environment), settings in groups.items():
-        if len(settings) > 1:
-            first, second = (json.loads(key) for key in list(settings)[:2])
-            differing = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-            jobs = " and ".join(names[0] for names in settings.values())
-            problems.append(f"runs of {method} on {environment} with different {', '.join(differing)} ({jobs})")
-    return problems
-
-
-def curve(run: Path, grid: int, diagnostics: tuple[str, ...]) -> tuple[list[str], list[list]]:
-    """Header and rows of a run on the grid of steps; a diagnostic that its script does not log is left out.
+def curve(job: Job, run: Path, suite: Suite) -> pd.DataFrame:
+    """The rows of a run in curves.csv; a diagnostic that its script does not log is left out.
 
     A run that ended early, since it diverged, has rows up to all the steps that it should have made.
     """
-    with open(run / "episodes.csv") as file:
-        episodes = [(int(row["global_step"]), float(row["episodic_return"])) for row in csv.DictReader(file)]
-    with open(run / "metrics.csv") as file:
-        metrics = list(csv.DictReader(file))
-    steps, times = ([float(row[name]) for row in metrics] for name in ("global_step", "wall_time_s"))
-    kept = [name for name in diagnostics if metrics and name in metrics[0]]
-    planned = read_json(run / "args.json")["args"]["total_timesteps"]
-    rows, end = [], planned if run_status(run) == "diverged" else steps[-1]
-    for low in range(0, math.ceil(end / grid) * grid, grid):
-        returns = [value for step, value in episodes if low < step <= low + grid]
-        row = [low + grid, round(float(np.interp(low + grid, [0.0, *steps], [0.0, *times])), 2)]
-        row += [round(float(np.mean(returns)), 3) if returns else "", len(returns)]
-        inside = [line for line, step in zip(metrics, steps) if low < step <= low + grid]
-        for name in kept:
-            values = [float(line[name]) for line in inside if line[name]]
-            row.append(f"{np.mean(values):.5g}" if values else "")
-        rows.append(row)
-    return ["global_step", "wall_time_s", "episodic_return", "episodes", *kept], rows
+    metrics = read_cells(run / "metrics.csv", "global_step", "wall_time_s")
+    episodes = read_cells(run / "episodes.csv", "global_step", "episodic_return")
+    end, total = metrics["global_step"].max(), needed(Made, run / "args.json").args["total_timesteps"]
+    if needed(Result, run / "result.json").status == "diverged":
+        end = total
+    points = range(suite.grid, math.ceil(end / suite.grid) * suite.grid + 1, suite.grid)
+    bins = [
+        np.ceil(table["global_step"] / suite.grid).astype(int) * suite.grid for table in (metrics, episodes)
+    ]
+    rows = pd.DataFrame({name: getattr(job, name) for name in RUN} | {"global_step": points})
+    times = np.interp(points, [0, *metrics["global_step"]], [0, *metrics["wall_time_s"]])
+    rows["wall_time_s"] = times.round(2).astype(str)
+    returns = episodes.groupby(bins[1])["episodic_return"].agg(["mean", "size"]).reindex(points)
+    rows["episodic_return"] = [f"{round(value, 3)}" if value == value else "" for value in returns["mean"]]
+    rows["episodes"] = returns["size"].fillna(0).astype(int).astype(str).to_numpy()
+    cells = metrics[[name for name in suite.diagnostics if name in metrics]]
+    values = numbers(cells)
+    means = values.groupby(bins[0]).mean().map("{:.5g}".format)
+    broken = values.isna() & (cells != "")  # not finite in an iteration
+    means = means.mask(broken.groupby(bins[0]).any(), "nan").where((cells != "").groupby(bins[0]).any(), "")
+    return rows.join(means.reindex(points, fill_value=""), on="global_step")
 
 
-def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    """Write a csv file as a whole."""
-
-    def write(new: Path) -> None:
-        with open(new, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-
-    write_atomically(path, write)
+# ---- Runs that should not be put into one table ----------------------------------------------------------
+def mixtures(runs: list[Entry], commands: list[list[str]], restated: tuple[str, ...] = ()) -> list[str]:
+    """What keeps the runs from one table, each as a phrase. Commands, of the runs and of the suite now, are
+    compared without the arguments that are `restated`."""
+    problems = []
+    commits = sorted({commit or "none" for run in runs for commit in run.commits})
+    if len(commits) > 1:
+        scripts = {(run.script, run.script_blob) for run in runs}
+        same = len(scripts) == len({script for script, _ in scripts}) and None not in {
+            name for _, name in scripts
+        }
+        words = " (the scripts themselves are the same in all of them)" if same else ""
+        problems.append(f"the commits {', '.join(commit[:10] for commit in commits)}{words}")
+    dirty = [run.job for run in runs if run.dirty]
+    if dirty:
+        problems.append(f"runs of uncommitted code ({', '.join(dirty)})")
+    for run, command in zip(runs, commands, strict=True):
+        if without(restated, run.command.split()) != without(restated, ["python", *command]):
+            problems.append(f"a run with other arguments than the suite's now ({run.job}: {run.command})")
+    groups: dict[tuple[str, str], dict[str, Entry]] = {}
+    for run in runs:
+        key = json.dumps(run.arguments, sort_keys=True)
+        groups.setdefault((run.method, run.environment), {}).setdefault(key, run)
+    for (method, environment), settings in groups.items():
+        first, *others = settings.values()
+        for other in others[:1]:
+            names = first.arguments.keys() | other.arguments.keys()
+            differing = sorted(
+                each for each in names if first.arguments.get(each) != other.arguments.get(each)
+            )
+            jobs = f"{first.job} and {other.job}"
+            problems.append(
+                f"runs of {method} on {environment} with different {', '.join(differing)} ({jobs})"
+            )
+    return problems

@@ -1,394 +1,327 @@
-"""Figures of a suite, from its committed results alone (`benchmark/results/SUITE/runs.json` and one csv a run).
+"""The figure of a suite, from its committed results alone.
 
-Every band and bar is a 95 % interval, stratified bootstrap over seeds (`benchmark/statistics.py`). The same results and the
-same matplotlib give bitwise the same files. A method has one colour, dash and hatch in all figures of all suites: STYLES.
+`results.png` has the learning curves, a panel an environment (of many methods a row for each group): every
+run as a thin line, the mean, and Student's 95 % interval from five runs on. Below are the suite's
+comparisons, pooled and each task alone (`benchmark/statistics.py`), and wall-clock times over the first
+baseline's, where they were taken. The same results and the same matplotlib give bitwise the same file.
 """
 
+import json
 import math
-import zlib
-from dataclasses import replace
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+import pandas as pd
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from benchmark import statistics
-from benchmark.reference import load_reference, normalise
-from benchmark.scores import (
-    Results, compared_environments, count, is_aggregated, load_results, normalised_scores, pooled_methods, time_pairs, time_ratio,
-)  # fmt: skip
-from benchmark.suites import Suite
+from benchmark import claims
+from benchmark.data import Results, load_results
+from benchmark.machine import write_atomically
+from benchmark.markdown import short, spread
+from benchmark.scores import OVER, Comparisons, levels, log_times, shared_environments
+from benchmark.statistics import LEAST, Comparison, compare, mean_interval
+from benchmark.suites import BadSuite, Suite
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too faint for a line on white.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
-)  # fmt: skip
-COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
-SOLID, DASHED, DOTTED, DASHDOT = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
-HATCHES = {SOLID: None, DASHED: "////", DOTTED: "....", DASHDOT: "xxxx"}
-# method -> colour, dash. A new method gets a line here as soon as its figures are shown to anybody. In all suites the baseline is
-# blue, its control without the leader's correction orange, the method itself green; no two methods of one suite look the same.
-STYLES = {
-    "ppo": (BLUE, SOLID),
-    "nested": (ORANGE, SOLID),
-    "blpo": (GREEN, SOLID),
-    "authors": (VERMILION, SOLID),
-    "blpo-cg": (PURPLE, SOLID),
-    "blpo-exact": (SKY, SOLID),
-    "blpo-pcg": (BLACK, SOLID),
-    "ppo-critic-lr": (SKY, DASHED),
-    "ppo-equal-steps": (BLACK, DASHED),
-    "permuted": (PURPLE, DASHED),
-    "constant": (VERMILION, DASHED),
-    "one-step": (ORANGE, DASHED),
-    "trajectory": (GREEN, DASHED),
-    "reversed": (BLUE, DASHED),
-    "nested-entropy": (GREEN, DASHDOT),
-    "ppo-separate": (SKY, SOLID),
-    "blpo-cg-50": (PURPLE, DASHED),
-    "l0-trajectory": (BLUE, DOTTED),
-    "l0-constant": (BLUE, DASHDOT),
-    "l095-constant": (GREEN, DASHDOT),
-    # Stackelberg actor-critic
-    "ac-80": (BLUE, SOLID),
-    "ac-1": (BLUE, DASHED),
-    "ac-settings-80": (BLUE, DOTTED),
-    "plain-80": (ORANGE, SOLID),
-    "plain-1": (ORANGE, DASHED),
-    "stac-80": (GREEN, SOLID),
-    "stac-1": (GREEN, DASHED),
-    "stac-80-gauss-newton": (BLACK, SOLID),
-    "stac-1-gauss-newton": (BLACK, DASHED),
-    "plain-80-gauss-newton": (ORANGE, DOTTED),
-    "released-80": (VERMILION, SOLID),
-    "released-settings-80": (VERMILION, DOTTED),
-    "sequential": (BLUE, SOLID),
-    "simultaneous": (ORANGE, SOLID),
-    "actor": (GREEN, SOLID),
-    "critic": (VERMILION, SOLID),
-    "paper": (PURPLE, SOLID),
-    # SoBiRL
-    "ground-truth": (BLUE, SOLID),
-    "drlhf": (ORANGE, SOLID),
-    "sobirl": (GREEN, SOLID),
-    "pbrl": (PURPLE, SOLID),
-    "hpgd": (SKY, SOLID),
-    "sobirl-permuted": (PURPLE, DASHED),
-    "frozen": (BLACK, DASHED),
-    "ground-truth-endless": (BLUE, DOTTED),
-    "drlhf-endless": (ORANGE, DOTTED),
-    "sobirl-endless": (GREEN, DOTTED),
+PAPER = Path(__file__).parent / "paper.json"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too faint on white.
+CODES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+COLOURS = dict(zip(("blue", "orange", "green", "red", "purple", "sky", "black"), CODES))
+DASHES = {"": "-", "dashed": (0, (4, 1.5)), "dotted": (0, (1, 1.2)), "dash-dotted": (0, (5, 1.2, 1, 1.2))}
+# A method, or the last word of its name, has one look in all suites: the baseline blue, its control without
+# the leader's correction orange, the method itself green. Others get the next look that is free.
+LOOKS = {
+    "blue": "ppo ac-80 sequential ground-truth",
+    "orange": "nested plain-80 simultaneous drlhf",
+    "green": "blpo stac-80 actor sobirl",
+    "red": "authors released-80 critic",
+    "purple": "blpo-cg paper pbrl l0-trajectory-gamma",
+    "sky": "blpo-exact ppo-separate hpgd l0-trajectory ac-80-twice",
+    "black": "blpo-pcg stac-80-gauss-newton",
+    "blue dashed": "ac-1",
+    "orange dashed": "one-step plain-1",
+    "green dashed": "stac-1",
+    "red dashed": "constant",
+    "purple dashed": "permuted blpo-cg-50",
+    "sky dashed": "ppo-critic-lr ac-1-twice",
+    "black dashed": "frozen stac-1-gauss-newton",
+    "blue dotted": "ac-settings-80 ground-truth-endless",
+    "orange dotted": "plain-80-gauss-newton drlhf-endless",
+    "green dotted": "sobirl-endless",
+    "red dotted": "released-settings-80",
+    "green dash-dotted": "nested-entropy",
 }
-for name, colour in {"0": BLUE, "05": SKY, "09": ORANGE, "095": GREEN, "1": VERMILION}.items():  # lambda, with the correction and without
-    STYLES |= {f"{arm}{name}": (colour, SOLID) for arm in ("l", "both")}
-    STYLES |= {f"{arm}{name}-nested": (colour, DASHED) for arm in ("l", "both")}
-LABELS = "bilevel/labels"  # the column that says how many labels a run has asked for so far
-FALLBACKS = [(colour, dash) for dash in (DOTTED, DASHDOT) for colour in COLOURS]
-
+TOGETHER = 7  # methods in one panel; more are drawn in groups
 SETTINGS = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
-    "legend.frameon": False, "hatch.linewidth": 0.6, "pdf.fonttype": 42, "pdf.compression": 6, "savefig.dpi": 130,
-}  # fmt: skip
-PNG_METADATA = {"Software": None}
-PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
-TIME_POINTS = 200  # of a curve against time
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.dpi": 130,
+}
+WIDTH = 9.6  # inches: of a figure
+PANEL, LINE = 2.1, 0.135  # of a panel of curves and of a line of a comparison, how high
+Block = tuple[str, str, list[tuple[str, Comparison]], float]  # title, colour, labelled rows, a paper's number
 
 
-# ---- Looks -----------------------------------------------------------------------------------------------------
-def styles(suite: Suite) -> dict[str, tuple]:
-    """Method -> (colour, dash): from STYLES, else one that its name decides, or the next one that is free in this suite."""
-    taken = {STYLES[name] for name in suite.methods if name in STYLES}
-    chosen = {}
-    for name in suite.methods:
-        if name in STYLES:
-            chosen[name] = STYLES[name]
-            continue
-        first = zlib.crc32(name.encode())
-        slots = [FALLBACKS[(first + offset) % len(FALLBACKS)] for offset in range(len(FALLBACKS))]
-        chosen[name] = next((slot for slot in slots if slot not in taken), slots[0])
-        taken.add(chosen[name])
-    return chosen
+def looks(suite: Suite) -> dict[str, tuple]:
+    """Method -> colour and dash. The method that NAME-nested is the control of looks like BLPO."""
+    known = {name: look for look, names in LOOKS.items() for name in names.split()}
+    roles = {name: "blpo" if f"{name}-nested" in suite.methods else name for name in suite.methods}
+    chosen = {name: known.get(role) or known.get(role.split("-")[-1]) for name, role in roles.items()}
+    every = [f"{colour} {dash}".strip() for dash in DASHES for colour in COLOURS]
+    free = iter([look for look in every if look not in chosen.values()] + every)
+    parts = {name: (look or next(free)).partition(" ") for name, look in chosen.items()}
+    return {name: (COLOURS[colour], DASHES[dash]) for name, (colour, _, dash) in parts.items()}
 
 
-def panels(number: int, width: float, height: float) -> tuple[Figure, list]:
-    """A figure with so many axes, at most four in a row; `width` and `height` of one, in inches."""
-    columns = number if number <= 3 else min(4, math.ceil(number / 2))
-    rows = math.ceil(number / columns)
-    figure = Figure(figsize=(max(width * columns, 4.6), height * rows), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for spare in axes[number:]:
-        spare.remove()
-    return figure, list(axes[:number])
+def groups(names: list[str]) -> list[list[str]]:
+    """The methods that share panels: all if they are few, else those whose names begin with the same word,
+    and the lone ones together."""
+    if len(names) <= TOGETHER:
+        return [names]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.split("-")[0], []).append(name)
+    lone = [group[0] for group in found.values() if len(group) == 1]
+    return [group for group in (lone, *found.values()) if len(group) > 1 or group is lone and group]
 
 
-def add_legend(figure: Figure, handles: dict[str, object]) -> None:
-    """One legend for all axes, under them, with as many columns as fit; label -> what it names. The figure grows by it."""
-    width, height = figure.get_size_inches()
-    size = FontProperties(size=matplotlib.rcParams["legend.fontsize"]).get_size_in_points()
-    # of each entry: its line (2.6 of the font's size), its text, and what matplotlib leaves free around them (0.8 and 2)
-    inches = [(5.4 * size + TextPath((0, 0), label, size=size).get_extents().x1) / 72 for label in handles]
-    widths = {number: sum(max(column) for column in np.array_split(inches, number)) for number in range(1, len(inches) + 1)}
-    columns = max(number for number in widths if number == 1 or widths[number] <= width)
-    figure.set_size_inches(width, height + 0.2 + 0.19 * math.ceil(len(handles) / columns))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=2.6)
+# ---- Curves ------------------------------------------------------------------------------------------------
+def draw_curves(axes, curves: pd.DataFrame, colour: str, dash) -> None:
+    """The runs of a method, one column each; their mean where all have a value."""
+    axes.plot(curves.index, curves.to_numpy(), color=colour, linestyle=dash, linewidth=0.5, alpha=0.35)
+    whole = curves.dropna()
+    if whole.shape[1] > 1:
+        axes.plot(whole.index, whole.mean(axis=1), color=colour, linestyle=dash, linewidth=1.5)
+    if whole.shape[1] >= claims.LEAST:
+        band = mean_interval(whole.to_numpy().T)
+        axes.fill_between(whole.index, *band, color=colour, alpha=0.13, linewidth=0)
 
 
-def short_steps(value: float, _=None) -> str:
-    """1500000 -> 1.5M."""
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{letter}"
-    return f"{value:g}"
+def is_early(drawn: list[pd.DataFrame]) -> bool:
+    """Whether every method has made nine tenths of its way within the first eighth of the steps."""
+    late, ways = [], []
+    for curves in drawn:
+        mean = curves.mean(axis=1).dropna()
+        away = (mean - mean.iloc[-1]).abs()
+        ways.append(mean.max() - mean.min())
+        late.append(away[mean.index > mean.index[-1] / 8].max() > 0.1 * ways[-1])
+    return max(ways, default=0) > 0 and not any(late)
 
 
-def step_axis(axes) -> None:
-    """Label and ticks of an axis of environment steps."""
-    axes.set_xlabel("environment steps")
+def draw_environment(axes, suite: Suite, results: Results, environment: str, names: list[str]) -> bool:
+    """One panel of curves; returns whether it has the reference level. The axis of steps is logarithmic where
+    everything happens at its beginning."""
+    drawn = [
+        (name, results.curves_of(name, environment)) for name in names if len(results.of(name, environment))
+    ]
+    drawn = [(name, curves) for name, curves in drawn if curves.notna().to_numpy().any()]
+    for name, curves in drawn:
+        draw_curves(axes, curves, *looks(suite)[name])
+    axes.set(title=environment, xlabel="environment steps")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(short_steps))
+    if is_early([curves for _, curves in drawn]):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _, level = levels(suite, environment) or (0, math.nan)
+    shown = axes.get_ylim()[0] < level < axes.get_ylim()[1] or len(suite.methods) == 1
+    if shown:
+        axes.axhline(level, color="0.35", linestyle=DASHES["dotted"], linewidth=1)
+    return shown
 
 
-def draw_band(axes, x: np.ndarray, interval: statistics.Interval, style: tuple):
-    """A line with its band; returns the line."""
-    colour, dash = style
-    axes.fill_between(x, interval.low, interval.high, color=colour, alpha=0.15, linewidth=0)
-    return axes.plot(x, interval.estimate, color=colour, linestyle=dash, linewidth=1.4)[0]
+def draw_group(part: SubFigure, suite: Suite, results: Results, names: list[str], width: float) -> None:
+    """The panels of some methods, three in a row, and their legend with the numbers of runs."""
+    environments = environments_of(suite, results)
+    rows, columns = math.ceil(len(environments) / 3), min(3, len(environments))
+    axes = part.subplots(rows, columns, squeeze=False).ravel()
+    drawn = [draw_environment(panel, suite, results, each, names) for panel, each in zip(axes, environments)]
+    for spare in axes[len(environments) :]:
+        spare.remove()
+    axes[0].set_ylabel("episodic return")
+    handles = {}
+    for name in names:
+        colour, dash = looks(suite)[name]
+        tasks = suite.methods[name].environments
+        label = f"{suite.methods[name].label} (n={spread(len(results.of(name, each)) for each in tasks)})"
+        handles[label] = Line2D([], [], color=colour, linestyle=dash, linewidth=1.5)
+    if any(drawn):
+        handles["reference level"] = Line2D([], [], color="0.35", linestyle=DASHES["dotted"], linewidth=1)
+    columns = legend_columns(handles, width)
+    part.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=2.4)
 
 
-# ---- Curves on a common grid -----------------------------------------------------------------------------------
-def on_steps(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (points,) and returns (runs, points) from the first to the last step that every run has a value for.
-
-    A run that has no row at another one's step has there the value before it.
-    """
-    known = [(each["global_step"], each["episodic_return"]) for each in curves]
-    known = [(steps[~np.isnan(values)], values[~np.isnan(values)]) for steps, values in known]
-    if any(len(steps) == 0 for steps, _ in known):
-        return np.zeros(0), np.zeros((len(curves), 0))
-    grid = np.unique(np.concatenate([steps for steps, _ in known]))
-    grid = grid[(grid >= max(steps[0] for steps, _ in known)) & (grid <= min(steps[-1] for steps, _ in known))]
-    return grid, np.array([values[np.searchsorted(steps, grid, side="right") - 1] for steps, values in known])
+def environments_of(suite: Suite, results: Results) -> list[str]:
+    """Those that have runs, in the suite's order."""
+    return [each for each in suite.environments if (results.runs["environment"] == each).any()]
 
 
-def on_labels(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (points,) and returns (runs, points): a run's return at so many labels is that of its last row before it asked
-    for more."""
-    counted = [dict(each, global_step=np.where(np.isnan(each[LABELS]), 0.0, each[LABELS])) for each in curves]
-    return on_steps(counted)
+def legend_columns(labels: Iterable[str], width: float) -> int:
+    """How many of these entries fit side by side into so many inches."""
+    return max(1, min(5, int(width / (0.6 + 0.062 * max(map(len, labels))))))
 
 
-def on_minutes(curves: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Minutes (points,) and returns (runs, points), linear between the rows, while every run has values."""
-    known = [(each["wall_time_s"] / 60, each["episodic_return"]) for each in curves]
-    known = [(minutes[~np.isnan(values)], values[~np.isnan(values)]) for minutes, values in known]
-    if any(len(minutes) == 0 for minutes, _ in known):
-        return np.zeros(0), np.zeros((len(curves), 0))
-    grid = np.linspace(max(minutes[0] for minutes, _ in known), min(minutes[-1] for minutes, _ in known), TIME_POINTS)
-    return grid, np.array([np.interp(grid, minutes, values) for minutes, values in known])
+# ---- Comparisons -------------------------------------------------------------------------------------------
+def blocks_of_returns(suite: Suite, compared: Comparisons) -> list[Block]:
+    """A block a comparison of returns: pooled, then each task alone."""
+    blocks = []
+    for claim in claims.claims(suite):
+        pooled = compared.of(claim)
+        if claim.measure == "time" or pooled is None or pooled.runs[0] < LEAST:
+            continue
+        tasks = compared.environments(claim)
+        rows = [("all", pooled), *((short(each), compared.of(claim, each)) for each in tasks)]
+        pair = (suite.methods[name].label for name in (claim.better, claim.than))
+        title = f"{' − '.join(pair)}{OVER[claim.over]} (n={spread(pooled.runs)})"
+        rows = rows if len(tasks) > 1 else [("", pooled)]
+        blocks.append((title, looks(suite)[claim.better][0], rows, math.nan))
+    return blocks
 
 
-def uses_labels(curve: dict[str, np.ndarray]) -> bool:
-    """Whether a run was told any preferences."""
-    return LABELS in curve and bool((curve[LABELS] > 0).any())
+def blocks_of_times(suite: Suite, results: Results) -> list[Block]:
+    """A block a method that was timed: logarithm of its time over the first baseline's; the paper's."""
+    blocks, base = [], suite.baselines[0] if suite.baselines else None
+    for name in suite.methods if base else ():
+        tasks = {
+            each: log_times(results, name, base, each) for each in shared_environments(suite, name, base)
+        }
+        tasks = {each: [(values,)] for each, values in tasks.items() if len(values)}
+        if name != base and tasks:
+            pooled = compare([task for each in tasks.values() for task in each])
+            rows = [("all", pooled), *((short(each), compare(task)) for each, task in tasks.items())]
+            title = f"{suite.methods[name].label} (n={spread(pooled.runs)})"
+            blocks.append((title, looks(suite)[name][0], rows, paper_ratio(name, list(tasks))))
+    return blocks
 
 
-# ---- The figures -----------------------------------------------------------------------------------------------
-def return_curves(suite: Suite, results: Results, against: str = "steps") -> Figure:
-    """Mean episodic return with interval, one panel an environment, against "steps", wall-clock "minutes" or "labels".
-
-    Against minutes a method's curve ends where its shortest run does; against labels there are those methods that use some.
-    """
-    environments = [each for each in suite.environments if any((name, each) in results.runs for name in suite.methods)]
-    figure, axes = panels(len(environments), 3.3, 2.6)
-    looks, lines, numbers = styles(suite), {}, {}
-    for panel, environment in zip(axes, environments):
-        for name in suite.methods:
-            runs = results.runs.get((name, environment), [])
-            if not runs or (against == "minutes" and suite.methods[name].untimed):
-                continue
-            curves = [results.curves[run["job"]] for run in runs]
-            if against == "labels" and not all(uses_labels(each) for each in curves):
-                continue
-            x, returns = {"steps": on_steps, "minutes": on_minutes, "labels": on_labels}[against](curves)
-            lines[name] = draw_band(panel, x, statistics.curve(statistics.mean, [returns]), looks[name])
-            numbers.setdefault(name, []).append(len(runs))
-        panel.set_title(environment)
-        if against == "steps":
-            step_axis(panel)
-        else:
-            panel.set_xlabel({"minutes": "wall-clock minutes", "labels": "labels asked for"}[against])
-    for panel in axes:
-        if panel.get_subplotspec().is_first_col():
-            panel.set_ylabel("episodic return")
-    shown = [name for name in suite.methods if name in lines]
-    add_legend(figure, {f"{suite.methods[name].label} ({count(numbers[name])})": lines[name] for name in shown})
-    return figure
+def paper_ratio(method: str, environments: list[str]) -> float:
+    """The logarithm of the paper's time over its PPO's, mean over these environments; nan if one is not
+    there."""
+    paper = json.loads(PAPER.read_text())
+    mine, base = (paper["columns"].get(name) for name in (method, "ppo"))
+    times = [paper["wall_time_s"].get(each, {}) for each in environments]
+    return float(np.mean([math.log(row[mine] / row[base]) if mine in row else math.nan for row in times]))
 
 
-def aggregate_curves(suite: Suite, results: Results) -> Figure:
-    """Interquartile mean of normalised returns over environments and seeds, with interval, against steps.
-
-    This and the next two figures need a method with runs on every compared environment.
-    """
-    figure, (axes,) = panels(1, 7.2, 3.4)
-    looks, lines, levels = styles(suite), {}, load_reference()
-    environments = compared_environments(suite)
-    for name in pooled_methods(suite, results):
-        tasks, numbers = [], []
-        for environment in environments:
-            runs = results.runs[name, environment]
-            steps, returns = on_steps([results.curves[run["job"]] for run in runs])
-            tasks.append([
-                {"global_step": steps, "episodic_return": row} for row in normalise(environment, returns, levels)
-            ])  # fmt: skip
-            numbers.append(len(runs))
-        steps, returns = on_steps([curve for task in tasks for curve in task])
-        per_task = np.split(returns, np.cumsum(numbers)[:-1])
-        line = draw_band(axes, steps, statistics.curve(statistics.iqm, per_task), looks[name])
-        lines[f"{suite.methods[name].label} ({count(numbers)})"] = line
-    step_axis(axes)
-    axes.set_ylabel("normalised return, IQM")
-    axes.set_title(f"{len(environments)} environments")
-    add_legend(figure, lines)
-    return figure
+def draw_blocks(axes, blocks: list[Block], height: float, limit: float, ratios: bool) -> None:
+    """Some blocks under one another; intervals end where the axis does."""
+    y, ticks, value = 0.0, {}, np.exp if ratios else float
+    for title, colour, rows, theirs in blocks:
+        words = axes.text(0.01, y - 0.5, title, transform=axes.get_yaxis_transform(), fontsize=7, va="top")
+        words.set(bbox={"color": "white", "alpha": 0.7, "pad": 0.3}, linespacing=1.0, in_layout=False)
+        y += title.count("\n")
+        axes.plot(value(theirs), y + 1, "D", color="black", markersize=4, markerfacecolor="none", zorder=3)
+        for index, (label, found) in enumerate(rows):
+            y += 1
+            ticks[y] = label
+            ends = [value(end) for end in np.clip((found.low, found.high), -9, 9)]
+            thick, dot = (2.2, 5) if index == 0 else (1.0, 3)
+            axes.plot(ends, [y, y], color=colour, linewidth=thick, solid_capstyle="butt")
+            axes.plot(value(found.estimate), y, "o", color=colour, markersize=dot)
+        y += 1.3
+    axes.axvline(value(0), color="0.4", linewidth=0.8, zorder=1)
+    if not ratios:
+        axes.axvspan(-claims.MARGIN, claims.MARGIN, color="0.93", zorder=0)
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=6.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlim=(0.95, limit) if ratios else (-limit, limit), ylim=(height - 0.6, -0.8))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y", visible=False)
 
 
-def performance_profiles(suite: Suite, results: Results) -> Figure:
-    """Fraction of runs with a normalised final return above tau, with interval."""
-    figure, (axes,) = panels(1, 7.2, 3.4)
-    looks, lines, levels = styles(suite), {}, load_reference()
-    environments = compared_environments(suite)
-    scores = {name: normalised_scores(results, name, environments, levels) for name in pooled_methods(suite, results)}
-    everything = np.concatenate([task for tasks in scores.values() for task in tasks])
-    margin = 0.03 * max(np.ptp(everything), 0.1)
-    taus = np.linspace(min(0.0, everything.min() - margin), everything.max() + margin, 201)
-    for name, tasks in scores.items():
-        line = draw_band(axes, taus, statistics.performance_profile(tasks, taus), looks[name])
-        lines[f"{suite.methods[name].label} ({count([len(task) for task in tasks])})"] = line
-    axes.set_xlabel("normalised final return τ")
-    axes.set_ylabel("fraction of runs above τ")
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_title(f"{len(environments)} environments")
-    add_legend(figure, lines)
-    return figure
+def in_columns(blocks: list[Block]) -> list[list[Block]]:
+    """The blocks in at most three columns, titles broken to fit."""
+    columns = min(3, len(blocks))
+    width = letters(columns)
+    broken = [(textwrap.fill(title, width, break_on_hyphens=False), *rest) for title, *rest in blocks]
+    each = math.ceil(len(blocks) / columns)
+    return [broken[start : start + each] for start in range(0, len(blocks), each)]
 
 
-def improvement(suite: Suite, results: Results) -> Figure:
-    """Probability that a run of a method ends above a run of the baseline, with interval; one panel a baseline.
-
-    The rows' names carry n, so this figure has no legend.
-    """
-    pooled = pooled_methods(suite, results)
-    baselines = [name for name in suite.baselines if name in pooled]
-    figure, axes = panels(len(baselines), 4.6, 0.9 + 0.28 * len(pooled))
-    looks, levels = styles(suite), load_reference()
-    environments = compared_environments(suite)
-    scores = {name: normalised_scores(results, name, environments, levels) for name in pooled}
-    numbers = {name: count([len(task) for task in scores[name]]) for name in pooled}
-    for panel, baseline in zip(axes, baselines):
-        others = [name for name in pooled if name != baseline]
-        for row, name in enumerate(others):
-            interval = statistics.stratified_bootstrap(statistics.probability_of_improvement, scores[name], scores[baseline])
-            colour, dash = looks[name]
-            # A dashed bar would hide where the interval ends: the dot tells two methods of one colour apart instead.
-            panel.plot(interval[1:], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
-            inside = colour if dash == SOLID else "white"
-            panel.plot(interval.estimate, row, "o", color=colour, markersize=6, markerfacecolor=inside)
-        panel.axvline(0.5, color="0.5", linewidth=0.8, zorder=1)
-        panel.set_yticks(range(len(others)), [f"{suite.methods[name].label} ({numbers[name]})" for name in others])
-        panel.set_ylim(len(others) - 0.4, -0.6)
-        panel.set_xlim(-0.02, 1.02)
-        panel.grid(axis="y", visible=False)
-        panel.set_xlabel(f"P(above {suite.methods[baseline].label}, {numbers[baseline]})")
-    return figure
+def letters(columns: int) -> int:
+    """How many of the small letters fit into one of so many columns."""
+    return int((WIDTH / columns - 0.6) / 0.053)
 
 
-def runtime(suite: Suite, results: Results) -> Figure:
-    """Wall-clock time over that of the first baseline, geometric mean over the pairs of equal environment and seed."""
-    baseline, looks = suite.baselines[0], styles(suite)
-    others = [name for name in suite.methods if name != baseline]
-    pairs = {}
-    for name in others:
-        by_environment = {each: time_pairs(results, name, baseline, each) for each in suite.environments}
-        pairs[name] = {each: ratios for each, ratios in by_environment.items() if len(ratios)}
-    others = [name for name in others if pairs[name]]
-    environments = [each for each in suite.environments if any(each in pairs[name] for name in others)]
-    groups = [*environments, "all"] if len(environments) > 1 else environments
-    width = min(0.8 / len(others), 0.3)
-    figure, (axes,) = panels(1, min(max(4.6, 1.2 + 0.16 * len(others) * len(groups) + 0.75 * len(groups)), 13.0), 3.0)
-    bars = {}
-    for index, name in enumerate(others):
-        colour, dash = looks[name]
-        shared = [environment for environment in environments if environment in pairs[name]]
-        places = {each: [pairs[name][each]] for each in shared}
-        if len(environments) > 1 and shared == environments:  # a mean over fewer environments would not compare
-            places["all"] = [pairs[name][each] for each in environments]
-        intervals = [time_ratio(ratios) for ratios in places.values()]
-        heights = np.array([interval.estimate for interval in intervals])
-        ends = np.abs(np.array([interval[1:] for interval in intervals]).T - heights)
-        x = [groups.index(group) + (index - (len(others) - 1) / 2) * width for group in places]
-        drawn = axes.bar(
-            x, heights, 0.92 * width, yerr=ends, color=colour, hatch=HATCHES[dash], edgecolor="white", linewidth=0,
-            error_kw={"elinewidth": 0.9, "ecolor": "0.25", "capsize": min(2.5, 20 * width)},
-        )  # fmt: skip
-        bars[f"{suite.methods[name].label} ({count([len(pairs[name][each]) for each in shared])})"] = drawn
-    line = axes.axhline(1, color=looks[baseline][0], linestyle=looks[baseline][1], linewidth=1.2)
-    numbers = [len(results.runs[baseline, each]) for each in environments]
-    bars = {f"{suite.methods[baseline].label} = 1 ({count(numbers)})": line} | bars
-    crowded = len(groups) > 3
-    axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_xticks(range(len(groups)), groups, rotation=20 if crowded else 0, ha="right" if crowded else "center")
-    axes.grid(axis="x", visible=False)
-    axes.set_ylabel(f"time / {suite.methods[baseline].label}")
-    add_legend(figure, bars)
-    return figure
+def tallest(columns: list[list[Block]]) -> float:
+    """How many lines the longest column has."""
+    return max(sum(title.count("\n") + len(rows) + 1.3 for title, _, rows, _ in each) for each in columns)
 
 
-def figures(suite: Suite, results: Results) -> dict[str, Figure]:
-    """File name without suffix -> figure: those that the suite's kind and the runs it has allow, of the methods it shows."""
-    methods = {name: method for name, method in suite.methods.items() if not suite.figures or name in suite.figures}
-    suite = replace(suite, methods=methods, baselines=tuple(name for name in suite.baselines if name in methods))
-    results = replace(results, runs={key: runs for key, runs in results.runs.items() if key[0] in methods})
-    if not results.runs:
-        return {}
-    made = {"returns_steps": return_curves(suite, results)}
-    if any(not suite.methods[method].untimed for method, _ in results.runs):
-        made["returns_minutes"] = return_curves(suite, results, "minutes")
-    if any(uses_labels(results.curves[run["job"]]) for runs in results.runs.values() for run in runs):
-        made["returns_labels"] = return_curves(suite, results, "labels")
-    pooled = pooled_methods(suite, results)
-    if is_aggregated(suite) and pooled:
-        made["aggregate"] = aggregate_curves(suite, results)
-        made["profile"] = performance_profiles(suite, results)
-        if len(pooled) > 1 and any(name in pooled for name in suite.baselines):
-            made["improvement"] = improvement(suite, results)
-    if suite.baselines and any(
-        len(time_pairs(results, name, suite.baselines[0], each))
-        for name in suite.methods
-        if name != suite.baselines[0]
-        for each in suite.environments
+def draw_comparisons(part: SubFigure, columns: list[list[Block]], label: str, ratios: bool) -> None:
+    """Blocks beside one another, on one scale: every estimate is on it, and most of the pooled intervals."""
+    blocks = [block for column in columns for block in column]
+    dots = [found.estimate for _, _, rows, _ in blocks for _, found in rows] + [
+        theirs for *_, theirs in blocks
+    ]
+    if ratios:
+        limit = 1.1 * math.exp(np.nanmax(dots))
+    else:
+        ends = [abs(end) for _, _, rows, _ in blocks for end in (rows[0][1].low, rows[0][1].high)]
+        limit = 1.15 * max(0.13, np.nanmax(np.abs(dots)), min(0.9, max(ends)))
+    axes = part.subplots(1, len(columns), squeeze=False).ravel()
+    for panel, column in zip(axes, columns):
+        draw_blocks(panel, column, tallest(columns), limit, ratios)
+        panel.set_xlabel(textwrap.fill(label, letters(len(columns)) * 2 // 3))
+
+
+# ---- The figure --------------------------------------------------------------------------------------------
+def results_figure(suite: Suite, results: Results) -> Figure:
+    """Curves, comparisons and times under one another."""
+    present = set(results.runs["method"])
+    shown = [name for name in suite.methods if name in present and name in (suite.figures or present)]
+    environments, some = len(environments_of(suite, results)), groups(shown)
+    beside = min(2, len(some)) if environments == 1 else 1  # groups in a row
+    width = WIDTH / 2 if environments == len(shown) == 1 else WIDTH / beside
+    rows: list[tuple[float, list]] = []  # inches high, and what draws each part: a function and its arguments
+    for start in range(0, len(some), beside):
+        here = some[start : start + beside]
+        labels = [suite.methods[name].label + " (n=10)" for name in shown]
+        entries = math.ceil((1 + max(map(len, here))) / legend_columns(labels, width))
+        height = math.ceil(environments / 3) * PANEL + 0.35 + 0.17 * entries
+        rows.append((height, [(draw_group, suite, results, names, width) for names in here]))
+    baseline = suite.methods[suite.baselines[0]].label if suite.baselines else ""
+    compared = Comparisons(suite, results)
+    for blocks, label, ratios in (
+        (blocks_of_returns(suite, compared), "score difference (grey: ±0.1)", False),
+        (blocks_of_times(suite, results), f"time / {baseline} (diamond: the paper's)", True),
     ):
-        made["runtime"] = runtime(suite, results)
-    return made
+        if blocks:
+            columns = in_columns(blocks)
+            rows.append((LINE * tallest(columns) + 0.55, [(draw_comparisons, columns, label, ratios)]))
+    heights = [height for height, _ in rows]
+    figure = Figure(figsize=(beside * width, sum(heights)), layout="constrained")
+    for part, (_, draws) in zip(
+        figure.subfigures(len(rows), height_ratios=heights, squeeze=False).ravel(), rows
+    ):
+        inner = part.subfigures(1, beside, squeeze=False).ravel() if draws[0][0] is draw_group else [part]
+        for each, (draw, *words) in zip(inner, draws):
+            draw(each, *words)
+    return figure
 
 
-def plot(suite: Suite, results: Path) -> list[Path]:
-    """Write every figure of the suite as PNG and PDF into `results/SUITE/`, remove those of earlier; returns the files."""
-    written = []
-    # matplotlib's defaults first, so that nobody's matplotlibrc changes a committed figure.
+def plot(suite: Suite, results_folder: Path) -> list[Path]:
+    """Draw the suite's figure into `results_folder/SUITE/`; returns the files. Raises BadSuite."""
+    path = results_folder / suite.name / "results.png"
+    results = load_results(suite, results_folder)
+    if not len(results.runs):
+        raise BadSuite(f"{path.parent} has no runs of the suite {suite.name}; collect it first")
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()
+        matplotlib.rcdefaults()  # so that nobody's matplotlibrc changes a committed figure
         matplotlib.rcParams.update(SETTINGS)
-        for name, figure in figures(suite, load_results(suite, results)).items():
-            for suffix, metadata in (("png", PNG_METADATA), ("pdf", PDF_METADATA)):
-                written.append(results / suite.name / f"{name}.{suffix}")
-                figure.savefig(written[-1], metadata=metadata)
-    for path in {*(results / suite.name).glob("*.png"), *(results / suite.name).glob("*.pdf")} - {*written}:
-        path.unlink()
-    return written
+        figure = results_figure(suite, results)
+        try:
+            write_atomically(path, lambda new: figure.savefig(new, format="png", metadata={"Software": None}))
+        except OSError as error:
+            raise BadSuite(f"{path} cannot be written: {error.strerror}") from None
+    return [path]

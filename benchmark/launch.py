@@ -2,82 +2,120 @@
 
 A job has a folder `RUN_DIR/SUITE/JOB/`:
 
-    job.json     suite, method, environment, seed, command; and a list of its attempts (command line, commit, versions,
+    job.json     suite, method, environment, seed, command; and its attempts (command line, commit, versions,
                  machine, start, end, load average at both, exit status)
     log.txt      what the script printed, attempt after attempt
-    exit_code    exit status of the last attempt
     lock         held (flock) by the training process itself, so that it outlives a killed launcher
     {run}/       the script's own run folder (docs/run_folder.md)
 
-Nothing else is remembered: what is finished, interrupted or failed is read from these folders, so a launcher may be
-killed at any moment and started again, and several may share the work. A run that diverged (its numbers are not finite any
-more) is finished: it would diverge again. The runs that a killed launcher left behind, and those of another one on the same
-machine, count among the `workers` runs at a time.
+Nothing else is remembered: what is finished, interrupted or failed is read from these folders, so a launcher
+may be killed at any moment and started again, and several may share the work. A run that diverged, its numbers
+not finite any more, is finished: it would diverge again. Each worker has a place with cores of its own: a
+file in `RUN_DIR/SUITE/.places/HOST/`, locked by its training process as well. So what a killed launcher left
+behind, and the runs of another launcher on the same machine, take the places of workers.
 """
 
 import contextlib
-import csv
 import fcntl
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+import pydantic
 
-from benchmark.machine import provenance, write_atomically
-from benchmark.suites import ROOT, BadSuite, Job, Suite, read_json
+from benchmark.machine import provenance, read_as, write_atomically
+from benchmark.suites import ROOT, BadSuite, Suite
 
-ELSEWHERE = 75  # exit status of an attempt at a job that another process is running (EX_TEMPFAIL of sysexits.h)
 # A script that was asked to stop checkpoints; one that was asked while it still imported just ends.
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 ATTEMPTS = 2  # of a job that fails, in one launch
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
-# ---- A job's folder --------------------------------------------------------------------------------------------
+# ---- A job's folder --------------------------------------------------------------------------------------
+class JobFile(pydantic.BaseModel):
+    """job.json."""
+
+    job: str
+    suite: str
+    method: str
+    environment: str
+    seed: int
+    command: list[str]
+    attempts: list[dict[str, Any]] = []
+
+    def unrecorded(self) -> bool:
+        """Whether nothing is known of the end of the last attempt."""
+        return bool(self.attempts) and "exit_code" not in self.attempts[-1]
+
+    def write(self, folder: Path) -> None:
+        """Replace job.json."""
+        text = self.model_dump_json(indent=1) + "\n"
+        write_atomically(folder / "job.json", lambda new: new.write_text(text))
+
+
+class Result(pydantic.BaseModel):
+    """What is needed of the result.json of a run folder."""
+
+    status: str
+    global_step: int = 0
+    wall_time_s: float | None = None
+    final_return: float | None = None
+
+
 def prepare(suite: Suite, run_dir: Path) -> list[Path]:
     """Create the folder of every job, with its job.json, and return them in the suite's order.
 
-    Raises BadSuite if a folder belongs to a job of that name with another command, or cannot be written.
+    What ended while no launcher lived is put on record. Raises BadSuite if a folder belongs to a job of that name
+    with another command, or cannot be written.
     """
-    folders = []
-    for job in suite.jobs():
-        folder = run_dir / suite.name / job.name
-        known = read_json(folder / "job.json")
-        if known is not None and known["command"] != job.command:
-            raise BadSuite(
-                f"{suite.path.name}, methods.{job.method}: the job {job.name} in {folder.parent} was made with other "
-                f"arguments ({' '.join(known['command'])}); choose another --run-dir or remove that folder"
-            )
-        if known is None:
-            try:
+    folders = {run_dir / suite.name / job.name: job for job in suite.jobs()}
+    known = {folder: read_as(JobFile, folder / "job.json") for folder in folders}
+    for folder, job in folders.items():
+        if known[folder] is not None and known[folder].command != job.command:
+            command = " ".join(known[folder].command)
+            other = f"{folder} is a job of other arguments ({command}); name another --run-dir or remove it"
+            raise BadSuite(f"{suite.path.name}: methods.{job.method}: {other}")
+    try:
+        for folder, job in folders.items():
+            if known[folder] is None:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_job(folder, describe(job) | {"attempts": []})
-            except OSError as error:
-                raise BadSuite(f"--run-dir {run_dir} cannot be written: {error}; name another folder") from error
-        folders.append(folder)
-    return folders
+                who = {
+                    key: getattr(job, key) for key in ("suite", "method", "environment", "seed", "command")
+                }
+                JobFile(job=job.name, **who).write(folder)
+            elif known[folder].unrecorded() and (lock := locked(folder / "lock")):
+                with lock:
+                    record_end(folder)
+    except OSError as error:
+        raise BadSuite(f"--run-dir {run_dir} cannot be written: {error}; name another folder") from None
+    return list(folders)
 
 
-def describe(job: Job) -> dict:
-    """What job.json says of a job."""
-    who = {"job": job.name, "suite": job.suite, "method": job.method, "environment": job.environment, "seed": job.seed}
-    return who | {"command": job.command}
+def record_end(folder: Path) -> JobFile:
+    """Put on record how the last attempt ended, if no launcher lived to see it; None: it was killed.
 
-
-def write_job(folder: Path, content: dict) -> None:
-    """Replace job.json."""
-    text = json.dumps(content, indent=1, default=str) + "\n"
-    write_atomically(folder / "job.json", lambda new: new.write_text(text))
+    To be called with the job's lock. The job.json as it is then.
+    """
+    job = read_as(JobFile, folder / "job.json")
+    if job.unrecorded():
+        runs = run_folders(folder)
+        files = [folder / "log.txt", *(runs[-1].iterdir() if runs else ())]
+        last = max((path.stat().st_mtime for path in files if path.exists()), default=None)
+        codes = {"finished": 0, "diverged": 1, "failed": 1, "interrupted": 128 + signal.SIGTERM}
+        seen = {"end": now(last), "exit_code": codes.get(run_status(runs[-1]) if runs else None)}
+        job.attempts[-1] |= seen | {"recorded": "later, from the run folder"}
+        job.write(folder)
+    return job
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -85,177 +123,57 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.glob("*/args.json")), key=lambda path: path.stat().st_mtime)
 
 
-def finished_run(folder: Path) -> Path | None:
-    """The run folder of a job that has come to its end: all its steps, or numbers that are not finite any more."""
-    for run in run_folders(folder):
-        if run_status(run) in ("finished", "diverged"):
-            return run
-    return None
-
-
 def run_status(run: Path) -> str | None:
-    """What the result.json of a run folder says; None without it."""
-    return (read_json(run / "result.json") or {}).get("status")
+    """What the result.json of a run folder says; None without one that is whole."""
+    try:
+        result = read_as(Result, run / "result.json")
+    except BadSuite:
+        return None
+    return result and result.status
+
+
+def finished_run(folder: Path) -> Path | None:
+    """The run folder of a job that has come to its end: all its steps, or numbers that are not finite."""
+    return next((run for run in run_folders(folder) if run_status(run) in ("finished", "diverged")), None)
 
 
 def job_status(folder: Path) -> str:
     """finished, running, failed, interrupted or waiting."""
     if finished_run(folder) is not None:
         return "finished"
-    if locked(folder):
+    if is_running(folder):
         return "running"
-    attempts = (read_json(folder / "job.json") or {}).get("attempts", [])
-    if not attempts:
+    job = read_as(JobFile, folder / "job.json")
+    if job is None or not job.attempts:
         return "waiting"
-    code = attempts[-1].get("exit_code")
+    code = job.attempts[-1].get("exit_code")
     return "interrupted" if code is None or code in STOPPED else "failed"
 
 
-def locked(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
     """Whether a training process holds a job's folder."""
     if not (folder / "lock").exists():
         return False
-    with open(folder / "lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    file = locked(folder / "lock", "r", fcntl.LOCK_SH)
+    if file is not None:
+        file.close()
+    return file is None
 
 
-def cores_in_use(folder: Path) -> set[int] | None:
-    """The cores of the run that holds a job's folder; None if there is none, or on another machine."""
-    attempts = (read_json(folder / "job.json") or {}).get("attempts", []) if locked(folder) else []
-    if not attempts or attempts[-1]["host"] != os.uname().nodename:
-        return None
-    return set(attempts[-1].get("cores") or ())
-
-
-@dataclass
-class Progress:
-    """How far a run has come, from the last line of its metrics.csv."""
-
-    step: int = 0
-    total: int = 0
-    wall_time: float = 0.0
-    episodic_return: float | None = None
-
-    @property
-    def fraction(self) -> float:
-        """Of the steps, in [0, 1]."""
-        return min(1.0, self.step / self.total) if self.total else 0.0
-
-
-def progress(folder: Path) -> Progress:
-    """How far the newest run in a job's folder has come."""
-    runs = run_folders(folder)
-    if not runs:
-        return Progress()
-    made = read_json(runs[-1] / "args.json") or {}
-    now = Progress(total=made.get("args", {}).get("total_timesteps", 0))
+def locked(path: Path, mode: str = "a", kind: int = fcntl.LOCK_EX):
+    """The file, locked until it is closed; None if another process has locked it."""
+    file = open(path, mode)
     try:
-        with open(runs[-1] / "metrics.csv") as file:
-            header = next(csv.reader([file.readline()]))
-            lines = deque((line for line in file if line.endswith("\n")), maxlen=20)
-    except (OSError, StopIteration):
-        return now
-    for line in lines:  # the last of them that saw an episode end has the return
-        row = dict(zip(header, next(csv.reader([line]))))
-        now.step, now.wall_time = int(row["global_step"]), float(row["wall_time_s"])
-        now.episodic_return = float(row["charts/episodic_return"]) if row.get("charts/episodic_return") else now.episodic_return
-    return now
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
-# ---- One attempt -----------------------------------------------------------------------------------------------
-class Elsewhere(Exception):
-    """Another process is running the job."""
-
-
-class Attempt:
-    """The job of a folder, running in a child process: started, or resumed from its checkpoint.
-
-    `process` is None if it has come to its end before. Raises Elsewhere if another process is running it.
-    """
-
-    def __init__(self, folder: Path, cores: list[int] | None = None, gpu: str | None = None):
-        self.folder, self.process, self.told_to_stop = folder, None, False
-        self.lock = open(folder / "lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.close()
-            raise Elsewhere from None
-        ended = finished_run(folder)
-        if ended is not None:
-            self.finish(int(run_status(ended) == "diverged"))
-            return
-        self.job = read_json(folder / "job.json")
-        resume = None
-        for run in run_folders(folder):  # without a checkpoint there is nothing to go on from
-            if (run / "checkpoint.pt").exists():
-                resume = run
-            else:
-                shutil.rmtree(run)
-        words = [*self.job["command"], "--run-dir", str(folder)]
-        words += ["--resume", str(resume)] if resume else []
-        environment = os.environ | {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        made_by = provenance()
-        self.job["attempts"].append({
-            "argv": ["python", *words], "host": os.uname().nodename, "cores": cores, "gpu_index": gpu, "start": now(),
-            "load_at_start": load(), "resumed": resume is not None,
-            **{key: made_by[key] for key in ("commit", "dirty", "versions", "cpu", "gpu")},
-        })  # fmt: skip
-        write_job(folder, self.job)
-        with open(folder / "log.txt", "a") as log:
-            print(f"# {now()} python {' '.join(words)}", file=log, flush=True)
-            # The child inherits the lock and has a session of its own: it outlives a killed launcher, and Ctrl-C in
-            # the launcher's terminal reaches it only through the launcher.
-            self.process = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[self.lock.fileno()], start_new_session=True,
-            )  # fmt: skip
-        if cores is not None:  # before the child has made threads, which inherit it
-            os.sched_setaffinity(self.process.pid, cores)
-
-    def poll(self) -> int | None:
-        """The exit status once the attempt has ended, else None; the first time it is recorded."""
-        if self.process is None:
-            return 0
-        code = self.process.poll()
-        if code is not None and not self.lock.closed:
-            self.job["attempts"][-1] |= {"end": now(), "load_at_end": load(), "exit_code": code}
-            write_job(self.folder, self.job)
-            self.finish(code)
-        return code
-
-    def finish(self, code: int) -> None:
-        """Write the exit status and give the lock back."""
-        write_atomically(self.folder / "exit_code", lambda new: new.write_text(f"{code}\n"))
-        self.lock.close()
-
-    def terminate(self) -> None:
-        """Ask the script to checkpoint and stop."""
-        if self.process is not None and self.process.poll() is None:
-            self.told_to_stop = True
-            self.process.terminate()
-
-    def stop_once(self) -> None:
-        """The same, if it has not been asked yet."""
-        if not self.told_to_stop:
-            self.terminate()
-
-    def wait(self) -> int:
-        """Wait for the end; the exit status."""
-        while self.poll() is None:
-            time.sleep(0.05)
-        return self.poll()
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def now(seconds: float | None = None) -> str:
+    """A time in UTC, to the second."""
+    return datetime.fromtimestamp(seconds or time.time(), timezone.utc).isoformat(timespec="seconds")
 
 
 def load() -> float | None:
@@ -263,26 +181,64 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def attempt(folder: Path, cores: list[int] | None = None, gpu: str | None = None) -> int:
-    """Run, resume or skip the job of `folder` here and now; the exit status of the script, or ELSEWHERE.
+# ---- One attempt -----------------------------------------------------------------------------------------
+class Elsewhere(Exception):
+    """Another process is running the job."""
 
-    SIGTERM and SIGINT are handed on to the script, which checkpoints and exits with 143 (main thread only).
+
+class Attempt:
+    """The job of a folder, running in a child process: started, or resumed from its checkpoint.
+
+    `process` is None if it has come to its end before. The child holds the lock, and `places` (locked files).
+    Raises Elsewhere if another process is running it.
     """
-    try:
-        running = Attempt(folder, cores, gpu)
-    except Elsewhere:
-        return ELSEWHERE
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda *_: running.terminate())
-    try:
-        return running.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+
+    def __init__(self, folder: Path, cores=None, gpu=None, track: bool = False, places: Iterable = ()):
+        self.folder, self.process, self.asked = folder, None, threading.Lock()
+        self.lock = locked(folder / "lock")
+        if self.lock is None:
+            raise Elsewhere
+        self.job = record_end(folder)
+        if finished_run(folder) is not None:
+            self.lock.close()
+            return
+        checkpoints = [run for run in run_folders(folder) if (run / "checkpoint.pt").exists()]
+        words = [*self.job.command, "--run-dir", str(folder.resolve()), *(["--track"] if track else [])]
+        words += ["--resume", str(checkpoints[-1].resolve())] if checkpoints else []
+        environment = os.environ | ONE_THREAD | {"WANDB_RUN_GROUP": self.job.suite}
+        environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        said = {"argv": ["python", *words], "host": os.uname().nodename, "cores": cores, "gpu_index": gpu}
+        said |= {"start": now(), "load_at_start": load(), "resumed": bool(checkpoints)}
+        said |= {key: value for key, value in provenance().items() if key not in ("cores", "threads")}
+        self.job.attempts.append(said)
+        self.job.write(folder)
+        with open(folder / "log.txt", "a") as log:
+            print(f"# {now()} python {' '.join(words)}", file=log, flush=True)
+            held = [file.fileno() for file in (self.lock, *places)]
+            # A session of its own: Ctrl-C in the launcher's terminal reaches it only through the launcher.
+            apart = {"stdin": subprocess.DEVNULL, "pass_fds": held, "start_new_session": True}
+            words = [sys.executable, *words]
+            self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, **apart)
+        if cores is not None:  # before the child has made threads, which inherit it
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.sched_setaffinity(self.process.pid, cores)
+
+    def poll(self) -> int | None:
+        """The exit status once the attempt has ended, else None; the first time it is recorded."""
+        code = 0 if self.process is None else self.process.poll()
+        if code is not None and not self.lock.closed:
+            self.job.attempts[-1] |= {"end": now(), "load_at_end": load(), "exit_code": code}
+            self.job.write(self.folder)
+            self.lock.close()
+        return code
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Ask the script, once, to checkpoint and stop."""
+        if self.process is not None and self.asked.acquire(blocking=False):
+            self.process.send_signal(number)
 
 
-# ---- The launcher ----------------------------------------------------------------------------------------------
+# ---- The launcher ----------------------------------------------------------------------------------------
 def split_cores(workers: int) -> list[list[int]] | list[None]:
     """The usable cores, dealt out to the workers; shared where there are fewer cores than workers."""
     if not hasattr(os, "sched_getaffinity"):
@@ -296,207 +252,161 @@ def split_cores(workers: int) -> list[list[int]] | list[None]:
 
 def visible_gpus() -> list[str]:
     """The indices of the GPUs that this process may use."""
+    import torch  # seconds, which `report` need not wait
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [index for index in visible.split(",") if index.strip()]
-    try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
-    except OSError:
-        return []
-    return done.stdout.split() if done.returncode == 0 else []
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
-@contextlib.contextmanager
-def alone(path: Path):
-    """Whether no other process is in this block with the same `path`: of two that count what runs, one would miss the other's."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def take_places(folder: Path, worker: int, workers: int) -> list | None:
+    """The locked files of a worker's place; None while a run of another launcher has it.
 
-
-@dataclass
-class Launch:
-    """The state of a launch: where each job stands, and what has happened."""
-
-    folders: list[Path]
-    running: dict[int, Attempt] = field(default_factory=dict)  # by worker
-    failures: dict[Path, list[int]] = field(default_factory=dict)  # exit statuses in this launch
-    stop_signal: int = 0
-
-    def counts(self) -> dict[str, int]:
-        """How many jobs are finished, running, failed and waiting."""
-        here = {attempt.folder for attempt in self.running.values()}
-        result = {"finished": 0, "running": len(here), "failed": 0, "waiting": 0}
-        for folder in self.folders:
-            if folder in here:
-                continue
-            status = "finished" if finished_run(folder) else "waiting"
-            if status == "waiting" and len(self.failures.get(folder, [])) >= ATTEMPTS:
-                status = "failed"
-            result[status] += 1
-        return result
-
-
-def run_local(suite: Suite, run_dir: Path, workers: int, console: Console | None = None) -> int:
-    """Run every job of the suite that has not finished, `workers` at a time; the launcher's exit status.
-
-    0: all have come to their end; 1: some failed, named in a table; 130 or 143: stopped by a signal, everything checkpointed.
+    Places that more workers had before are dealt out to those of now: one worker waits until all are free.
     """
-    console = console or Console()
-    folders = prepare(suite, run_dir)
-    workers = min(workers, suite.workers or workers)
-    state = Launch(folders)
-    todo = deque(folder for folder in folders if finished_run(folder) is None)
-    elsewhere: deque[Path] = deque()
-    cores, gpus = split_cores(workers), visible_gpus()
+    known = [int(path.name) for path in folder.iterdir()]
+    taken = []
+    for place in range(worker, max([workers, *(number + 1 for number in known)]), workers):
+        taken.append(locked(folder / str(place)))
+        if taken[-1] is None:
+            let_go(taken[:-1])
+            return None
+    return taken
 
-    def used_by_others() -> list[set[int]]:
-        """The cores of each run of the suite, chosen here or not, that another process has on this machine."""
-        mine = {each.folder for each in state.running.values()}
-        folders = {path.parent for path in (run_dir / suite.name).glob("*/lock")} - mine
-        return [used for folder in folders if (used := cores_in_use(folder)) is not None]
 
-    others = len(used_by_others())
-    places = f"{workers} at a time" + (f" with the {others} that another process runs" if others else "")
-    console.print(f"{suite.name}: {len(folders)} jobs, {len(folders) - len(todo)} finished, {places}, in {run_dir}")
+def let_go(files: list) -> None:
+    """Close files, and so give their locks back."""
+    for file in files:
+        file.close()
 
-    def ask_to_stop(number, frame):
-        state.stop_signal = number
-        for each in state.running.values():
-            each.terminate()  # at the second signal the script stops at once
 
-    def free_workers() -> list[int]:
-        """Those without a run, less one for each run of another process; the workers whose cores such a run uses come last."""
-        used = used_by_others()
-        free = [worker for worker in range(workers) if worker not in state.running]
-        free.sort(key=lambda worker: len(set().union(*used).intersection(cores[worker] or ())))
-        return free[: max(0, workers - len(state.running) - len(used))]
+class Launch:
+    """The jobs of a suite, and the threads that take one after the other, each in its own place."""
 
-    def start(worker: int) -> None:
-        """Start the next job that no other process runs; such a job is looked at again after all others."""
-        source = todo or elsewhere
-        for _ in range(len(source)):
-            folder = source.popleft()
-            try:
-                started = Attempt(folder, cores[worker], gpus[worker % len(gpus)] if gpus else None)
-            except Elsewhere:
-                elsewhere.append(folder)
+    def __init__(self, suite: Suite, run_dir: Path, workers: int, track: bool):
+        self.folders, self.track, self.workers = prepare(suite, run_dir), track, workers
+        self.todo = deque(folder for folder in self.folders if finished_run(folder) is None)
+        self.places = run_dir / suite.name / ".places" / os.uname().nodename
+        self.places.mkdir(parents=True, exist_ok=True)
+        self.cores, self.gpus = split_cores(workers), visible_gpus()
+        self.running: dict[Path, Attempt] = {}
+        self.failures: dict[Path, list[int]] = {}  # exit statuses in this launch
+        self.stop_signal, self.before = 0, self.finished()
+        self.started = self.told = time.monotonic()
+        number = len(self.folders)
+        say(f"{suite.name}: {number} jobs, {self.before} finished, {workers} at a time, in {run_dir}")
+
+    def run(self) -> int:
+        """The launcher's exit status (run_local)."""
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        try:
+            with ThreadPoolExecutor(self.workers) as pool:
+                threads = [pool.submit(self.work, worker) for worker in range(self.workers)]
+                while wait(threads, 1.0, FIRST_EXCEPTION).not_done:
+                    self.show()
+                    if any(thread.done() and thread.exception() for thread in threads):  # a full disk, say
+                        self.on_signal(signal.SIGTERM)
+            for thread in threads:
+                thread.result()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        say(self.summary())
+        failed = {folder: codes for folder, codes in self.failures.items() if finished_run(folder) is None}
+        for folder, codes in failed.items():
+            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+            say(f"failed: {folder.name}, exit status {', '.join(map(str, codes))}: {lines[-1]}")
+        if self.stop_signal:
+            say("stopped; the same command goes on from the checkpoints")
+        return 128 + self.stop_signal if self.stop_signal else int(bool(failed))
+
+    def work(self, worker: int) -> None:
+        """Take jobs, one after the other, until none is left; each when this worker's place is free."""
+        waited = False
+        while self.todo and not self.stop_signal:
+            places = take_places(self.places, worker, self.workers)
+            if places is None:
+                if not waited:
+                    say(f"worker {worker + 1} waits: a run of another launcher has its place")
+                waited = True
+                time.sleep(0.2)
                 continue
-            if started.process is not None:
-                state.running[worker] = started
-                view.say(f"start  {folder.name}{' (resumed)' if started.job['attempts'][-1]['resumed'] else ''}")
-                return
+            try:
+                self.run_next(worker, places)
+            finally:
+                let_go(places)
 
-    def end(worker: int, code: int) -> None:
-        """Tell what became of a job, and queue it again if it failed for the first time."""
-        folder = state.running.pop(worker).folder
+    def run_next(self, worker: int, places: list) -> None:
+        """Run a job to its end, if it is not running elsewhere; after a first failure it is queued again."""
+        try:
+            folder = self.todo.popleft()
+        except IndexError:  # another worker took the last one
+            return
+        gpu = self.gpus[worker % len(self.gpus)] if self.gpus else None
+        try:
+            attempt = Attempt(folder, self.cores[worker], gpu, self.track, places)
+        except Elsewhere:
+            self.todo.append(folder)
+            time.sleep(0.2)
+            return
+        if attempt.process is None:
+            return
+        self.running[folder] = attempt
+        say(f"start  {folder.name}{' (resumed)' if attempt.job.attempts[-1]['resumed'] else ''}")
+        if self.stop_signal:  # it came while the job was being started
+            attempt.stop()
+        attempt.process.wait()
+        code = attempt.poll()
+        del self.running[folder]
         ended = finished_run(folder)
         if ended is not None:
-            view.say(f"done   {folder.name}{', diverged' if run_status(ended) == 'diverged' else ''}")
-        elif state.stop_signal:
-            view.say(f"paused {folder.name}")
+            say(f"done   {folder.name}{', diverged' if run_status(ended) == 'diverged' else ''}")
+        elif self.stop_signal:
+            say(f"paused {folder.name}")
         else:
-            failed = state.failures.setdefault(folder, [])
-            failed.append(code)
-            again = len(failed) < ATTEMPTS
-            view.say(f"FAILED {folder.name}: exit status {code}{', once more' if again else ''}")
+            codes = self.failures.setdefault(folder, [])
+            codes.append(code)
+            again = len(codes) < ATTEMPTS
+            say(f"FAILED {folder.name}: exit status {code}{', once more' if again else ''}")
             if again:
-                todo.append(folder)
+                self.todo.append(folder)
 
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    view = View(state, console)
-    try:
-        with view:
-            while state.running or (not state.stop_signal and (todo or elsewhere)):
-                if len(state.running) < workers and (todo or elsewhere):
-                    with alone(run_dir / f"{suite.name}.lock") as here:
-                        for worker in free_workers() if here else ():
-                            if not state.stop_signal:
-                                start(worker)
-                if state.stop_signal:  # the signal may have come while a job was being started
-                    for each in state.running.values():
-                        each.stop_once()
-                for worker, each in list(state.running.items()):
-                    code = each.poll()
-                    if code is not None:
-                        end(worker, code)
-                view.refresh()
-                time.sleep(0.1)
-    finally:  # after an error of the launcher itself (a full disk, say) its runs are still to checkpoint
-        for each in state.running.values():
-            each.stop_once()
-            each.process.wait()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    failed = {folder: codes for folder, codes in state.failures.items() if finished_run(folder) is None}
-    console.print(", ".join(f"{number} {status}" for status, number in state.counts().items() if number))
-    if failed:
-        console.print(failure_table(failed))
-    if state.stop_signal:
-        console.print("stopped; the same command goes on from the checkpoints")
-        return 128 + state.stop_signal
-    return 1 if failed else 0
+    def on_signal(self, number: int, frame=None) -> None:
+        """Let every run checkpoint and stop; at a second signal, at once."""
+        again, self.stop_signal = self.stop_signal, self.stop_signal or number
+        for attempt in list(self.running.values()):
+            if again and frame is not None:
+                attempt.process.terminate()
+            attempt.stop()
+
+    def show(self) -> None:
+        """A line a minute: how many jobs are where, and the time left by the pace of this launch."""
+        if time.monotonic() - self.told > 60:
+            self.told = time.monotonic()
+            done, left = self.finished() - self.before, len(self.folders) - self.before
+            minutes = (self.told - self.started) / 60 * (left / done - 1) if done else 0
+            say(self.summary() + (f", about {minutes:,.0f} min left" if done else ""))
+
+    def finished(self) -> int:
+        """How many jobs have come to their end."""
+        return sum(finished_run(folder) is not None for folder in self.folders)
+
+    def summary(self) -> str:
+        """How many jobs are finished, running, failed and waiting."""
+        failed = sum(len(codes) >= ATTEMPTS for codes in self.failures.values())
+        counts = {"finished": self.finished(), "running": len(self.running), "failed": failed}
+        counts["waiting"] = len(self.folders) - sum(counts.values())
+        return ", ".join(f"{number} {status}" for status, number in counts.items() if number)
 
 
-def failure_table(failures: dict[Path, list[int]]) -> Table:
-    """Jobs that failed, with the last line of their logs."""
-    table = Table("failed job", "exit status", "last line of its log.txt", title=f"{len(failures)} failed")
-    for folder, codes in failures.items():
-        lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-        table.add_row(folder.name, ", ".join(map(str, codes)), lines[-1] if lines else "")
-    return table
+def say(line: str) -> None:
+    """One event."""
+    print(line, flush=True)
 
 
-class View:
-    """What the launcher shows: a live table on a terminal, else a line for each event and one a minute."""
+def run_local(suite: Suite, run_dir: Path, workers: int, track: bool = False) -> int:
+    """Run every job of the suite that has not finished, `workers` at a time; the launcher's exit status.
 
-    def __init__(self, state: Launch, console: Console):
-        self.state, self.console, self.started, self.last = state, console, time.monotonic(), 0.0
-        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self.at_start: float | None = None
-
-    def __enter__(self):
-        if self.live is not None:
-            self.live.start()
-        return self
-
-    def __exit__(self, *error):
-        if self.live is not None:
-            self.live.stop()
-
-    def say(self, line: str) -> None:
-        """One event."""
-        self.console.print(line, highlight=False, soft_wrap=True)
-
-    def refresh(self) -> None:
-        """Draw anew, at most once a second (a minute, where lines are printed)."""
-        if time.monotonic() - self.last < (1.0 if self.live is not None else 60.0):
-            return
-        first, self.last = self.last == 0.0, time.monotonic()
-        counts = self.state.counts()
-        now_running = {attempt.folder: progress(attempt.folder) for attempt in self.state.running.values()}
-        summary = ", ".join(f"{number} {status}" for status, number in counts.items() if number) + self.time_left(
-            counts["finished"] + sum(each.fraction for each in now_running.values()), counts["failed"]
-        )
-        if self.live is None:
-            if not first:
-                self.say(summary)
-            return
-        table = Table("running", "steps", "steps/s", "return", title=summary, title_justify="left")
-        for folder, each in now_running.items():
-            speed = f"{each.step / each.wall_time:,.0f}" if each.wall_time else ""
-            last = f"{each.episodic_return:,.1f}" if each.episodic_return is not None else ""
-            table.add_row(folder.name, f"{each.step:,} of {each.total:,}", speed, last)
-        self.live.update(table, refresh=True)
-
-    def time_left(self, done: float, failed: int) -> str:
-        """In words, from the pace of this launch in jobs."""
-        if self.at_start is None:
-            self.at_start = done
-        pace = (done - self.at_start) / (time.monotonic() - self.started)
-        left = len(self.state.folders) - failed - done
-        return f", about {left / pace / 60:,.0f} min left" if pace > 0 and left > 0 else ""
+    0: all have come to their end; 1: some failed; 130 or 143: stopped by a signal, everything checkpointed.
+    """
+    return Launch(suite, run_dir, min(workers, suite.workers or workers), track).run()

@@ -1,42 +1,37 @@
-"""Numbers, intervals and lists of jobs as the words and tables of `docs/results.md`."""
+"""Numbers and names as the words and tables of `docs/results.md` and the figures."""
 
+import math
+import re
 from collections.abc import Iterable
-
-from benchmark.statistics import Interval
 
 
 def number(value: float, sign: bool = False) -> str:
-    """Three digits or all before the point: 2383, 41.5, -0.12; with `sign` also +0.12."""
+    """Three digits or all before the point: 2383, 41.5, -0.12, 0.012; with `sign` also +0.12."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
     size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3
     text = f"{value:{'+' if sign else ''}.{digits}f}"
-    return text.replace("-", "") if float(text) == 0 else text
+    return re.sub(r"[-+]", "", text) if float(text) == 0 else text
 
 
-def bracketed(interval: Interval, sign: bool = False) -> str:
-    """estimate [low, high]"""
-    estimate, low, high = (number(float(value), sign) for value in interval)
-    return f"{estimate} [{low}, {high}]"
+def probability(p: float) -> str:
+    """p = 0.03, p < 0.001."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def short(environment: str) -> str:
+    """An environment's name without its version."""
+    return re.sub(r"-v\d+$", "", environment)
+
+
+def spread(numbers: Iterable[int]) -> str:
+    """5, or 3-5 where they differ."""
+    numbers = list(numbers)
+    return f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
 
 
 def table(head: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a Markdown table, an empty line before and after it."""
+    """The lines of a Markdown table and an empty line."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
-    return ["", lines[0], "|" + "---|" * len(head), *lines[1:], ""]
-
-
-def listed(words: Iterable[str]) -> str:
-    """Words with commas, or none."""
-    return ", ".join(words) or "none"
-
-
-def jobs_in_words(names: Iterable[str]) -> str:
-    """Jobs by environment and method: "Hopper-v4: ppo (1 2), blpo (1)" for Hopper-v4__ppo__1 and so on, or none."""
-    seeds: dict[str, dict[str, list[str]]] = {}
-    for name in names:
-        environment, method, seed = name.rsplit("__", 2)
-        seeds.setdefault(environment, {}).setdefault(method, []).append(seed)
-    return "; ".join(
-        f"{environment}: " + ", ".join(f"{method} ({' '.join(each)})" for method, each in methods.items())
-        for environment, methods in seeds.items()
-    ) or "none"  # fmt: skip
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]

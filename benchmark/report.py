@@ -1,387 +1,312 @@
-"""`docs/results.md` from the committed results alone: tables, figures, provenance and a verdict for every claim of a suite
-(`benchmark/claims.py`).
+"""`docs/results.md` from the committed results alone: the claims that matter, what was computed exactly, then
+a table and a figure a suite.
 
-The same results give the same bytes. All intervals are 95 % stratified bootstraps (`benchmark/statistics.py`).
+The same results give the same bytes. How comparisons are judged: `benchmark/claims.py`; the intervals:
+`benchmark/statistics.py`. `top_claims.json` chooses the claims on top and has their words; every number
+beside them comes from the results.
 """
 
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from benchmark import statistics
-from benchmark.claims import RULE, claims_lines, summary_lines
-from benchmark.markdown import bracketed, jobs_in_words, listed, number, table
-from benchmark.reference import load_reference
-from benchmark.scores import (
-    Results, compared_environments, count, final_returns, is_aggregated, load_results, normalised_scores, pooled_methods,
-    time_pairs, time_ratio,
-)  # fmt: skip
-from benchmark.suites import Suite
+from benchmark import claims
+from benchmark.data import Results, load_results
+from benchmark.machine import write_atomically
+from benchmark.markdown import number, probability, short, spread, table
+from benchmark.scores import OVER, Comparisons, collapses, levels, returns, scores
+from benchmark.statistics import LEAST, Comparison, compare
+from benchmark.suites import BadSuite, Claim, Suite
 
-PAPER = Path(__file__).parent / "paper.json"
-LEAST_FOR_INTERVAL = 3  # runs: the interval of one method's mean from fewer says less than the runs themselves
-LEAST_FOR_IQM = 4  # runs: with fewer, nothing is cut
-FIGURES = (
-    ("returns_steps", "Episodic return against environment steps; mean and 95 % interval over seeds"),
-    ("returns_minutes", "The same against wall-clock time, up to the shortest run of each method"),
-    ("returns_labels", "The same against the number of labels; a method's return at so many is that of the last episodes before it asked for more"),
-    ("aggregate", "Interquartile mean of the normalised return"),
-    ("profile", "Fraction of runs above a normalised final return"),
-    ("improvement", "Probability of improvement"),
-    ("runtime", "Wall-clock time over the first baseline's, same environment and seed"),
-)
+TOP = Path(__file__).parent / "top_claims.json"
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------
-def summary(returns: np.ndarray) -> str:
-    """mean ± standard deviation (n); below it the mean's interval of three or more, the interquartile mean of four or more."""
-    if len(returns) == 0:
+# ---- Comparisons in words ----------------------------------------------------------------------------------
+def judged(compared: Comparisons, claim: Claim) -> tuple[str, str]:
+    """A claim's verdict and the evidence for it."""
+    found, pair = compared.of(claim), (claim.better, claim.than)
+    failed = sum(job.method in pair and job.name in compared.results.failed for job in compared.suite.shown())
+    if claim.measure == "time":  # less is better
+        turned = None if found is None else -found
+        return claims.verdict(turned, LEAST, failed, math.log(1.1)), in_words(found, time=True)
+    evidence, tasks = in_words(found), compared.environments(claim)
+    if len(tasks) > 1 and found is not None:
+        alone = {short(each): compared.of(claim, each) for each in tasks}
+        words = [f"{task} {number(each.estimate, sign=True)}{star(each)}" for task, each in alone.items()]
+        evidence += f"; {', '.join(words)}"
+    return claims.verdict(found, failed=failed), evidence
+
+
+def star(alone: Comparison) -> str:
+    """* where interval and p of one task say that there is a difference."""
+    return "\\*" if claims.sign(alone.low, alone.high, alone.p) else ""
+
+
+def in_words(found: Comparison | None, time: bool = False) -> str:
+    """+0.30 [+0.24, +0.39], p = 0.008, excludes gains above 0.39; of times × 0.69 [0.66, 0.72], p < 0.001"""
+    if found is None:
         return "-"
-    if len(returns) == 1:
-        return f"{number(returns[0])} (1)"
-    text = f"{number(returns.mean())} ± {number(returns.std(ddof=1))} ({len(returns)})"
-    if len(returns) >= LEAST_FOR_INTERVAL:
-        text += f"<br>{bracketed(statistics.stratified_bootstrap(statistics.mean, [returns])).split(' ', 1)[1]}"
-    return text + (f", IQM {number(float(statistics.iqm([returns])))}" if len(returns) >= LEAST_FOR_IQM else "")
-
-
-def returns_table(suite: Suite, results: Results) -> list[str]:
-    """Final returns: a row a method, a column an environment."""
-    rows = []
-    for name, method in suite.methods.items():
-        rows.append([method.label, *(summary(final_returns(results, name, each)) for each in suite.environments)])
-    words = (
-        "Mean over the last 10 % of training: mean ± standard deviation over seeds (n); in brackets the 95 % interval of the mean, "
-        f"from {LEAST_FOR_INTERVAL} runs on; IQM: interquartile mean, from {LEAST_FOR_IQM} runs on."
+    values = (found.estimate, found.low, found.high)
+    estimate, low, high = (
+        number(math.exp(min(each, 99)) if time else each, sign=not time) for each in values
     )
-    head = ["### Final return", "", words]
-    return [*head, *table(["method", *suite.environments], rows)]
-
-
-def difference(mine: list[np.ndarray], base: list[np.ndarray]) -> str:
-    """Difference of means, one array (runs,) an environment, with its interval; without it where one has a single run."""
-    least = min(map(len, (*mine, *base)))
-    if least == 0:
-        return "-"
-    interval = statistics.stratified_bootstrap(statistics.difference_of_means, mine, base)
-    if least == 1:
-        return f"{number(interval.estimate, sign=True)} (no interval)"
-    return bracketed(interval, sign=True)
-
-
-def differences_tables(suite: Suite, results: Results) -> list[str]:
-    """One table a baseline: every other method's mean final return minus the baseline's."""
-    lines = []
-    for baseline in suite.baselines:
-        base = {each: final_returns(results, baseline, each) for each in suite.environments}
-        rows = [
-            [method.label, *(difference([final_returns(results, name, each)], [base[each]]) for each in suite.environments)]
-            for name, method in suite.methods.items()
-            if name != baseline
-        ]
-        if rows:
-            label = suite.methods[baseline].label
-            lines += [f"### Difference to {label}", "", f"Mean final return minus that of {label}, with 95 % interval."]
-            lines += table(["method", *suite.environments], rows)
-    return lines
-
-
-def aggregate_table(suite: Suite, results: Results) -> list[str]:
-    """Normalised scores over all environments; probability of improvement over each baseline, and difference to it."""
-    pooled = pooled_methods(suite, results)
-    if not is_aggregated(suite) or not pooled:
-        return []
-    environments, levels = compared_environments(suite), load_reference()
-    scores = {name: normalised_scores(results, name, environments, levels) for name in pooled}
-    baselines = [name for name in suite.baselines if name in pooled]
-    rows = []
-    for name in pooled:
-        numbers = [len(task) for task in scores[name]]
-        enough = min(numbers) > 1
-        cells = [suite.methods[name].label, count(numbers).removeprefix("n=")]
-        for statistic in (statistics.iqm, statistics.mean):
-            interval = statistics.stratified_bootstrap(statistic, scores[name])
-            cells.append(bracketed(interval) if enough else number(interval.estimate))
-        for baseline in baselines:
-            if baseline == name:
-                cells.append("-")
-                continue
-            interval = statistics.stratified_bootstrap(statistics.probability_of_improvement, scores[name], scores[baseline])
-            cells.append(bracketed(interval) if enough else number(interval.estimate))
-        rows.append(cells)
-    chances = [f"P(above {suite.methods[baseline].label})" for baseline in baselines]
-    left_out = [method.label for name, method in suite.methods.items() if name not in pooled]
-    lines = ["### All environments together", ""]
-    lines += [
-        "Normalised final return (0: random policy, 1: the reference level in `benchmark/reference.json`) over "
-        f"{', '.join(environments)}, with 95 % interval; probability that a run ends above one of the baseline's.",
-    ]
-    if left_out:
-        lines.append(f"Not pooled, for want of runs on one of these: {', '.join(left_out)}.")
-    lines += table(["method", "n", "IQM", "mean", *chances], rows)
-    if not baselines or len(pooled) < 2:
-        return lines
-    rows = [
-        [suite.methods[name].label, *("-" if name == each else difference(scores[name], scores[each]) for each in baselines)]
-        for name in pooled
-    ]
-    lines += ["Differences of that mean normalised return, with 95 % interval."]
-    return [*lines, *table(["method", *(f"minus {suite.methods[each].label}" for each in baselines)], rows)]
-
-
-def time_table(suite: Suite, results: Results) -> list[str]:
-    """Median wall-clock seconds, and the ratio to the first baseline."""
-    reasons = {method.untimed for method in suite.methods.values()}
-    if "" not in reasons:
-        return ["### Wall-clock time", "", f"Not shown: {'; '.join(sorted(reasons))}.", ""]
-    rows = []
-    for name, method in suite.methods.items():
-        cells = [method.label]
-        for each in suite.environments:
-            seconds = [run["wall_time_s"] for run in results.runs.get((name, each), []) if run["wall_time_s"] is not None]
-            cell = number(float(np.median(seconds))) if seconds else "-"
-            if suite.baselines and name != suite.baselines[0]:
-                cell += time_cell(results, name, suite.baselines[0], each)
-            cells.append(cell)
-        rows.append(cells)
-    words = "Median seconds of a run"
-    if suite.baselines:
-        label = suite.methods[suite.baselines[0]].label
-        words += f"; in brackets the ratio to {label}, geometric mean over equal seeds, from 2 pairs on with 95 % interval"
-    left_out = [f"{method.label}, {method.untimed}" for method in suite.methods.values() if method.untimed]
-    words = ". ".join([words, *(["Left out: " + "; ".join(left_out)] if left_out else [])])
-    return ["### Wall-clock time", "", f"{words}.", *table(["method", *suite.environments], rows)]
-
-
-def time_cell(results: Results, method: str, baseline: str, environment: str) -> str:
-    """The ratio to the baseline in brackets; nothing without a pair."""
-    pairs = time_pairs(results, method, baseline, environment)
-    if len(pairs) == 0:
-        return ""
-    interval = time_ratio([pairs])
-    return f" ({bracketed(interval) if len(pairs) > 1 else number(interval.estimate)})"
-
-
-def diagnostics_table(suite: Suite, results: Results) -> list[str]:
-    """What the suite collected besides the returns: a row a method and environment, the columns that there are."""
-    rows, kept = [], {}
-    for environment in suite.environments:
-        for name, method in suite.methods.items():
-            curves = [results.curves[run["job"]] for run in results.runs.get((name, environment), [])]
-            means = {}
-            for column in suite.diagnostics:
-                found = [curve[column] for curve in curves if column in curve and np.isfinite(curve[column]).any()]
-                if found and not (method.untimed and column.startswith("time/")):
-                    means[column] = float(np.mean([each[np.isfinite(each)].mean() for each in found]))
-            if means:
-                rows.append((environment, method.label, means))
-                kept |= means
-    columns = [column for column in suite.diagnostics if column in kept]
-    if not columns:
-        return []
-    cells = [
-        [environment, label, *(f"{means[column]:.3g}" if column in means else "-" for column in columns)]
-        for environment, label, means in rows
-    ]
-    words = "Mean over the runs of the mean over all of training; `time/` in seconds a row of `metrics.csv`."
-    return ["### Diagnostics", "", words, *table(["environment", "method", *(f"`{column}`" for column in columns)], cells)]
-
-
-def ratio(value: float | None, base: float | None) -> str:
-    """value / base where both are positive: a ratio of costs, or of a return and a cost, would say nothing."""
-    if value is None or base is None or not value > 0 or not base > 0:
-        return "-"
-    return f"{value / base:.2f}"
-
-
-def paper_table(suite: Suite, results: Results) -> list[str]:
-    """The paper's ratios to its PPO beside ours, for the methods and environments that both have; its returns beside
-    ours where the task is the same."""
-    paper, rows = json.loads(PAPER.read_text()), []
-    if "ppo" not in suite.methods:
-        return []
-    for each in suite.environments:
-        base = final_returns(results, "ppo", each)
-        for name, method in suite.methods.items():
-            mine = final_returns(results, name, each)
-            if name not in paper["columns"] or not len(base) or not len(mine):
-                continue
-            if name == "ppo" and each not in paper["same_task"]:  # a ratio to itself says nothing
-                continue
-            theirs = []
-            for measure in ("final_return", "wall_time_s"):
-                values = paper[measure].get(each, {})
-                theirs.append(ratio(values.get(paper["columns"][name]), values.get(paper["columns"]["ppo"])))
-            if theirs == ["-", "-"]:
-                continue
-            absolute = ["-", "-"]
-            if each in paper["same_task"]:
-                absolute = [number(paper["final_return"][each][paper["columns"][name]]), number(mine.mean())]
-            pairs = time_pairs(results, name, "ppo", each)
-            time = f"{time_ratio([pairs]).estimate:.2f}" if len(pairs) else "-"
-            returns = ratio(mine.mean(), base.mean())
-            rows.append([each, method.label, paper["columns"][name], *absolute, theirs[0], returns, theirs[1], time])
-    if not rows:
-        return []
-    head = ["environment", "method", "paper's name"]
-    head += [f"{quantity}{who}" for quantity in ("return, ", "return / PPO, ", "time / PPO, ") for who in ("paper", "ours")]
-    return ["### Beside the paper", *table(head, rows)]
-
-
-def paper_note() -> list[str]:
-    """How to read those tables, once for all suites."""
-    paper = json.loads(PAPER.read_text())
-    words = (
-        "The paper's returns stand beside ours on classic control, whose tasks are the same but for the time limit, which "
-        "there counts as a termination. On Brax, which it used in place of MuJoCo, they are not comparable, and its times are "
-        "of another machine: of these only the ratios to PPO are shown, and those of returns only where both are positive. "
-        "On Brax the number of steps differs too."
+    text = f"time × {estimate}" if time else estimate
+    if math.isnan(found.low):
+        return f"{text}, no interval"
+    text += f" [{low}, {high}], {probability(found.p)}"
+    if time:
+        return text
+    return text + (
+        f", excludes gains above {number(found.high)}" if found.high > 0 else ", excludes any gain"
     )
-    source = f"{paper['paper']}. Returns: {paper['return_source']}. Times: {paper['time_source']}."
-    return ["## The tables beside the paper", "", words, "", source, ""]
 
 
-# ---- The page --------------------------------------------------------------------------------------------------
-def figure_lines(suite: Suite, results_root: Path, out: Path) -> list[str]:
-    """The figures that were drawn, linked relative to the page, each with its PDF."""
-    lines = []
-    for name, caption in FIGURES:
-        png, pdf = (results_root / suite.name / f"{name}.{suffix}" for suffix in ("png", "pdf"))
-        if png.exists():
-            here, vector = (Path(os.path.relpath(path, out.parent)).as_posix() for path in (png, pdf))
-            lines += [f"![{caption}]({here})", "", f"*{caption} ([PDF]({vector})).*", ""]
-    if lines and suite.figures:
-        shown = "; ".join(suite.methods[name].label for name in suite.figures)
-        lines = [f"The figures show: {shown}. The tables have every method.", "", *lines]
-    return ["### Figures", "", *lines] if lines else []
+def top_lines(judges: dict[str, Comparisons], exact: dict[str, pd.DataFrame]) -> list[str]:
+    """The claims of `top_claims.json` whose results are here."""
+    rows = []
+    for entry in json.loads(TOP.read_text()):
+        words, name = entry.pop("words"), entry.pop("suite")
+        if name in exact:
+            both = exact[name].loc[entry["row"]][[entry["better"], entry["than"]]]
+            found = paired(exact[name], entry["row"], entry["better"], entry["than"])
+            centres = " against ".join(f"{each:.3f}" for each in both.agg(CENTRE[name]))
+            where = f"{entry['row']}: " if isinstance(entry["row"], str) else ""
+            evidence = f"{where}{centres}, {CENTRE[name]}, {BETTER[name]} is better, {probability(found.p)}"
+            side = claims.sign(found.low, found.high, found.p) * (-1 if BETTER[name] == "lower" else 1)
+            verdict = {1: "**better**", 0: "**inconclusive**", -1: "**worse**"}[side]
+            rows.append([words, verdict, evidence, f"{len(both)}, [{name}](#where-everything-is-exact)"])
+        elif name in judges:
+            claim = Claim(text=words, **entry)
+            found = judges[name].of(claim)
+            runs = "0" if found is None else spread(found.runs)
+            rows.append([words, *judged(judges[name], claim), f"{runs}, [{name}](#{name})"])
+    return table(["", "verdict", "difference", "n, suite"], rows) if rows else []
 
 
-def short(run: dict) -> str:
-    """The commits of a run's attempts, with + if one had uncommitted changes."""
-    commits = [commit[:10] if commit else "unknown (no git)" for commit in run.get("commits", [run["commit"]])]
-    return " and ".join(commits) + ("+" if run["dirty"] else "")
+# ---- Where everything is exact -----------------------------------------------------------------------------
+CENTRE = {"sobirl_tabular": "median", "blpo_tabular": "mean"}
+BETTER = {"sobirl_tabular": "lower", "blpo_tabular": "higher"}
 
 
-def provenance(suite: Suite, results: Results) -> list[str]:
-    """Where the suite's runs came from, and what was out of the ordinary."""
-    runs = [run for group in results.runs.values() for run in group]
-    versions: dict[str, set[str]] = {}
-    for run in runs:
-        for package, version in run["versions"].items():
-            versions.setdefault(package, set()).add(str(version))
-    packages = [f"{package} {' / '.join(sorted(found))}" for package, found in sorted(versions.items())]
-    seeds, steps = (sorted({run[key] for run in runs}) for key in ("seed", "steps"))
-    machines = sorted({f"{run['cpu']}{', ' + run['gpu'] if run['gpu'] else ''}" for run in runs})
-    by_commit: dict[str, dict[str, None]] = {}
-    for run in sorted(runs, key=lambda run: list(suite.methods).index(run["method"])):
-        by_commit.setdefault(short(run), {})[suite.methods[run["method"]].label] = None
-    changed = " (+: with uncommitted changes)" if any(run["dirty"] for run in runs) else ""
-    loads = [run["load"] for run in runs if run.get("load") is not None]
-    load = f"load average at their starts and ends at most {max(loads):.1f}; " if loads else ""
-    lines = [
-        f"{len(runs)} runs; seeds {listed(map(str, seeds))}; steps {listed(map(str, steps))}; commits {', '.join(sorted(by_commit))}"
-        f"{changed}; machines: {'; '.join(machines)}; {load}{listed(packages)}."
-    ]
-    if len(by_commit) > 1:
-        lines += [f"Commit {commit}: {'; '.join(by_commit[commit])}." for commit in sorted(by_commit)]
-    lines += mixed_term_lines(suite, runs)
-    if suite.restated:
-        names = listed(f"`{name}`" for name in suite.restated)
-        lines += [f"The suite has these arguments as the runs had them, by default or under another name of then: {names}."]
-    taken = [method for name, method in suite.methods.items() if method.runs_of and any(key[0] == name for key in results.runs)]
-    if taken:
-        words = "; ".join(f"{method.label}, of {method.runs_of[0]}" for method in taken)
-        lines += [f"Runs that another suite launched, by equal commands: {words}."]
-    if results.mixed:
-        lines += [f"**Mixed** (`--allow-mixed`): {'; '.join(results.mixed)}."]
-    again = [run["job"] for run in runs if run.get("attempts", 1) > 1]
-    if again:
+def exact_results(results_folder: Path) -> dict[str, pd.DataFrame]:
+    """What the tabular scripts computed: rows (problem, seed) or (features, seed), a column a method.
+
+    Raises BadSuite for a file that cannot be read or lacks a column.
+    """
+    found = {}
+    for name, file in (("sobirl_tabular", "curves.csv"), ("blpo_tabular", "table.csv")):
+        path = results_folder / name / file
+        if not path.exists():
+            continue
+        try:
+            rows = pd.read_csv(path)
+            if name == "sobirl_tabular":
+                rows = rows.loc[rows.groupby(["problem", "method", "seed"])["iteration"].idxmax()]
+                found[name] = rows.pivot(index=["problem", "seed"], columns="method", values="objective")
+            else:
+                rows = rows[(rows["figure"] == "critics") & (rows["panel"] == "garnet")].astype({"x": int})
+                found[name] = rows.pivot(index=["x", "seed"], columns="series", values="value")
+        except (OSError, ValueError, KeyError) as error:
+            raise BadSuite(f"{path} cannot be read: {error}; run {name}.py again") from None
+    return found
+
+
+def paired(exact: pd.DataFrame, row: object, better: str, than: str) -> Comparison:
+    """Two methods on one problem, by instance."""
+    return compare([((exact.loc[row][better] - exact.loc[row][than]).to_numpy(),)])
+
+
+def exact_lines(exact: dict[str, pd.DataFrame]) -> list[str]:
+    """The tables of the exact results."""
+    lines = ["## Where everything is exact", ""] if exact else []
+    if "sobirl_tabular" in exact:
+        objectives = exact["sobirl_tabular"]
+        names = {
+            "sobirl": "SoBiRL",
+            "m-sobirl": "M-SoBiRL",
+            "one-step": "one step",
+            "x-only": "x-only control",
+        }
+        rows = []
+        for problem, medians in objectives.groupby(level=0).median()[list(names)].iterrows():
+            p = paired(objectives, problem, "sobirl", "x-only").p
+            rows.append([problem, *(f"{value:.3f}" for value in medians), probability(p)])
         lines += [
-            f"In more than one attempt: {len(again)} of the runs. Each was interrupted or failed and went on in new episodes from its "
-            "last checkpoint, without one anew; its wall-clock time is that of the steps that count, without those that were lost: "
-            f"{jobs_in_words(again)}."
+            "**SoBiRL** ([docs](sobirl.md#what-came-out)): the objective at the end, median over instances,"
+            " **lower is better**; the x-only control leaves out how the lower level's policy answers the"
+            " reward. p: SoBiRL against it, by instance.",
+            "",
+            *table(["problem", *names.values(), "p"], rows),
         ]
-    returned = {run["job"] for run in runs if run["final_return"] is not None and math.isfinite(run["final_return"])}
-    silent = [run["job"] for run in runs if run["job"] not in returned and run["job"] not in results.diverged]
-    for words, names in (
-        ("Diverged (parameters not finite at the end)", results.diverged),
-        (dead_words(suite), results.dead),
-        ("Without a final return, since no episode ended in the last 10 % of training", silent),
-        ("Left out, since the suite does not have them any more", results.ignored),
+    if "blpo_tabular" in exact:
+        means = exact["blpo_tabular"].groupby(level=0).mean()
+        names = {"nested": "partial gradient (nested)", "BLPO": "total derivative (BLPO)"}
+        names |= {"constant": "constant weights", "permuted": "permuted weights"}
+        rows = [[label, *(f"{value:.3f}" for value in means[name])] for name, label in names.items()]
+        lines += [
+            "**BLPO** ([docs](blpo.md#where-the-hypergradient-matters)): fraction of the optimal return, mean"
+            " over Garnet MDPs, by the number of the critic's features; the leader looks one step ahead.",
+            "",
+            *table(["features", *map(str, means.index)], rows),
+        ]
+    return lines
+
+
+# ---- A suite -----------------------------------------------------------------------------------------------
+def returns_cell(suite: Suite, results: Results, name: str, environment: str) -> str:
+    """mean ± standard deviation, and how many of the runs collapsed."""
+    values = returns(results, name, environment)
+    if not len(values):
+        return "-"
+    text = number(values.mean()) + (f" ± {number(values.std())}" if len(values) > 1 else "")
+    fell, began = collapses(suite, results, name, environment) if levels(suite, environment) else (0, 0)
+    return f"{text}; {fell}/{began} collapsed" if fell else text
+
+
+def suite_table(suite: Suite, results: Results, compared: Comparisons) -> list[str]:
+    """A row a method: its returns, its score over the tasks, and the comparisons that are made of it."""
+    ends = {each: levels(suite, each) for each in suite.environments}
+    scored = [each for each in ends if ends[each]]
+    pooled, against, rows = suite.aggregate and len(scored) > 1, {}, []
+    for claim in claims.claims(suite):
+        verdict, evidence = judged(compared, claim)
+        label = suite.methods[claim.than].label + ("" if claim.measure == "time" else OVER[claim.over])
+        against.setdefault(claim.better, []).append(f"{verdict}, against {label}: {evidence}")
+    for name, method in suite.methods.items():
+        runs = spread(len(results.of(name, each)) for each in method.environments)
+        cells = [
+            method.label,
+            runs,
+            *(returns_cell(suite, results, name, each) for each in suite.environments),
+        ]
+        if pooled:
+            means = [scores(suite, results, name, each) for each in scored]
+            cells.append(f"{np.mean([each.mean() for each in means]):.2f}" if all(map(len, means)) else "-")
+        rows.append(cells + ["<br>".join(against.get(name, []))] * bool(against))
+    scale = [" / ".join(map(number, ends[each])) if ends[each] else "-" for each in suite.environments]
+    rows.append(["*score 0 / 1*", "", *scale, *[""] * (pooled + bool(against))])
+    head = ["final return", "n", *map(short, suite.environments)]
+    return table(head + ["score"] * pooled + ["comparisons"] * bool(against), rows)
+
+
+def first_sentence(suite: Suite) -> str:
+    """Of the description; the rest is in the suite's file."""
+    return re.split(r"(?<=[.?]) (?=[A-Z])", " ".join(suite.description.split()))[0]
+
+
+def provenance(suite: Suite, results: Results) -> str:
+    """Where the runs came from, and what was out of the ordinary."""
+    runs = results.runs
+    commits = zip(runs["commits"], runs["dirty"])
+    commits = {
+        f"{(commit or 'unknown')[:10]}{'+' * bool(dirty)}" for each, dirty in commits for commit in each
+    }
+    machines = {", ".join(filter(None, each)) for each in runs[["cpu", "gpu"]].fillna("").to_numpy()}
+    seeds = " ".join(map(str, sorted(runs["seed"].unique())))
+    words = [f"{len(runs)} runs", f"seeds {seeds}", f"{spread(runs['steps'])} steps"]
+    words += [f"commits {', '.join(sorted(commits))}", *sorted(machines), *mixed_terms(suite, runs)]
+    untimed = {method.untimed for method in suite.methods.values() if method.untimed}
+    words += [f"no times: {'; '.join(sorted(untimed))}"] if untimed else []
+    taken = [f"{method.label} ({method.runs_of[0]})" for method in suite.methods.values() if method.runs_of]
+    words += [f"runs of other suites: {', '.join(taken)}"] if taken else []
+    for what, jobs in (
+        ("in more than one attempt", runs[runs["attempts"] > 1]["job"]),
+        ("diverged", runs[runs["diverged"]]["job"]),
+        ("stopped learning", runs[runs["dead"]]["job"]),
+        ("without the end of an episode in the last tenth", runs[runs["final_return"].isna()]["job"]),
+        ("missing", results.missing),
+        ("of these failed", results.failed),
+        ("left out, not of the suite any more", results.ignored),
     ):
-        lines += [f"{words}: {', '.join(names)}."] if names else []
-    return lines
+        names = f": {', '.join(jobs)}" if len(jobs) <= 3 else ""
+        words += [f"{len(jobs)} {what}{names}"] if len(jobs) else []
+    return "; ".join(words + ([f"**mixed**: {'; '.join(results.mixed)}"] if results.mixed else []))
 
 
-def mixed_term(arguments: dict) -> tuple[str, bool]:
-    """How a BLPO run read the mixed term (docs/blpo.md), and whether that was before the method had the exact one.
+def mixed_terms(suite: Suite, runs: pd.DataFrame) -> list[str]:
+    """How the BLPO runs read the mixed term of the hypergradient (docs/blpo.md), and whose if they differ.
 
-    Then the advantages were refreshed and each state was its own start; `mixed_discount` was an argument of the laboratory
-    alone, for its trajectory term.
+    Before `mixed_discount` was an argument of all scripts the term was the former one.
     """
-    earlier = "mixed_discount" not in arguments or "mixed_term" in arguments
-    own_start = earlier and arguments.get("mixed_term") != "trajectory"
-    reach = {0: "each state its own start", None: "κ = γλ"}
-    discount = 0 if own_start else arguments["mixed_discount"]
-    refreshed = earlier or arguments.get("mixed_advantages") == "refreshed"
-    whose = "refreshed advantages" if refreshed else "the advantages of the targets"
-    words = f"{reach.get(discount, f'κ = {discount}')}, with {whose}"
-    return "as in the released code" if arguments.get("leader") == "released" else words, earlier
+    found: dict[str, dict[str, None]] = {}
+    for run in runs.itertuples():
+        own = run.arguments
+        if not run.script.startswith("blpo") or own.get("ihvp", "none") == "none":
+            continue
+        reading = "exact" if own.get("mixed_discount") is None else f"κ = {own['mixed_discount']:g}"
+        if own.get("leader") == "released":
+            reading = "as released"
+        elif "mixed_discount" not in own or "mixed_term" in own:
+            reading = "along the trajectory" if own.get("mixed_term") == "trajectory" else "the former one"
+        found.setdefault(reading, {})[suite.methods[run.method].label] = None
+    readings = {reading: f" ({', '.join(who)})" if len(found) > 1 else "" for reading, who in found.items()}
+    return [f"mixed term: {reading}{who}" for reading, who in readings.items()]
 
 
-def mixed_term_lines(suite: Suite, runs: list[dict]) -> list[str]:
-    """A sentence for each reading of the mixed term among the suite's BLPO runs; it names their methods if there are several."""
-    found: dict[tuple[str, bool], list[dict]] = {}
-    for run in sorted(runs, key=lambda run: list(suite.methods).index(run["method"])):
-        if run["script"].startswith("blpo") and run.get("arguments", {}).get("ihvp", "none") != "none":
-            found.setdefault(mixed_term(run["arguments"]), []).append(run)
-    lines = []
-    for (reading, earlier), group in found.items():
-        commits = sorted({short(run) for run in group})
-        made = f"commit{'s' * (len(commits) > 1)} {listed(commits)}{', before the exact one' * earlier}"
-        labels = dict.fromkeys(suite.methods[run["method"]].label for run in group)
-        who = f": {'; '.join(labels)}" if len(found) > 1 else ""
-        lines.append(f"Mixed term of the hypergradient: {reading} ({made}){who}.")
-    return lines
+def without_dead(suite: Suite, results: Results) -> list[str]:
+    """The comparisons again without the runs that had stopped learning."""
+    dead, words = results.runs[results.runs["dead"]], []
+    living = Comparisons(suite, results.without(dead["job"]))
+    for claim in claims.claims(suite) if len(dead) else ():
+        pair = " against ".join(suite.methods[name].label for name in (claim.better, claim.than))
+        if {claim.better, claim.than} & set(dead["method"]):
+            words.append(
+                f"{pair}{OVER[claim.over]}: {', '.join(judged(living, claim)).split(', excludes')[0]}"
+            )
+    return [f"Without the runs with a {suite.dead.words}: {'; '.join(words)}.", ""] if words else []
 
 
-def dead_words(suite: Suite) -> str:
-    """What a suite's runs that stopped learning are called, and by what measure; they count as they are."""
-    if suite.dead is None:
-        return ""
-    return f"With a {suite.dead.words} (`{suite.dead.column}` below {suite.dead.below:g} over the last tenth)"
+def suite_lines(suite: Suite, results: Results, compared: Comparisons, folder: Path, out: Path) -> list[str]:
+    """The section of one suite, or a line where nothing is compared and no single method held to a level."""
+
+    def linked(path: Path) -> str:
+        return Path(os.path.relpath(path, out.parent)).as_posix()
+
+    about = f"{first_sentence(suite)} [Rule and settings]({linked(suite.path)}), [data]({linked(folder)})."
+    found = [compared.of(claim) for claim in claims.claims(suite)]
+    if len(suite.methods) > 1 and not any(each is not None and each.runs[0] >= LEAST for each in found):
+        return [f'- <a id="{suite.name}"></a>**{suite.name}**, {len(results.runs)} runs: {about}']
+    picture = folder / "results.png"
+    lines = [f"## {suite.name}", "", about, "", *suite_table(suite, results, compared)]
+    lines += [f"![{suite.name}]({linked(picture)})", ""] if picture.exists() else []
+    return [*lines, *without_dead(suite, results), f"*{provenance(suite, results)}.*", ""]
 
 
-def suite_lines(suite: Suite, results: Results, results_root: Path, out: Path) -> list[str]:
-    """The section of one suite."""
-    lines = [f"## {suite.name}", "", suite.description.strip(), "", *claims_lines(suite, results)]
-    said = ["No run of this suite has been collected."]
-    if results.runs:
-        lines += [*returns_table(suite, results), *differences_tables(suite, results), *aggregate_table(suite, results)]
-        lines += [*time_table(suite, results), *diagnostics_table(suite, results), *paper_table(suite, results)]
-        lines += [*figure_lines(suite, results_root, out), "### Where it comes from", ""]
-        said = provenance(suite, results)
-    said += [f"Missing runs, with their seeds: {jobs_in_words(results.missing)}."]
-    said += [f"Of these have failed: {jobs_in_words(results.failed)}."] if results.failed else []
-    return [*lines, *(line for each in said for line in (each, ""))]
-
-
-def report(suites: Iterable[Suite], results_root: Path, out: Path) -> None:
-    """Write the page of these suites, the headline first, to `out`.
-
-    Raises ValueError if an environment has no levels to normalise with.
-    """
-    judged = [(suite, load_results(suite, results_root)) for suite in sorted(suites, key=lambda suite: not suite.headline)]
-    sections = [suite_lines(suite, results, results_root, out) for suite, results in judged]
-    lines = ["# Results", "", "Written by `python -m benchmark report` from `benchmark/results/`; do not edit.", ""]
-    lines += [*summary_lines(judged), "## The rule", "", RULE, ""]
-    if any("### Beside the paper" in section for section in sections):
-        lines += paper_note()
-    for section in sections:
-        lines += section
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines).rstrip() + "\n")
+# ---- The page ----------------------------------------------------------------------------------------------
+def report(suites: Iterable[Suite], results_folder: Path, out: Path) -> None:
+    """Write the page of these suites, the headline first, to `out`. Raises BadSuite, before anything is
+    written."""
+    if not out.parent.is_dir() or out.is_dir():
+        what = "that is a folder, not a file" if out.is_dir() else f"there is no folder {out.parent}"
+        raise BadSuite(f"--output is {out}, but {what}")
+    judges, sections, exact = {}, [], exact_results(results_folder)
+    for suite in sorted(suites, key=lambda suite: not suite.headline):
+        folder = results_folder / suite.name
+        if suite.scratch or not (folder / "runs.json").exists():
+            continue
+        results = load_results(suite, results_folder)
+        if len(results.runs):
+            judges[suite.name] = Comparisons(suite, results)
+            sections.append(suite_lines(suite, results, judges[suite.name], folder, out))
+    if not judges:
+        raise BadSuite(f"--results is {results_folder}, which has no results of any suite; collect one first")
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m benchmark report` from `benchmark/results/`; do not edit.",
+        "",
+    ]
+    lines += [*top_lines(judges, exact), "## The rule", "", claims.RULE, "", *exact_lines(exact)]
+    quiet = [line for section in sections if len(section) == 1 for line in section]
+    lines += [line for section in sections if len(section) > 1 for line in section]
+    lines += ["## Suites that compare nothing here", "", *quiet] if quiet else []
+    try:
+        write_atomically(out, lambda new: new.write_text("\n".join(lines).rstrip() + "\n"))
+    except OSError as error:
+        raise BadSuite(f"{out} cannot be written: {error.strerror}") from None

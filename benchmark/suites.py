@@ -1,119 +1,202 @@
 """Suites: small TOML files that say which scripts run on which environments with which seeds and arguments.
 
-A suite `benchmark/suites/NAME.toml`:
-
-    description = "what the suite is for"
-    environments = ["Hopper-v4", "Walker2d-v4"]
-    seeds = [1, 2, 3]
-    grid = 10000                       # steps between two points of a collected curve
-    diagnostics = ["bilevel/cosine"]   # columns of metrics.csv that collect keeps as well (default: none)
-    workers = 1                        # at most so many runs at a time (default: as many as --workers says)
-    baselines = ["ppo"]                # methods that every other one is compared with (default: none)
-    aggregate = false                  # whether tables and figures pool the environments (default: true)
-    figures = ["ppo", "blpo"]          # methods that the figures show (default: all, as in the tables)
-    headline = true                    # whether its section is the first of the report (default: false)
-    untimed = "the machine was busy"   # why tables and figures leave out the wall-clock times (default: they do not)
-    unready = "step sizes are open"    # why nothing of it may be launched yet (default: it may; --dry-run always works)
-    restated = ["learning-rate"]       # arguments, by their names then or now, that the collected runs had by default or under another
-                                       # name: methods have them here as those runs did, and commands are compared without them (optional)
-
-    [dead]                             # runs to be named, and claims to be judged without them as well (optional):
-    column = "losses/actor_gradient_norm"  # those in which this diagnostic, mean of the last 10 % of the rows of the csv file,
-    below = 1e-8                       # is smaller than that
-    words = "dead actor"               # what the report calls them
-
-    [[gates]]                          # when something is claimed of a method at all (optional): its claims leave out
-    method = "critic"                  # an environment on which this diagnostic, mean over the rows of a run, then over the runs,
-    column = "bilevel/plain_fraction"
-    over = "bilevel/direct_norm"       # divided by that of this one (optional),
-    most = 0.2                         # is larger than that, or
-    least = 0.1                        # smaller than that
-
-    [arguments]                        # of every script, by their names on the command line
-    total-timesteps = 300000
-
-    [methods.ppo]                      # one table a method, in the order of the tables and legends
-    label = "PPO"                      # what tables and legends call it
-    script = "ppo_continuous.py"
-    arguments = { num-minibatches = 8 }
-    environments = ["Hopper-v4"]       # instead of the suite's (optional)
-    seeds = [1]                        # instead of the suite's (optional)
-    untimed = "it shared its cores"    # why tables and figures leave out this method's times (optional)
-    runs-of = "stddpg.actor"           # not launched: its runs are those of that suite and method, of equal commands (optional)
-
-    [methods.ppo.arguments-by-environment.Hopper-v4]
-    learning-rate = 1e-3               # on this environment (optional)
-
-    [[claims]]                         # judged by `python -m benchmark report` (optional)
-    text = "BLPO at least as good as PPO"
-    better = "blpo"
-    than = "ppo"
-    measure = "return"                 # at least as good; "above": better; "time": takes less wall-clock time
-    over = "end"                       # the return of the last 10 % of the steps; "training": of all of them;
-                                       # "evaluation": of the evaluations in the last 10 % of the steps
-
+docs/benchmark.md lists the keys of `benchmark/suites/NAME.toml`; the models below check them.
 Every (method, environment, seed) is a job, and a job has one name for good: ENVIRONMENT__METHOD__SEED.
 """
 
 import contextlib
 import difflib
 import importlib
-import inspect
 import io
 import json
-import math
+import os
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from benchmark.reference import REFERENCE, load_reference
+import gymnasium as gym
+import pydantic
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 ROOT = Path(__file__).parent.parent
 SUITES = Path(__file__).parent / "suites"
 RESULTS = Path(__file__).parent / "results"
+SCRATCH = ROOT / "runs" / "results"  # of suites elsewhere, and of those with the key scratch
 EVALUATION = "charts/eval_return"  # the column of evaluations with the most probable actions
 # The launcher sets these itself, so a suite may not.
-RESERVED = {"env_id", "seed", "run_dir", "exp_name", "resume", "track", "wandb_project_name", "wandb_entity"}
+RESERVED = {"env-id", "seed", "run-dir", "exp-name", "resume", "track", "wandb-project-name", "wandb-entity"}
 
 
 class BadSuite(Exception):
     """One sentence that names file and key, what is wrong and what would be right; printed, exit status 2."""
 
 
-@dataclass(frozen=True)
-class Method:
+# ---- What a suite file may hold --------------------------------------------------------------------------
+def unique(values: tuple) -> tuple:
+    """The values; raises ValueError if one is there twice."""
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"it holds {twice!r} twice, which would make the same job twice")
+    return values
+
+
+def pair(text: Any) -> Any:
+    """The suite and the method that "SUITE.METHOD" names."""
+    if not isinstance(text, str):
+        return text  # a pair already
+    if not all(text.partition(".")):
+        raise ValueError(f"{text!r} names no suite and method, such as stddpg.actor")
+    return text.split(".", 1)
+
+
+def value(given: Any) -> Any:
+    """An argument's value; raises ValueError for what no command line has."""
+    if not isinstance(given, (bool, int, float, str)):
+        raise ValueError("it must be a number, a text, true or false")
+    return given
+
+
+Names = Annotated[tuple[StrictStr, ...], Field(min_length=1), pydantic.AfterValidator(unique)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), pydantic.AfterValidator(unique)]
+Value = Annotated[Any, pydantic.AfterValidator(value)]
+Arguments = dict[str, Value]
+Word = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]  # the name of a method
+
+
+class Table(BaseModel):
+    """A table of a suite file: unknown keys are refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
+
+
+class Method(Table):
     """One line of a suite's tables: a script with arguments."""
 
-    name: str
-    label: str
-    script: str
-    arguments: dict[str, Any]
-    environments: tuple[str, ...]
-    seeds: tuple[int, ...]
-    by_environment: dict[str, dict[str, Any]] = field(default_factory=dict)
-    untimed: str = ""
-    runs_of: tuple[str, str] | None = None
+    name: str = ""
+    label: StrictStr
+    script: StrictStr
+    arguments: Arguments = {}
+    environments: Names = ()
+    seeds: Seeds = ()
+    by_environment: dict[str, Arguments] = Field({}, alias="arguments-by-environment")
+    untimed: StrictStr = ""
+    runs_of: Annotated[tuple[str, str] | None, pydantic.BeforeValidator(pair)] = Field(None, alias="runs-of")
     """(suite, method) whose runs these are; None if it has its own"""
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(Table):
     """A sentence of a paper, and the comparison that judges it."""
 
-    text: str
-    better: str
-    than: str
-    measure: str = "return"
-    over: str = "end"
+    text: StrictStr
+    better: StrictStr
+    than: StrictStr
+    measure: Literal["return", "above", "time"] = "return"
+    over: Literal["end", "training", "evaluation"] = "end"
+
+
+class Dead(Table):
+    """What makes a run one that stopped learning: a diagnostic of its last rows below a bound."""
+
+    column: StrictStr
+    below: StrictFloat
+    words: StrictStr
+
+
+class Range(Table):
+    """Numbers to draw from, whole ones if both ends are."""
+
+    low: StrictInt | StrictFloat
+    high: StrictInt | StrictFloat
+    log: StrictBool = False
+
+    @pydantic.model_validator(mode="after")
+    def in_order(self):
+        """Raise ValueError for an empty range, or a logarithm of what is not positive."""
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be less than high, and above 0 with log")
+        return self
+
+
+class Tune(Table):
+    """What `python -m benchmark tune` tries, and how it chooses."""
+
+    seeds: Seeds
+    trials: Annotated[StrictInt, Field(ge=1, le=10_000)]
+    space: dict[str, dict[str, Range | Annotated[tuple[Value, ...], Field(min_length=1)]]] = Field(
+        min_length=1
+    )
+    rule: Literal["score", "rank"] = "score"
+    over: Literal["end", "training"] = "end"
+    halving: Annotated[StrictInt, Field(ge=2)] | None = None
+
+
+class Suite(Table):
+    """A suite file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    path: Path
+    description: StrictStr
+    environments: Names
+    seeds: Seeds = ()
+    methods: dict[Word, Method] = Field(min_length=1)
+    arguments: Arguments = {}
+    grid: Annotated[StrictInt, Field(ge=1)] = 10_000
+    diagnostics: tuple[StrictStr, ...] = ()
+    workers: Annotated[StrictInt, Field(ge=1)] | None = None
+    baselines: tuple[StrictStr, ...] = ()
+    aggregate: StrictBool = True
+    claims: tuple[Claim, ...] = ()
+    figures: tuple[StrictStr, ...] = ()
+    headline: StrictBool = False
+    scratch: StrictBool = False
+    untimed: StrictStr = ""
+    dead: Dead | None = None
+    restated: tuple[StrictStr, ...] = ()
+    tune: Tune | None = None
+
+    def only(self, methods: Iterable[str], environments: Iterable[str], seeds: Iterable[int]) -> "Suite":
+        """The suite with some of its jobs; nothing stands for all. Raises BadSuite for what is not there."""
+        known = {job.seed for job in self.shown()}
+        for option, asked, there in (
+            ("--methods", methods, self.methods),
+            ("--environments", environments, self.environments),
+            ("--seeds", seeds, known),
+        ):
+            for each in asked:
+                if each not in there:
+                    raise BadSuite(f"{option}: {self.name} does not have {each}{nearest(each, there)}")
+        chosen = {}
+        for name in methods or self.methods:
+            method = self.methods[name]
+            tasks = tuple(each for each in method.environments if each in (environments or [each]))
+            numbers = tuple(each for each in method.seeds if each in (seeds or [each]))
+            chosen[name] = method.model_copy(update={"environments": tasks, "seeds": numbers})
+        return self.model_copy(update={"methods": chosen})
+
+    def jobs(self) -> list["Job"]:
+        """Every run to be launched: those shown but those that another suite launches."""
+        return [job for job in self.shown() if self.methods[job.method].runs_of is None]
+
+    def shown(self) -> list["Job"]:
+        """Every run of its tables, seeds outermost: a suite cut short has all methods at equal seeds."""
+        return [
+            Job(self.name, method.name, task, seed, method.script, command_words(method, task))
+            for seed in sorted({seed for method in self.methods.values() for seed in method.seeds})
+            for task in self.environments
+            for method in self.methods.values()
+            if seed in method.seeds and task in method.environments
+        ]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: method, environment, seed, and its command line without the launcher's own arguments."""
+    """One training run, and its command line without the launcher's own arguments."""
 
     suite: str
     method: str
@@ -134,84 +217,6 @@ class Job:
         return [self.script, *here, *self.arguments]
 
 
-@dataclass(frozen=True)
-class Dead:
-    """What makes a run one that stopped learning: a diagnostic of its last rows below a bound."""
-
-    column: str
-    below: float
-    words: str
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Bounds of a diagnostic of a method, or of a quotient of two; beyond them nothing is claimed of it on that environment."""
-
-    method: str
-    column: str
-    over: str | None = None
-    least: float = -math.inf
-    most: float = math.inf
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A suite file, checked."""
-
-    name: str
-    path: Path
-    description: str
-    environments: tuple[str, ...]
-    methods: dict[str, Method]
-    grid: int
-    diagnostics: tuple[str, ...]
-    workers: int | None
-    baselines: tuple[str, ...]
-    aggregate: bool
-    claims: tuple[Claim, ...]
-    figures: tuple[str, ...] = ()
-    headline: bool = False
-    unready: str = ""
-    dead: Dead | None = None
-    gates: tuple[Gate, ...] = ()
-    restated: tuple[str, ...] = ()
-
-    def only(self, methods: tuple[str, ...], environments: tuple[str, ...], seeds: tuple[int, ...]) -> "Suite":
-        """The suite with some of its jobs; an empty tuple stands for all. Raises BadSuite for what it does not have."""
-        known = {job.seed for job in self.shown()}
-        for words, asked, there in (
-            ("--methods", methods, self.methods), ("--environments", environments, self.environments), ("--seeds", seeds, known),
-        ):  # fmt: skip
-            for each in asked:
-                if each not in there:
-                    raise BadSuite(f"{words} names {each}, which {self.name} does not have{nearest(str(each), there)}")
-        chosen = {
-            name: replace(
-                method,
-                environments=tuple(each for each in method.environments if not environments or each in environments),
-                seeds=tuple(seed for seed in method.seeds if not seeds or seed in seeds),
-            )
-            for name, method in self.methods.items()
-            if not methods or name in methods
-        }
-        return replace(self, methods=chosen)
-
-    def jobs(self) -> list[Job]:
-        """Every run to be launched: those shown but those that another suite launches."""
-        return [job for job in self.shown() if self.methods[job.method].runs_of is None]
-
-    def shown(self) -> list[Job]:
-        """Every run of its tables: seeds outermost, so that a suite that is cut short has every method at the same seeds."""
-        seeds = sorted({seed for method in self.methods.values() for seed in method.seeds})
-        return [
-            Job(self.name, method.name, environment, seed, method.script, command_words(method, environment))
-            for seed in seeds
-            for environment in self.environments
-            for method in self.methods.values()
-            if seed in method.seeds and environment in method.environments
-        ]
-
-
 def command_words(method: Method, environment: str) -> tuple[str, ...]:
     """The method's arguments on that environment as words: true and false become --x and --no-x."""
     words = []
@@ -221,220 +226,6 @@ def command_words(method: Method, environment: str) -> tuple[str, ...]:
         else:
             words += [f"--{key}", str(value)]
     return tuple(words)
-
-
-# ---- Reading a file --------------------------------------------------------------------------------------------
-SUITE_KEYS = {
-    "description": str, "environments": list, "seeds": list, "grid": int, "diagnostics": list, "workers": int,
-    "baselines": list, "aggregate": bool, "figures": list, "headline": bool, "untimed": str, "unready": str, "dead": dict,
-    "gates": list, "restated": list, "arguments": dict, "methods": dict, "claims": list,
-}  # fmt: skip
-METHOD_KEYS = {
-    "label": str, "script": str, "arguments": dict, "environments": list, "seeds": list, "arguments-by-environment": dict,
-    "untimed": str, "runs-of": str,
-}  # fmt: skip
-DEAD_KEYS = {"column": str, "below": float, "words": str}
-GATE_KEYS = {"method": str, "column": str, "over": str, "least": float, "most": float}
-CLAIM_KEYS = {"text": str, "better": str, "than": str, "measure": str, "over": str}
-TYPE_NAMES = {
-    str: "a text", list: "a list", int: "a whole number", float: "a number with a point or an exponent", bool: "true or false",
-    dict: "a table",
-}  # fmt: skip
-
-
-def nearest(word: str, known) -> str:
-    """The known words closest to `word`, in words."""
-    near = difflib.get_close_matches(word, [str(each) for each in known], n=3)
-    return f"; the nearest are {', '.join(near)}" if near else f"; there are {', '.join(sorted(map(str, known)))}"
-
-
-def check_table(where: str, table: dict, keys: dict[str, type], required: tuple[str, ...]) -> None:
-    """Raise BadSuite for an unknown or missing key, or a value of the wrong type."""
-    for key, value in table.items():
-        if key not in keys:
-            raise BadSuite(f"{where}: the key {key!r} is unknown{nearest(key, keys)}")
-        if not isinstance(value, keys[key]) or (keys[key] is int and isinstance(value, bool)):
-            raise BadSuite(f"{where}: {key} must be {TYPE_NAMES[keys[key]]}, not {value!r}")
-    for key in required:
-        if key not in table:
-            raise BadSuite(f"{where}: the key {key!r} is missing")
-
-
-def check_seeds(where: str, seeds: list) -> tuple[int, ...]:
-    """Raise BadSuite unless they are whole numbers from 0, at least one, none twice."""
-    if not seeds:
-        raise BadSuite(f"{where}: seeds is empty; name at least one")
-    for seed in seeds:
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise BadSuite(f"{where}: seeds holds {seed!r}; a seed is a whole number from 0")
-        if seeds.count(seed) > 1:
-            raise BadSuite(f"{where}: seeds holds {seed} twice, which would make the same job twice")
-    return tuple(seeds)
-
-
-def check_environments(where: str, environments: list) -> tuple[str, ...]:
-    """Raise BadSuite unless they are texts, at least one, none twice."""
-    if not environments:
-        raise BadSuite(f"{where}: environments is empty; name at least one")
-    for environment in environments:
-        if not isinstance(environment, str):
-            raise BadSuite(f"{where}: environments holds {environment!r}; an environment is a text such as \"Hopper-v4\"")
-        if environments.count(environment) > 1:
-            raise BadSuite(f"{where}: environments holds {environment} twice, which would make the same job twice")
-    return tuple(environments)
-
-
-def known_suites() -> list[str]:
-    """The names of the suites of this repository."""
-    return sorted(path.stem for path in SUITES.glob("*.toml"))
-
-
-def load_suite(name: str, check: bool = True) -> Suite:
-    """The suite of that name, or at that path if it ends in .toml.
-
-    With `check`, every script, argument and environment is tried as the script itself would. Raises BadSuite.
-    """
-    path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
-    try:
-        text = path.read_text()
-    except OSError as error:
-        if name.endswith(".toml"):
-            raise BadSuite(f"the suite {name} cannot be read: {error.strerror}") from error
-        raise BadSuite(f"there is no suite {name!r}{nearest(name, known_suites())}") from error
-    where = path.name
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadSuite(f"{where}: this is no TOML: {error}") from error
-    check_table(where, table, SUITE_KEYS, ("description", "environments", "seeds", "methods"))
-    environments = check_environments(where, table["environments"])
-    seeds = check_seeds(where, table["seeds"])
-    if not table["methods"]:
-        raise BadSuite(f"{where}: methods is empty; add a table [methods.NAME]")
-    for key in ("grid", "workers"):
-        if table.get(key, 1) < 1:
-            raise BadSuite(f"{where}: {key} is {table[key]}, it must be at least 1")
-    methods, all_environments = {}, list(environments)
-    for method, entry in table["methods"].items():
-        inside = f"{where}, methods.{method}"
-        if not re.fullmatch(r"[a-z0-9-]+", method):
-            raise BadSuite(f"{inside}: the name of a method is made of small letters, digits and hyphens")
-        if not isinstance(entry, dict):
-            raise BadSuite(f"{inside}: this must be a table")
-        check_table(inside, entry, METHOD_KEYS, ("label", "script"))
-        own_environments = check_environments(inside, entry.get("environments", list(environments)))
-        all_environments += [each for each in own_environments if each not in all_environments]
-        by_environment = entry.get("arguments-by-environment", {})
-        for environment, arguments in by_environment.items():
-            if environment not in own_environments:
-                known = nearest(environment, own_environments)
-                raise BadSuite(f"{inside}: arguments-by-environment names {environment}, which it does not run on{known}")
-            if not isinstance(arguments, dict):
-                raise BadSuite(f"{inside}: arguments-by-environment.{environment} must be a table")
-        methods[method] = Method(
-            method,
-            entry["label"],
-            entry["script"],
-            table.get("arguments", {}) | entry.get("arguments", {}),
-            own_environments,
-            check_seeds(inside, entry.get("seeds", list(seeds))),
-            by_environment,
-            entry.get("untimed", table.get("untimed", "")),
-            read_runs_of(inside, entry["runs-of"]) if "runs-of" in entry else None,
-        )
-    for key in ("baselines", "figures"):
-        for method in table.get(key, []):
-            if method not in methods:
-                raise BadSuite(f"{where}: {key} names {method!r}, which is no method of the suite{nearest(method, methods)}")
-    claims = []
-    for index, entry in enumerate(table.get("claims", [])):
-        inside = f"{where}, claims[{index}]"
-        check_table(inside, entry, CLAIM_KEYS, ("text", "better", "than"))
-        for key in ("better", "than"):
-            if entry[key] not in methods:
-                raise BadSuite(f"{inside}: {key} names {entry[key]!r}, which is no method of the suite{nearest(entry[key], methods)}")
-        if entry.get("measure", "return") not in ("return", "above", "time"):
-            raise BadSuite(f"{inside}: measure is {entry['measure']!r}, it must be \"return\", \"above\" or \"time\"")
-        if entry.get("over", "end") not in ("end", "training", "evaluation"):
-            raise BadSuite(f"{inside}: over is {entry['over']!r}, it must be \"end\", \"training\" or \"evaluation\"")
-        if entry.get("over") == "evaluation" and EVALUATION not in table.get("diagnostics", []):
-            raise BadSuite(f"{inside}: over evaluation takes {EVALUATION}, which is none of the suite's diagnostics; add it there")
-        claims.append(Claim(**entry))
-    dead = None
-    if "dead" in table:
-        check_table(f"{where}, dead", table["dead"], DEAD_KEYS, tuple(DEAD_KEYS))
-        dead = Dead(**table["dead"])
-        if dead.column not in table.get("diagnostics", []):
-            raise BadSuite(f"{where}, dead: column is {dead.column!r}, which is none of the suite's diagnostics; add it there")
-    gates = []
-    for index, entry in enumerate(table.get("gates", [])):
-        inside = f"{where}, gates[{index}]"
-        check_table(inside, entry, GATE_KEYS, ("method", "column"))
-        if not {"least", "most"} & entry.keys():
-            raise BadSuite(f"{inside}: it has no bound; add least or most")
-        if entry["method"] not in methods:
-            raise BadSuite(f"{inside}: method is {entry['method']!r}, which is none of the suite{nearest(entry['method'], methods)}")
-        for key in ("column", "over"):
-            if key in entry and entry[key] not in table.get("diagnostics", []):
-                raise BadSuite(f"{inside}: {key} is {entry[key]!r}, which is none of the suite's diagnostics; add it there")
-        gates.append(Gate(**entry))
-    suite = Suite(
-        path.stem,
-        path,
-        table["description"],
-        tuple(all_environments),
-        methods,
-        table.get("grid", 10_000),
-        tuple(table.get("diagnostics", [])),
-        table.get("workers"),
-        tuple(table.get("baselines", [])),
-        table.get("aggregate", True),
-        tuple(claims),
-        tuple(table.get("figures", [])),
-        table.get("headline", False),
-        table.get("unready", ""),
-        dead,
-        tuple(gates),
-        tuple(table.get("restated", [])),
-    )
-    check_levels(suite, where)
-    if check:
-        check_jobs(suite, where)
-        check_runs_of(suite, where)
-    return suite
-
-
-def read_runs_of(where: str, text: str) -> tuple[str, str]:
-    """The suite and the method that "SUITE.METHOD" names. Raises BadSuite."""
-    suite, point, method = text.partition(".")
-    if not suite or not point or not method:
-        raise BadSuite(f"{where}: runs-of is {text!r}; it names a suite and a method, such as \"stddpg.actor\"")
-    return suite, method
-
-
-def check_runs_of(suite: Suite, where: str) -> None:
-    """Raise BadSuite unless every run that a method takes from another suite is launched there, by an equal command, on an
-    equal grid, and timed where it is timed here."""
-    for method in suite.methods.values():
-        if method.runs_of is None:
-            continue
-        inside, (name, there) = f"{where}, methods.{method.name}", method.runs_of
-        if name not in known_suites():
-            raise BadSuite(f"{inside}: runs-of names the suite {name!r}, which there is not{nearest(name, known_suites())}")
-        other = load_suite(name, check=False)
-        if there not in other.methods:
-            raise BadSuite(f"{inside}: runs-of names {there!r}, which is no method of {name}{nearest(there, other.methods)}")
-        if other.grid != suite.grid:
-            grids = f"runs on the grid {other.grid} of {name}, but the suite's is {suite.grid}"
-            raise BadSuite(f"{inside}: runs-of takes {grids}; make them equal")
-        if other.methods[there].untimed and not method.untimed:
-            raise BadSuite(f"{inside}: runs-of takes runs that are untimed in {name}; give it the same key untimed")
-        launched = {(job.environment, job.seed): job for job in other.jobs() if job.method == there}
-        for job in suite.shown():
-            source = launched.get((job.environment, job.seed))
-            if job.method == method.name and (source is None or not same_run(job.command, source.command)):
-                what = "does not launch it" if source is None else f"launches it as: {' '.join(source.command)}"
-                raise BadSuite(f"{inside}: runs-of takes {job.environment}, seed {job.seed}, from {name}, which {what}")
 
 
 def same_run(one: list[str], other: list[str], restated: Iterable[str] = ()) -> bool:
@@ -454,97 +245,217 @@ def without(arguments: Iterable[str], command: list[str]) -> str:
     return " ".join(kept)
 
 
-def check_levels(suite: Suite, where: str) -> None:
-    """Raise BadSuite if a claim of returns is made on an environment without levels: found out before the runs."""
-    needed = []
-    for claim in suite.claims:
-        if claim.measure != "time":
-            pair = suite.methods[claim.better].environments, suite.methods[claim.than].environments
-            needed += [each for each in pair[0] if each in pair[1]]
-    levels = load_reference()
-    for environment in needed:
-        if environment not in levels:
-            raise BadSuite(
-                f"{where}: claims compare returns on {environment}, which {REFERENCE.name} has no levels of to normalise them"
-                " with; add them there or leave out the claims"
+# ---- Reading a file --------------------------------------------------------------------------------------
+def nearest(word: object, known: Iterable) -> str:
+    """The known words closest to `word`, in words."""
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(str(word), known, n=3)
+    return f"; the nearest are {', '.join(near)}" if near else f"; there are {', '.join(known)}"
+
+
+def first_sentence(error: pydantic.ValidationError) -> str:
+    """What pydantic holds against a table first: the key, and what is wrong with it."""
+    wrong = error.errors()[0]
+    parts = [part for part in wrong["loc"] if "[" not in str(part) or part == "[key]"]  # no names of types
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    said = {"missing": "this key is missing", "extra_forbidden": "this key is unknown"}.get(wrong["type"])
+    message = said or wrong["msg"].removeprefix("Value error, ")
+    return f"{key.removeprefix('.')}: {message}".removeprefix(": ")
+
+
+def known_suites() -> list[str]:
+    """The names of the suites of this repository."""
+    return sorted(path.stem for path in SUITES.glob("*.toml"))
+
+
+def load_suite(name: str, check: bool = True) -> Suite:
+    """The suite of that name, or at that path if it ends in .toml.
+
+    With `check`, every script, argument and environment is tried as the script itself would. Raises BadSuite.
+    """
+    path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        if name.endswith(".toml"):
+            raise BadSuite(f"the suite {name} cannot be read: {error.strerror}") from None
+        raise BadSuite(f"there is no suite {name!r}{nearest(name, known_suites())}") from None
+    try:
+        table = tomllib.loads(text.decode())
+        if "name" in table or "path" in table:
+            raise ValueError("name, path: these keys are unknown")
+        suite = Suite.model_validate(table | {"name": path.stem, "path": path})
+        methods, environments = {}, list(suite.environments)
+        for key, method in suite.methods.items():
+            if method.name:
+                raise ValueError(f"methods.{key}.name: this key is unknown")
+            own = {name: getattr(method, name) or getattr(suite, name) for name in INHERITED}
+            own |= {"name": key, "arguments": suite.arguments | method.arguments}
+            methods[key] = method.model_copy(update=own)
+            environments += [each for each in own["environments"] if each not in environments]
+        suite = suite.model_copy(update={"methods": methods, "environments": tuple(environments)})
+        check_names(suite)
+        check_levels(suite)
+        if check:
+            check_jobs(suite)
+            check_runs_of(suite)
+    except pydantic.ValidationError as error:
+        raise BadSuite(f"{path.name}: {first_sentence(error)}") from None
+    except ValueError as error:  # no TOML, no UTF-8, or one of the checks
+        raise BadSuite(f"{path.name}: {error}") from None
+    return suite
+
+
+INHERITED = ("environments", "seeds", "untimed")  # what a method has from its suite
+
+
+def check_names(suite: Suite) -> None:
+    """Raise ValueError, with the key, where a part of a suite names what another part does not have."""
+
+    def known(where: str, word: str, words: Iterable[str], what: str) -> None:
+        if word not in words:
+            raise ValueError(f"{where} names {word!r}, which is no {what} of the suite{nearest(word, words)}")
+
+    for name, method in suite.methods.items():
+        if not method.seeds:
+            raise ValueError(f"methods.{name}.seeds: this key is missing, here and in the suite")
+        for each in method.by_environment:
+            known(f"methods.{name}.arguments-by-environment", each, method.environments, "environment")
+    for key in ("baselines", "figures"):
+        for each in getattr(suite, key):
+            known(key, each, suite.methods, "method")
+    for index, claim in enumerate(suite.claims):
+        known(f"claims[{index}].better", claim.better, suite.methods, "method")
+        known(f"claims[{index}].than", claim.than, suite.methods, "method")
+        if claim.over == "evaluation":
+            known(f"claims[{index}].over", EVALUATION, suite.diagnostics, "diagnostic")
+    if suite.dead is not None:
+        known("dead.column", suite.dead.column, suite.diagnostics, "diagnostic")
+    names = [job.name for job in suite.shown()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"environments: two of them make the same job {twice}")
+    if suite.tune is not None:
+        for name in suite.tune.space:
+            known("tune.space", name, suite.methods, "method")
+        reported = {job.seed for job in suite.shown()}
+        for seed in reported.intersection(suite.tune.seeds):
+            raise ValueError(
+                f"tune.seeds holds {seed}, a seed of the suite; tune on seeds that it does not report"
             )
 
 
-# ---- Asking the scripts ----------------------------------------------------------------------------------------
-def load_script(where: str, script: str):
-    """The module of a script at the top level of the repository. Raises BadSuite."""
-    scripts = sorted(path.name for path in ROOT.glob("*.py"))
-    if script not in scripts:
-        raise BadSuite(f"{where}: there is no script {script!r}{nearest(script, scripts)}")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module(Path(script).stem)
+def check_levels(suite: Suite) -> None:
+    """Raise ValueError if returns are to be compared on an environment without levels: before the runs."""
+    from benchmark.reference import REFERENCE, load_reference
+
+    needed, levels = {}, load_reference()
+    for index, claim in enumerate(suite.claims):
+        pair = suite.methods[claim.better], suite.methods[claim.than]
+        for each in pair[0].environments if claim.measure != "time" else ():
+            if each in pair[1].environments:
+                needed.setdefault(each, f"claims[{index}]")
+    for name in suite.tune.space if suite.tune is not None else ():
+        needed = dict.fromkeys(suite.methods[name].environments, "tune") | needed
+    for environment, key in needed.items():
+        if environment not in levels:
+            lacks = f"{REFERENCE.name} has no levels of {environment} to normalise returns with"
+            raise ValueError(f"{key}: {lacks}; add them there or leave this out")
 
 
-def check_jobs(suite: Suite, where: str) -> None:
-    """Let each script judge its arguments and environments, as it would at launch. Raises BadSuite."""
+def check_runs_of(suite: Suite) -> None:
+    """Raise ValueError unless every run that a method takes from another suite is launched there, by an equal
+    command, on an equal grid, and timed where it is timed here."""
     for method in suite.methods.values():
-        inside = f"{where}, methods.{method.name}"
-        module = load_script(inside, method.script)
-        known = set(inspect.get_annotations(module.Args)) - RESERVED
-        for arguments in (method.arguments, *method.by_environment.values()):
-            for key in arguments:
-                if key.replace("-", "_") in RESERVED:
-                    raise BadSuite(f"{inside}: the argument {key} is the launcher's own; leave it out")
-                if key.replace("-", "_") not in known:
-                    options = nearest(key, [name.replace("_", "-") for name in known])
-                    raise BadSuite(f"{inside}: {method.script} has no argument {key!r}{options}")
-        judged = {}
+        if method.runs_of is None:
+            continue
+        key, (name, there) = f"methods.{method.name}.runs-of", method.runs_of
+        if name not in known_suites():
+            raise ValueError(f"{key}: there is no suite {name!r}{nearest(name, known_suites())}")
+        other = load_suite(name, check=False)
+        if there not in other.methods:
+            raise ValueError(f"{key}: {name} has no method {there!r}{nearest(there, other.methods)}")
+        if other.grid != suite.grid:
+            raise ValueError(f"{key}: the grid is {other.grid} in {name}, {suite.grid} here; make them equal")
+        if other.methods[there].untimed and not method.untimed:
+            raise ValueError(f"{key}: the runs are untimed in {name}; give the method the same key untimed")
+        launched = {(job.environment, job.seed): job.command for job in other.jobs() if job.method == there}
+        for job in suite.shown():
+            command = launched.get((job.environment, job.seed))
+            if job.method == method.name and (command is None or not same_run(job.command, command)):
+                what = "does not launch it" if command is None else f"launches it as: {' '.join(command)}"
+                raise ValueError(f"{key} takes {job.environment}, seed {job.seed}, from {name}, which {what}")
+
+
+# ---- Asking the scripts ----------------------------------------------------------------------------------
+def check_jobs(suite: Suite) -> None:
+    """Let each script judge its arguments and environments, as it would at launch. Raises ValueError.
+
+    This makes every environment once, and so imports the module of an id such as module:Name-v0.
+    """
+    tried = set()  # (script, environment, its keywords, whether it is filmed)
+    for method in suite.methods.values():
+        key, judged = f"methods.{method.name}", {}
+        module = load_script(key, method.script)
+        for name in {*method.arguments}.union(*method.by_environment.values()):
+            if name.replace("_", "-") in RESERVED:
+                raise ValueError(f"{key}.arguments.{name}: this argument is the launcher's own; leave it out")
         for environment in method.environments:
             words = command_words(method, environment)
             if words not in judged:
-                judged[words] = check_command(inside, module, method.script, ["--env-id", environment, *words])
-            check_environment(inside, module, judged[words], environment)
+                judged[words] = check_command(f"{key}.arguments", module, ["--env-id", environment, *words])
+            args = judged[words]
+            filmed = getattr(args, "capture_video", False)
+            case = method.script, environment, getattr(args, "env_kwargs", ""), filmed
+            if hasattr(module, "make_envs") and case not in tried:
+                check_environment(key, module, args, environment)
+                tried.add(case)
 
 
-def check_command(where: str, module, script: str, words: list[str]):
-    """The arguments that the script makes of these words. Raises BadSuite if it refuses them."""
+def load_script(key: str, script: str):
+    """The module of a script at the top level of the repository. Raises ValueError."""
+    scripts = sorted(path.name for path in ROOT.glob("*.py"))
+    if script not in scripts:
+        raise ValueError(f"{key}.script: there is no script {script!r}{nearest(script, scripts)}")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    module = importlib.import_module(Path(script).stem)
+    if not hasattr(module, "parse_args"):
+        raise ValueError(f"{key}.script: {script} trains on no environment")
+    return module
+
+
+def check_command(key: str, module, words: list[str]):
+    """The arguments that the script makes of these words. Raises ValueError if it refuses them."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return module.parse_args(words)
     except module.BadInput as error:
-        raise BadSuite(f"{where}: {script} refuses its arguments: {error}") from error
-    except SystemExit as error:
-        raise BadSuite(f"{where}: {script} cannot read the arguments {' '.join(words)}: {last_words(said.getvalue())}") from error
+        raise ValueError(f"{key}: {module.__name__}.py refuses them: {error}") from None
+    except SystemExit:
+        text = " ".join(re.sub("[─│╭╮╰╯]", " ", said.getvalue()).split()).partition("For full help")[0]
+        raise ValueError(f"{key}: {module.__name__}.py cannot read {' '.join(words)}: {text}") from None
 
 
-def last_words(text: str) -> str:
-    """What a command-line parser said, without its box."""
-    words = " ".join(re.sub(r"[─│╭╮╰╯]", " ", text).split())
-    return re.sub(r"For full helptext.*", "", words).strip() or "it says nothing"
-
-
-ENVIRONMENTS_TRIED: dict[tuple[str, str, str], str | None] = {}  # (script, environment, its keywords) -> what is wrong with it
-
-
-def check_environment(where: str, module, args, environment: str) -> None:
-    """Raise BadSuite if the script cannot make the environment, with the keywords that `args` have for it."""
-    if not hasattr(module, "make_envs"):
-        return
-    key = module.__name__, environment, getattr(args, "env_kwargs", "")
-    if key not in ENVIRONMENTS_TRIED:
-        one = args.model_copy(update={"env_id": environment, "num_envs": 1})
-        words = (one, 1, 0) if "num_envs" in inspect.signature(module.make_envs).parameters else (one, 0)  # of games
-        try:
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                made = module.make_envs(*words)
-                (made[0] if isinstance(made, tuple) else made).close()
-            ENVIRONMENTS_TRIED[key] = None
-        except module.BadInput as error:
-            ENVIRONMENTS_TRIED[key] = str(error)
-    if ENVIRONMENTS_TRIED[key]:
-        raise BadSuite(f"{where}: {ENVIRONMENTS_TRIED[key]}")
-
-
-def read_json(path: Path) -> dict | None:
-    """The content of a json file; None if it is not there or was cut short."""
+def check_environment(key: str, module, args, environment: str) -> None:
+    """Raise ValueError if the script cannot make the environment, or cannot film it where it is to."""
+    one = args.model_copy(update={"env_id": environment, "num_envs": 1})
+    games = "num_envs" in module.make_envs.__code__.co_varnames[: module.make_envs.__code__.co_argcount]
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            made = module.make_envs(one, 1, 0) if games else module.make_envs(one, 0)
+            (made[0] if isinstance(made, tuple) else made).close()
+    except module.BadInput as error:
+        raise ValueError(f"{key}.environments: {error}") from None
+    if getattr(args, "capture_video", False):
+        try:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do
+            with warnings.catch_warnings(action="ignore"):
+                env = gym.make(environment, render_mode="rgb_array", **json.loads(args.env_kwargs))
+                env.reset()
+                env.render()
+            env.close()
+        except Exception as error:  # whatever the task, MuJoCo or the driver raises
+            words = f"{key}.arguments.capture-video: {environment} cannot be filmed here"
+            raise ValueError(f"{words}: {' '.join(str(error).split())}") from None

@@ -1,4 +1,4 @@
-"""benchmark/: suite files, the local launcher through kills and failures, and what collect makes of run folders."""
+"""benchmark/: suite files, the local launcher through kills and failures, what collect makes of run folders, tuning."""
 
 import json
 import math
@@ -6,16 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-import tomllib
+import threading
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import REPO, environment, read_csv, wait_for
 
 from benchmark import __main__ as command_line
-from benchmark import launch, suites
-from benchmark.collect import Mixed, blob, collect, diverged, origin
-from benchmark.scores import load_results
+from benchmark import data, launch, suites, tune
+from benchmark.collect import blob, collect, describe, diverged
 from benchmark.suites import BadSuite, known_suites, load_suite
 
 SUITE = """
@@ -128,7 +129,7 @@ def test_runs_of_another_suite_are_shown_and_not_launched(tmp_path, monkeypatch,
             load_suite(write(tmp_path, taken, *changes))
     source = (tmp_path / "source.toml").read_text()
     (tmp_path / "source.toml").write_text(source.replace("grid = 256", 'grid = 256\nuntimed = "busy"'))
-    with pytest.raises(BadSuite, match="runs-of takes runs that are untimed in source; give it the same key untimed"):
+    with pytest.raises(BadSuite, match="runs-of: the runs are untimed in source; give the method the same key untimed"):
         load_suite(write(tmp_path, taken))
 
 
@@ -142,47 +143,58 @@ def test_a_part_of_a_suite_can_be_chosen(tmp_path, capsys):
     assert [(job.method, job.seed) for job in suite.only(("blpo",), (), (2,)).jobs()] == [("blpo", 2)]
     assert suite.only((), ("toy_envs:Walk-v0",), ()).jobs() == suite.jobs()
     assert command_line.main(["run", write(tmp_path), "--dry-run", "--methods", "blbo"]) == 2
-    assert capsys.readouterr().err == "error: --methods names blbo, which tiny does not have; the nearest are blpo\n"
+    assert capsys.readouterr().err == "error: --methods: tiny does not have blbo; the nearest are blpo\n"
 
 
 DEAD = '[dead]\ncolumn = "losses/no"\nbelow = 1e-8\nwords = "dead actor"\n\n'
-GATE = '[[gates]]\nmethod = "ppo"\ncolumn = "bilevel/no"\nmost = 0.2\n\n'
+TUNE = '[tune]\nseeds = [11]\ntrials = 2\n[tune.space.ppo]\ngamma = [0.9, 0.99]\n\n'
+HEAD, PPO, LABEL, GRID = "[methods.ppo]", 'script = "ppo_continuous.py"', 'label = "PPO"', "grid = 256"
 BAD = [
-    ([("[1, 2]", "[]")], "tiny.toml: seeds is empty"),
-    ([("[1, 2]", "[1, 1]")], "seeds holds 1 twice, which would make the same job twice"),
-    ([("[1, 2]", "[-1]")], "seeds holds -1"),
-    ([("[1, 2]", '"one"')], "seeds must be a list"),
-    ([('["toy_envs:Walk-v0"]', '["toy_envs:Walk-v0", "toy_envs:Walk-v0"]')], "environments holds toy_envs:Walk-v0 twice"),
+    ([("[1, 2]", "[]")], "seeds: Tuple should have at least 1 item"),
+    ([("[1, 2]", "[1, 1]")], "seeds: it holds 1 twice, which would make the same job twice"),
+    ([("[1, 2]", "[-1]")], "seeds[0]: Input should be greater than or equal to 0"),
+    ([("[1, 2]", "[1099511627776]")], "seeds[0]: Input should be less than 2147483648"),
+    ([("[1, 2]", "[true]")], "seeds[0]: Input should be a valid integer"),
+    ([("[1, 2]", '"one"')], "seeds: Input should be a valid tuple"),
+    ([("seeds = [1, 2]\n", "")], "methods.ppo.seeds: this key is missing, here and in the suite"),
+    ([('["toy_envs:Walk-v0"]', '["a", "a"]')], "environments: it holds 'a' twice"),
+    ([('["toy_envs:Walk-v0"]', '["a/b", "a:b"]')], "environments: two of them make the same job a_b__ppo__1"),
     ([('["toy_envs:Walk-v0"]', '["Hoper-v4"]')], "'Hoper-v4' cannot be made"),
     ([('["toy_envs:Walk-v0"]', '["CartPole-v1"]')], "for discrete actions use ppo_discrete.py"),
-    ([("ppo_continuous.py", "ppo_continous.py")], "methods.ppo: there is no script 'ppo_continous.py'; the nearest are ppo_"),
-    ([("nystrom-rank", "nystrom-rnk")], "methods.blpo: blpo_continuous.py has no argument 'nystrom-rnk'; the nearest are nystrom"),
+    ([("ppo_continuous.py", "ppo_continous.py")], "methods.ppo.script: there is no script 'ppo_continous.py'; the nearest"),
+    ([("nystrom-rank", "nystrom-rnk")], "methods.blpo.arguments: blpo_continuous.py cannot read"),
     ([("nystrom-rank = 3", "nystrom-rank = 0")], "--nystrom-rank is 0: Input should be greater than or equal to 1"),
-    ([("nystrom-rank = 3", 'nystrom-rank = "many"')], "cannot read the arguments"),
-    ([("num-minibatches = 2", "num-minibatches = 3")], "--num-minibatches 3 must divide"),
-    ([("device", "seed = 3\ndevice")], "the argument seed is the launcher's own"),
-    ([("grid = 256", "grid = 0")], "grid is 0, it must be at least 1"),
-    ([("grid = 256", "gird = 256")], "the key 'gird' is unknown; the nearest are grid"),
-    ([('label = "PPO"\n', "")], "methods.ppo: the key 'label' is missing"),
-    ([('baselines = ["ppo"]', 'baselines = ["sac"]')], "baselines names 'sac', which is no method of the suite"),
-    ([("grid = 256", 'grid = 256\nfigures = ["sac"]')], "figures names 'sac', which is no method of the suite"),
-    ([("grid = 256", 'grid = 256\nheadline = "yes"')], "headline must be true or false, not 'yes'"),
-    ([("grid = 256", 'grid = 256\nunready = "it waits"')], "nothing of it may be launched yet: it waits; then remove the key unready"),
-    ([("[methods.ppo]", DEAD + "[methods.ppo]")], "dead: column is 'losses/no', which is none of the suite's diagnostics"),
-    ([("[methods.ppo]", DEAD.replace("1e-8", "0") + "[methods.ppo]")], "dead: below must be a number with a point or an exponent, not 0"),
-    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke"')], "methods.ppo: runs-of is 'smoke'; it names a suite and a method"),
-    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smok.ppo"')], "runs-of names the suite 'smok', which there is not; the nearest are smoke"),
-    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke.pppo"')], "runs-of names 'pppo', which is no method of smoke; the nearest are ppo"),
-    ([('label = "PPO"', 'label = "PPO"\nruns-of = "smoke.ppo"')], "runs-of takes runs on the grid 1000 of smoke, but the suite's is 256"),
-    ([("[methods.ppo]", GATE + "[methods.ppo]")], "gates[0]: column is 'bilevel/no', which is none of the suite's diagnostics"),
-    ([("[methods.ppo]", GATE.replace('"ppo"', '"sac"') + "[methods.ppo]")], "gates[0]: method is 'sac', which is none of the suite"),
-    ([("[methods.ppo]", GATE.replace("most = 0.2", "") + "[methods.ppo]")], "gates[0]: it has no bound"),
-    ([("[methods.ppo]", "[methods.P_P_O]")], "the name of a method is made of small letters"),
-    ([("[arguments]", "[arguments")], "this is no TOML"),
-    ([(SUITE, SUITE + CLAIM)], "claims compare returns on toy_envs:Walk-v0, which reference.json has no levels of"),
-    ([(SUITE, SUITE + CLAIM + 'measure = "best"\n')], 'measure is \'best\', it must be "return", "above" or "time"'),
-    ([(SUITE, SUITE + CLAIM + 'over = "all"\n')], 'over is \'all\', it must be "end", "training" or "evaluation"'),
-    ([(SUITE, SUITE + CLAIM + 'over = "evaluation"\n')], "over evaluation takes charts/eval_return, which is none of the suite's diagnostics"),
+    ([("nystrom-rank = 3", "nystrom-rank = [3]")], "methods.blpo.arguments.nystrom-rank: it must be a number, a text, true or false"),
+    ([("total-timesteps = 1024", "total-timesteps = 63")], "--total-timesteps 63 is less than one rollout of 64"),
+    ([("device", "seed = 3\ndevice")], "methods.ppo.arguments.seed: this argument is the launcher's own"),
+    ([("device", "capture-video = true\ndevice")], "arguments.capture-video: toy_envs:Walk-v0 cannot be filmed here"),
+    ([(GRID, "grid = 0")], "grid: Input should be greater than or equal to 1"),
+    ([(GRID, "gird = 256")], "gird: this key is unknown"),
+    ([(GRID, 'grid = 256\nname = "other"')], "name, path: these keys are unknown"),
+    ([(LABEL, 'label = "PPO"\nname = "other"')], "methods.ppo.name: this key is unknown"),
+    ([('label = "PPO"\n', "")], "methods.ppo.label: this key is missing"),
+    ([('baselines = ["ppo"]', 'baselines = ["sac"]')], "baselines names 'sac', which is no method of the suite; there are blpo, ppo"),
+    ([(GRID, 'grid = 256\nfigures = ["sac"]')], "figures names 'sac', which is no method of the suite"),
+    ([(GRID, 'grid = 256\nheadline = "yes"')], "headline: Input should be a valid boolean"),
+    ([(HEAD, DEAD + HEAD)], "dead.column names 'losses/no', which is no diagnostic of the suite"),
+    ([(LABEL, 'label = "PPO"\nruns-of = "smoke"')], "methods.ppo.runs-of: 'smoke' names no suite and method"),
+    ([(LABEL, 'label = "PPO"\nruns-of = "smok.ppo"')], "runs-of: there is no suite 'smok'; the nearest are smoke"),
+    ([(LABEL, 'label = "PPO"\nruns-of = "smoke.pppo"')], "runs-of: smoke has no method 'pppo'; the nearest are ppo"),
+    ([(LABEL, 'label = "PPO"\nruns-of = "smoke.ppo"')], "runs-of: the grid is 1000 in smoke, 256 here; make them equal"),
+    ([(HEAD, "[methods.P_P_O]")], "methods.P_P_O.[key]: String should match pattern"),
+    ([(LABEL, 'label = "PPO"\narguments-by-environment.No = {}')], "arguments-by-environment names 'No', which is no environment"),
+    ([("[arguments]", "[arguments")], "Expected ']' at the end of a table declaration"),
+    ([(SUITE, SUITE + CLAIM)], "claims[0]: reference.json has no levels of toy_envs:Walk-v0"),
+    ([(SUITE, SUITE + CLAIM + 'measure = "best"\n')], "claims[0].measure: Input should be 'return', 'above' or 'time'"),
+    ([(SUITE, SUITE + CLAIM + 'over = "all"\n')], "claims[0].over: Input should be 'end', 'training' or 'evaluation'"),
+    ([(SUITE, SUITE + CLAIM + 'over = "evaluation"\n')], "claims[0].over names 'charts/eval_return', which is no diagnostic"),
+    ([(SUITE, SUITE + CLAIM.replace('"ppo"', '"sac"'))], "claims[0].than names 'sac', which is no method of the suite"),
+    ([(HEAD, TUNE.replace("[11]", "[2]") + HEAD)], "tune.seeds holds 2, a seed of the suite; tune on seeds that it does not report"),
+    ([(HEAD, TUNE.replace("space.ppo", "space.sac") + HEAD)], "tune.space names 'sac', which is no method"),
+    ([(HEAD, TUNE.replace("[0.9, 0.99]", "{ low = 1, high = 1 }") + HEAD)], "tune.space.ppo.gamma: low must be less than high"),
+    ([(HEAD, TUNE.replace("[0.9, 0.99]", "[[1]]") + HEAD)], "tune.space.ppo.gamma"),
+    ([("ppo_continuous.py", "stackelberg_toy.py")], "methods.ppo.script: stackelberg_toy.py trains on no environment"),
+    ([(HEAD, TUNE + HEAD)], "tune: reference.json has no levels of toy_envs:Walk-v0"),
 ]
 
 
@@ -191,7 +203,7 @@ def test_a_bad_suite_is_one_sentence_and_creates_nothing(tmp_path, capsys, chang
     path = write(tmp_path, *changes)
     status = command_line.main(["run", path, "--run-dir", str(tmp_path / "runs")])
     said = capsys.readouterr().err
-    assert status == 2 and said.startswith("error: tiny.toml") and words in said, said
+    assert status == 2 and said.startswith("error: tiny.toml: ") and words in said, said
     assert said.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
@@ -200,9 +212,15 @@ def test_an_unknown_suite_names_the_nearest(capsys):
     assert capsys.readouterr().err == "error: there is no suite 'smok'; the nearest are smoke\n"
 
 
-def test_the_jobs_of_an_unready_suite_can_be_looked_at(tmp_path, capsys):
-    assert command_line.main(["run", write(tmp_path, ("grid = 256", 'grid = 256\nunready = "it waits"')), "--dry-run"]) == 0
-    assert capsys.readouterr().out.endswith("4 jobs\n")
+@pytest.mark.parametrize("name", ["...toml", "a b.toml", "missing.toml"])
+def test_a_suite_file_of_a_name_that_is_none(tmp_path, capsys, name):
+    """Not to be taken for the folder above."""
+    if name != "missing.toml":
+        (tmp_path / name).write_text(SUITE)
+    for command in ("run", "collect", "plot", "tune"):
+        assert command_line.main([command, str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {name}: name: String should match" if name != "missing.toml" else "error: the suite"), said
 
 
 def test_dry_run_prints_the_jobs_and_creates_nothing(tmp_path, capsys):
@@ -214,14 +232,109 @@ def test_dry_run_prints_the_jobs_and_creates_nothing(tmp_path, capsys):
 
 
 # ---- The launcher ----------------------------------------------------------------------------------------------
+# What the launcher needs of a script, without PyTorch: a run folder with a row each 64 steps and a checkpoint each 128.
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+words, given, stopped = sys.argv[1:], {}, []
+while words:
+    name = words.pop(0).removeprefix("--").replace("-", "_")
+    given[name] = words.pop(0) if words and not words[0].startswith("--") else not name.startswith("no_")
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: stopped.append(number))
+resume, given["total_timesteps"] = given.pop("resume", None), int(given["total_timesteps"])
+run = Path(resume or Path(given["run_dir"]) / f"run{time.time_ns()}")
+run.mkdir(exist_ok=True)
+step = int((run / "checkpoint.pt").read_text()) if resume else 0
+made = {"args": given, "commit": "ab" * 20, "versions": {"torch": "2"}, "cpu": "a processor"}
+(run / "args.json").write_text(json.dumps(made))
+blpo = "blpo" in sys.argv[0]
+tables = {}
+for name, head in (("metrics", "global_step,wall_time_s,losses/policy_loss,losses/value_loss"), ("episodes", "global_step,episodic_return")):
+    head += ",bilevel/cosine" if blpo and name == "metrics" else ""
+    old = (run / f"{name}.csv").read_text().splitlines()[1:] if resume else []
+    tables[name] = open(run / f"{name}.csv", "w")
+    print(head, *(line for line in old if int(line.split(",")[0]) <= step), sep="\\n", file=tables[name], flush=True)
+
+
+def end(status, code):
+    value = None if status == "diverged" else 5.0
+    result = {"status": status, "global_step": step, "wall_time_s": step / 1000, "final_return": value}
+    (run / "result.json").write_text(json.dumps(result))
+    print(f"{status} at step {step:,}")
+    sys.exit(code)
+
+
+while step < given["total_timesteps"]:
+    step += 64
+    cosine = f",{0.5 + step % 7 / 100:.3f}" if blpo else ""
+    print(f"{step},{step / 1000},0.1,0.2{cosine}", file=tables["metrics"], flush=True)
+    print(f"{step - 30},{step % 11}", f"{step},{step % 5}", sep="\\n", file=tables["episodes"], flush=True)
+    if step % 128 == 0 or stopped:
+        (run / "new").write_text(str(step))
+        os.replace(run / "new", run / "checkpoint.pt")
+    if stopped:
+        end("interrupted", 128 + stopped[0])
+    if "Broken" in given["env_id"] and step > 100:
+        raise RuntimeError("the hundredth step breaks")
+    if "Exploding" in given["env_id"] and step > 300:
+        end("diverged", 1)
+    time.sleep(float(os.environ.get("PAUSE", 0)))
+end("finished", 0)
+"""
+COMMIT = "ab" * 20
+MADE = {"commit": COMMIT, "dirty": False, "versions": {"torch": "2"}, "cpu": "a processor", "gpu": None}
+# The launcher in a process of its own, to be stopped and killed.
+LAUNCHER = f"""
+import sys
+from pathlib import Path
+from benchmark import launch
+from benchmark.suites import load_suite
+launch.ROOT, launch.provenance = Path(sys.argv[1]).parent / "root", lambda: {MADE}
+sys.exit(launch.run_local(load_suite(sys.argv[1], check=False), Path(sys.argv[2]), 2))
+"""
+
+
+def pretend(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Launch SCRIPT in place of the repository's scripts."""
+    (folder / "root").mkdir()
+    for name in ("ppo_continuous.py", "blpo_continuous.py"):
+        (folder / "root" / name).write_text(SCRIPT)
+    patch.setattr(launch, "ROOT", folder / "root")
+    patch.setattr(launch, "provenance", lambda: dict(MADE))
+    patch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """Launch SCRIPT in this test."""
+    pretend(tmp_path, monkeypatch)
+
+
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory, toy_envs):
+def launched(tmp_path_factory):
     """The tiny suite, run to its end with two workers: (path of the suite, run_dir, exit status). Read only."""
     folder = tmp_path_factory.mktemp("launched")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPO / "tests"))
-        path = write(folder)
-        return path, folder / "runs", command_line.main(["run", path, "--run-dir", str(folder / "runs"), "--workers", "2"])
+        pretend(folder, patch)
+        suite = load_suite(write(folder), check=False)
+        return str(suite.path), folder / "runs", launch.run_local(suite, folder / "runs", 2)
+
+
+@pytest.mark.full
+def test_the_scripts_themselves_are_launched_collected_and_reported(tmp_path):
+    path, run_dir = write(tmp_path), tmp_path / "runs"
+    assert command_line.main(["run", path, "--run-dir", str(run_dir), "--workers", "2"]) == 0
+    words = ["--run-dir", str(run_dir), "--results", str(tmp_path / "results"), "--allow-mixed"]
+    assert command_line.main(["collect", path, *words]) == 0
+    loaded = data.load_results(load_suite(path, check=False), tmp_path / "results")
+    assert len(loaded.runs) == 4 and (loaded.runs["steps"] == 1024).all() and (loaded.runs["wall_time_s"] > 0).all()
+    assert all(run["torch"] for run in loaded.runs["versions"]) and loaded.runs["commit"].notna().all()
+    for job in load_suite(path, check=False).jobs():
+        (run,) = launch.run_folders(run_dir / "tiny" / job.name)
+        mine = loaded.curves_of(job.method, job.environment, "episodes")[job.seed]
+        assert mine.index.tolist() == [256, 512, 768, 1024] and mine.sum() == len(read_csv(run / "episodes.csv"))
 
 
 def snapshot(folder: Path) -> dict[str, int]:
@@ -229,17 +342,18 @@ def snapshot(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_every_job_has_a_folder_log_exit_code_and_provenance(launched):
+def test_every_job_has_a_folder_a_log_and_a_record(launched):
     path, run_dir, status = launched
     assert status == 0
     jobs = load_suite(path).jobs()
-    assert sorted(each.name for each in (run_dir / "tiny").iterdir()) == sorted(job.name for job in jobs)
+    assert sorted(each.name for each in (run_dir / "tiny").glob("[!.]*")) == sorted(job.name for job in jobs)
     for job in jobs:
         folder = run_dir / "tiny" / job.name
-        assert (folder / "exit_code").read_text() == "0\n" and "finished at step 1,024" in (folder / "log.txt").read_text()
+        assert "finished at step 1,024" in (folder / "log.txt").read_text()
         made = json.loads((folder / "job.json").read_text())
         assert made["command"] == job.command and len(made["attempts"]) == 1
-        assert made["attempts"][0]["commit"] and made["attempts"][0]["versions"]["torch"] and made["attempts"][0]["host"]
+        attempt = made["attempts"][0]
+        assert attempt["exit_code"] == 0 and attempt["commit"] == COMMIT and attempt["host"] == os.uname().nodename
         assert launch.job_status(folder) == "finished" and len(launch.run_folders(folder)) == 1
 
 
@@ -254,25 +368,26 @@ def test_workers_get_cores_of_their_own():
 def test_what_has_finished_is_not_touched_again(launched):
     path, run_dir, _ = launched
     before = snapshot(run_dir)
-    assert command_line.main(["run", path, "--run-dir", str(run_dir)]) == 0
+    assert launch.run_local(load_suite(path, check=False), run_dir, 1) == 0
     assert snapshot(run_dir) == before
 
 
-def test_a_folder_of_other_arguments_is_not_overwritten(launched, tmp_path, capsys):
-    path, run_dir, _ = launched
+def test_a_folder_of_other_arguments_is_not_overwritten(launched, tmp_path):
     changed = write(tmp_path, ("update-epochs = 1", "update-epochs = 2"))
-    before = snapshot(run_dir)
-    assert command_line.main(["run", changed, "--run-dir", str(run_dir)]) == 2
-    assert "was made with other arguments" in capsys.readouterr().err and snapshot(run_dir) == before
+    before = snapshot(launched[1])
+    with pytest.raises(BadSuite, match="tiny.toml: methods.ppo: .*__ppo__1 is a job of other arguments"):
+        launch.prepare(load_suite(changed, check=False), launched[1])
+    assert snapshot(launched[1]) == before
 
 
-LONG = [("[1, 2]", "[1]"), ("total-timesteps = 1024", "total-timesteps = 38400")]
+LONG = [("[1, 2]", "[1]"), ("total-timesteps = 1024", "total-timesteps = 12800")]
 
 
-def start_launcher(path: str, run_dir: Path, workers: int = 2) -> subprocess.Popen:
-    """`python -m benchmark run` in a process of its own."""
-    words = [sys.executable, "-m", "benchmark", "run", path, "--run-dir", str(run_dir), "--workers", str(workers)]
-    return subprocess.Popen(words, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start_launcher(path: str, run_dir: Path) -> subprocess.Popen:
+    """A launcher of two workers in a process of its own; its scripts take four seconds and more."""
+    words = [sys.executable, "-c", LAUNCHER, path, str(run_dir)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, cwd=REPO, env=environment(PAUSE="0.02"), text=True, **pipes)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -281,25 +396,24 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def assert_complete(path: str, run_dir: Path, resumed: bool) -> None:
     """Every job has finished in one run folder whose csv files have every step once."""
-    for job in load_suite(path).jobs():
+    for job in load_suite(path, check=False).jobs():
         folder = run_dir / "tiny" / job.name
         (run,) = launch.run_folders(folder)
         steps = [int(row["global_step"]) for row in read_csv(run / "metrics.csv")]
-        assert steps == list(range(64, 38401, 64))
+        assert steps == list(range(64, 12801, 64))
         assert launch.job_status(folder) == "finished"
-        attempts = json.loads((folder / "job.json").read_text())["attempts"]
-        assert any(attempt["resumed"] for attempt in attempts) == resumed
+        assert any(attempt["resumed"] for attempt in attempts(folder)) == resumed
 
 
 @pytest.mark.full
-def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
+def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path, pretended):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     first = start_launcher(path, run_dir)
     wait_for(first, lambda: len(checkpoints(run_dir)) == 2)
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 143 and out.count("paused") == 2 and not err, (out, err)
-    assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"interrupted"}
+    assert {launch.job_status(folder) for folder in (run_dir / "tiny").glob("[!.]*")} == {"interrupted"}
     second = start_launcher(path, run_dir)
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0 and out.count("(resumed)") == 2, (out, err)
@@ -307,25 +421,27 @@ def test_a_stopped_launcher_checkpoints_and_the_same_command_goes_on(tmp_path):
 
 
 @pytest.mark.full
-def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_path):
+def test_a_killed_launcher_leaves_its_runs_and_the_next_one_waits_for_them(tmp_path, pretended):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     first = start_launcher(path, run_dir)
     wait_for(first, lambda: len(checkpoints(run_dir)) == 2)
     first.kill()
     first.communicate()
-    assert {launch.job_status(folder) for folder in (run_dir / "tiny").iterdir()} == {"running"}
-    second = start_launcher(path, run_dir)
-    out, err = second.communicate(timeout=300)
-    assert second.returncode == 0 and "start" not in out, (out, err)
+    folders = list((run_dir / "tiny").glob("[!.]*"))
+    assert {launch.job_status(folder) for folder in folders} == {"running"}
+    suite = load_suite(path, check=False)
+    assert launch.run_local(suite, run_dir, 2) == 0  # meanwhile they may have ended: nothing is started in either case
     assert_complete(path, run_dir, resumed=False)
+    assert launch.run_local(suite, run_dir, 2) == 0
+    assert [(len(attempts(folder)), attempts(folder)[0]["exit_code"]) for folder in folders] == [(1, 0)] * 2
 
 
 @pytest.mark.full
-def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
+def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path, pretended):
     path, run_dir = write(tmp_path, *LONG), tmp_path / "runs"
     launcher = start_launcher(path, run_dir)
     wait_for(launcher, lambda: len(checkpoints(run_dir)) == 2)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    children = [each for task in Path(f"/proc/{launcher.pid}/task").iterdir() for each in (task / "children").read_text().split()]
     for child in map(int, children):
         os.kill(child, signal.SIGKILL)
     out, err = launcher.communicate(timeout=300)
@@ -333,118 +449,146 @@ def test_a_killed_worker_is_resumed_by_the_same_launch(tmp_path):
     assert_complete(path, run_dir, resumed=True)
 
 
-@pytest.mark.full
-def test_a_job_that_fails_is_tried_twice_and_listed(tmp_path, capsys):
-    path = write(tmp_path, ("toy_envs:Walk-v0", "toy_envs:toy/Broken-v0"), ("[1, 2]", "[1]"))
-    path = write(tmp_path, ("[methods.blpo]", "[methods.blpo]\nenvironments = [\"toy_envs:Walk-v0\"]"), text=Path(path).read_text())
-    assert command_line.main(["run", path, "--run-dir", str(tmp_path / "runs")]) == 1
-    out = " ".join(capsys.readouterr().out.split())
-    assert "exit status 1, once more" in out and "1 failed" in out and "done toy_envs_Walk-v0__blpo__1" in out
-    folder = tmp_path / "runs" / "tiny" / "toy_envs_toy_Broken-v0__ppo__1"
-    assert launch.job_status(folder) == "failed" and (folder / "exit_code").read_text() == "1\n"
-    assert len(json.loads((folder / "job.json").read_text())["attempts"]) == 2
-    assert (folder / "log.txt").read_text().count("RuntimeError: the hundredth step breaks") == 2
+def test_a_job_that_fails_is_tried_twice_and_listed(tmp_path, pretended, capsys):
+    path = write(tmp_path, ("toy_envs:Walk-v0", "Broken-v0"), ("[1, 2]", "[1]"))
+    own = '[methods.blpo]\nenvironments = ["toy_envs:Walk-v0"]'
+    suite = load_suite(write(tmp_path, ("[methods.blpo]", own), text=Path(path).read_text()), check=False)
+    assert launch.run_local(suite, tmp_path / "runs", 1) == 1
+    out, name = capsys.readouterr().out, "Broken-v0__ppo__1"
+    assert f"FAILED {name}: exit status 1, once more" in out and "done   toy_envs_Walk-v0__blpo__1" in out
+    assert "1 finished, 1 failed\n" in out
+    assert f"failed: {name}, exit status 1, 1: RuntimeError: the hundredth step breaks" in out
+    folder = tmp_path / "runs" / "tiny" / name
+    assert launch.job_status(folder) == "failed" and len(attempts(folder)) == 2
 
 
-EXPLODING = """
-import gymnasium as gym
-import toy_envs
-
-
-class Exploding(toy_envs.Clock):
-    steps = 0
-
-    def step(self, action):
-        Exploding.steps += 1
-        observation, reward, *rest = super().step(action)
-        return observation, float("nan") if Exploding.steps > 300 else reward, *rest
-
-
-gym.register("Exploding-v0", entry_point=Exploding)
-"""
-
-
-def test_a_run_that_diverged_is_not_run_again_and_counts_as_a_random_policy(tmp_path, monkeypatch, capsys):
-    """The script ends with the status 1 and rewards that are not finite after 320 of 1,024 steps."""
-    (tmp_path / "exploding.py").write_text(EXPLODING)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO / "tests"), str(tmp_path)]))
-    path = write(tmp_path, ("toy_envs:Walk-v0", "exploding:Exploding-v0"), ("[1, 2]", "[1]"))
-    monkeypatch.syspath_prepend(tmp_path)
-    words = ["run", path, "--run-dir", str(tmp_path / "runs"), "--methods", "ppo"]
-    assert command_line.main(words) == 0
-    assert "done exploding_Exploding-v0__ppo__1, diverged" in " ".join(capsys.readouterr().out.split())
-    folder = tmp_path / "runs" / "tiny" / "exploding_Exploding-v0__ppo__1"
-    (attempt,) = json.loads((folder / "job.json").read_text())["attempts"]
+def test_a_run_that_diverged_is_not_run_again_and_counts_as_a_random_policy(tmp_path, pretended, monkeypatch, capsys):
+    """The script ends with the status 1 after 320 of 1,024 steps."""
+    suite = load_suite(write(tmp_path, ("toy_envs:Walk-v0", "Exploding-v0"), ("[1, 2]", "[1]")), check=False).only(("ppo",), (), ())
+    assert launch.run_local(suite, tmp_path / "runs", 1) == 0
+    assert "done   Exploding-v0__ppo__1, diverged" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "tiny" / "Exploding-v0__ppo__1"
+    (attempt,) = attempts(folder)
     assert attempt["exit_code"] == 1 and launch.job_status(folder) == "finished"
-    before = snapshot(tmp_path / "runs")
-    assert command_line.main(words) == 0 and launch.attempt(folder) == 0
-    assert snapshot(tmp_path / "runs").keys() == before.keys() and (folder / "exit_code").read_text() == "1\n"
+    assert launch.run_local(suite, tmp_path / "runs", 1) == 0
+    assert launch.Attempt(folder).process is None and len(attempts(folder)) == 1
 
-    suite = load_suite(path, check=False)
-    content = collect(suite, tmp_path / "runs", tmp_path / "results", allow_mixed=True)
-    (run,) = content["runs"]
-    assert run["diverged"] and run["wall_time_s"] is None and run["steps"] < 1024 and content["failed"] == []
-    rows = read_csv(tmp_path / "results" / "tiny" / f"{folder.name}.csv")
+    content = collect(suite, tmp_path / "runs", tmp_path / "results" / "tiny")
+    (run,) = content.runs
+    assert run.diverged and run.wall_time_s is None and run.steps == 320 and content.failed == []
+    rows = read_csv(tmp_path / "results" / "tiny" / "curves.csv")
     assert [row["global_step"] for row in rows] == ["256", "512", "768", "1024"] and rows[-1]["episodic_return"] == ""
-    results = load_results(suite, tmp_path / "results")
-    assert results.diverged == [folder.name]
+    monkeypatch.setattr(data, "load_reference", lambda: {"Exploding-v0": {"random": -7.0}})
+    loaded = data.load_results(suite, tmp_path / "results")
+    assert loaded.runs["diverged"].tolist() == [True] and loaded.runs["final_return"].tolist() == [-7.0]
+    curve = loaded.curves_of("ppo", "Exploding-v0")[1]
+    assert curve.tolist() == [float(rows[0]["episodic_return"]), float(rows[1]["episodic_return"]), -7.0, -7.0]
 
 
-def test_a_job_is_never_run_twice_at_once(tmp_path):
-    suite = load_suite(write(tmp_path, *LONG))
-    folder = launch.prepare(suite, tmp_path / "runs")[0]
+def test_a_job_is_never_run_twice_at_once(tmp_path, pretended, monkeypatch):
+    monkeypatch.setenv("PAUSE", "1")
+    folder = launch.prepare(load_suite(write(tmp_path), check=False), tmp_path / "runs")[0]
     running = launch.Attempt(folder)
     try:
-        assert launch.attempt(folder) == launch.ELSEWHERE
+        assert launch.job_status(folder) == "running"
         with pytest.raises(launch.Elsewhere):
             launch.Attempt(folder)
     finally:
         running.process.kill()
-        running.wait()
-    assert launch.job_status(folder) == "failed"
+        running.process.wait()
+    assert running.poll() == -9 and launch.job_status(folder) == "failed"
 
 
-@pytest.mark.full
+@pytest.mark.parametrize(("said", "code"), [("finished", 0), ("diverged", 1), ("failed", 1), ("interrupted", 143), (None, None)])
+def test_what_ended_while_no_launcher_lived_is_put_on_record(launched, pretended, tmp_path, said, code):
+    subprocess.run(["cp", "-r", str(launched[1] / "tiny" / "toy_envs_Walk-v0__ppo__1"), str(tmp_path / "job")], check=True)
+    folder = tmp_path / "job"
+    (run,) = launch.run_folders(folder)
+    edit_json(run / "result.json", lambda made: made.update(status=said))
+    if said is None:
+        (run / "result.json").unlink()
+    for name in ("end", "exit_code", "load_at_end"):
+        edit_json(folder / "job.json", lambda made, name=name: made["attempts"][0].pop(name))
+    attempt = launch.Attempt(folder)
+    if attempt.process is not None:
+        attempt.process.kill()
+        attempt.process.wait()
+        attempt.poll()
+    first = attempts(folder)[0]
+    assert first["exit_code"] == code and first["end"] >= first["start"] and first["recorded"]
+    assert len(attempts(folder)) == (1 if said in ("finished", "diverged") else 2)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_of_another_process_takes_a_workers_place_and_cores(tmp_path, monkeypatch, workers):
-    """As after a killed launcher: with one worker nothing is started beside its run, though it is of a job that is not chosen
-    now; with two one run, on the other cores."""
-    suite = load_suite(write(tmp_path, ("[1, 2]", "[1, 2, 3]")), check=False).only(("ppo",), (), ())
+def test_a_run_of_another_launcher_takes_a_workers_place_and_cores(tmp_path, pretended, monkeypatch, workers):
+    """As after a killed launcher: one worker starts nothing beside its run, though its job is not chosen now; of two
+    workers one waits, and the other runs all jobs on its own cores."""
+    suite = load_suite(write(tmp_path, ("[1, 2]", "[1, 2, 3]")), check=False)
+    suite = suite.only(("ppo",), (), (2, 3) if workers == 1 else ())
     folders = launch.prepare(suite, tmp_path / "runs")
-    cores, beside = launch.split_cores(workers), []
-    attempt = {"host": os.uname().nodename, "cores": cores[0], "resumed": False, "commit": None, "dirty": False}
-    edit_json(folders[0] / "job.json", lambda made: made["attempts"].append(attempt))
-    orphan = open(folders[0] / "lock", "w")
-    launch.fcntl.flock(orphan, launch.fcntl.LOCK_EX)
-    sleep = launch.time.sleep
+    places = tmp_path / "runs" / "tiny" / ".places" / os.uname().nodename
+    places.mkdir(parents=True)
+    held, beside, done = launch.take_places(places, 0, workers), [], threading.Event()
+    monkeypatch.setenv("PAUSE", "0.05")
 
-    def look(seconds):
-        """In place of the pause between two rounds of the launcher; the other process ends after 20."""
-        if len(beside) < 20:
-            beside.append([launch.job_status(folder) for folder in folders[1:]].count("running"))
-            if len(beside) == 20:
-                launch.fcntl.flock(orphan, launch.fcntl.LOCK_UN)
-        sleep(seconds)
+    def look():
+        """How many run beside it; with one worker it ends after a second."""
+        while not done.wait(0.05) and (workers == 2 or len(beside) < 20):
+            beside.append([launch.job_status(folder) for folder in folders].count("running"))
+        launch.let_go(held)
 
-    monkeypatch.setattr(launch.time, "sleep", look)
-    seeds = (2, 3) if workers == 1 else ()
-    assert launch.run_local(suite.only((), (), seeds), tmp_path / "runs", workers) == 0
-    orphan.close()
-    attempts = [json.loads((folder / "job.json").read_text())["attempts"] for folder in folders]
-    assert len(attempts[0]) == workers and all(launch.job_status(folder) == "finished" for folder in folders[1:])
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        assert launch.run_local(suite, tmp_path / "runs", workers) == 0
+    finally:
+        done.set()
+        thread.join()
     assert max(beside) == workers - 1
-    assert workers == 1 or attempts[1][0]["cores"] == cores[1]
-    assert all(each[-1]["load_at_start"] >= 0 and each[-1]["load_at_end"] >= 0 for each in attempts[1:])
+    made = [attempt for folder in folders for attempt in attempts(folder)]
+    assert len(made) == len(folders) and {tuple(each["cores"]) for each in made} == {tuple(launch.split_cores(workers)[-1])}
+    assert all(each["load_at_start"] >= 0 and each["load_at_end"] >= 0 for each in made)
+
+
+def test_places_of_more_workers_are_dealt_out_to_fewer(tmp_path):
+    four = [launch.take_places(tmp_path, worker, 4) for worker in range(4)]
+    assert [len(each) for each in four] == [1] * 4 and launch.take_places(tmp_path, 0, 1) is None
+    launch.let_go(four[0])
+    launch.let_go(four[2])
+    assert launch.take_places(tmp_path, 1, 2) is None and launch.take_places(tmp_path, 0, 1) is None
+    two = launch.take_places(tmp_path, 0, 2)
+    assert [Path(file.name).name for file in two] == ["0", "2"]
+    for taken in (two, four[1], four[3]):
+        launch.let_go(taken)
+    assert len(launch.take_places(tmp_path, 0, 1)) == 4
+
+
+def test_runs_are_tracked_in_a_group_of_the_suites_name(launched, pretended, tmp_path, monkeypatch):
+    """Whatever starts the script sees the words and the group; nothing is sent anywhere."""
+    started = {}
+
+    class Started:
+        pid = os.getpid()
+
+        def __init__(self, words, env, **others):
+            started.update(words=words, group=env["WANDB_RUN_GROUP"])
+
+    folders = launch.prepare(load_suite(launched[0], check=False), tmp_path / "runs")
+    monkeypatch.setattr(launch.subprocess, "Popen", Started)
+    launch.Attempt(folders[0], track=True)
+    assert started["group"] == "tiny" and started["words"][-1] == "--track"
 
 
 # ---- Collect ---------------------------------------------------------------------------------------------------
 def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
     path, run_dir, _ = launched
     suite = load_suite(path, check=False)
-    content = collect(suite, run_dir, tmp_path, allow_mixed=True)
-    assert len(content["runs"]) == 4 and content["missing"] == []
+    content = collect(suite, run_dir, tmp_path / "tiny", allow_mixed=True)
+    assert len(content.runs) == 4 and content.missing == []
+    table = read_csv(tmp_path / "tiny" / "curves.csv")
+    assert [(row["method"], row["seed"]) for row in table[::4]] == [("blpo", "1"), ("blpo", "2"), ("ppo", "1"), ("ppo", "2")]
     for job in suite.jobs():
-        rows = read_csv(tmp_path / "tiny" / f"{job.name}.csv")
+        rows = [row for row in table if (row["method"], row["seed"]) == (job.method, str(job.seed))]
         (run,) = launch.run_folders(run_dir / "tiny" / job.name)
         episodes = read_csv(run / "episodes.csv")
         assert [int(row["global_step"]) for row in rows] == [256, 512, 768, 1024]
@@ -457,10 +601,14 @@ def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
             cosines = [float(m["bilevel/cosine"]) for m in metrics if 256 < int(m["global_step"]) <= 512]
             assert float(rows[1]["bilevel/cosine"]) == pytest.approx(sum(cosines) / len(cosines), rel=1e-3)
         else:
-            assert "bilevel/cosine" not in rows[0]
-    made = content["runs"][0]
-    assert made["command"].startswith("python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1") and made["commit"]
-    assert made["versions"]["torch"] and made["wall_time_s"] > 0 and made["steps"] == 1024 and not made["diverged"]
+            assert {row["bilevel/cosine"] for row in rows} == {""}
+    made = content.runs[0]
+    assert made.command.startswith("python ppo_continuous.py --env-id toy_envs:Walk-v0 --seed 1") and made.commit == COMMIT
+    assert made.versions["torch"] and made.wall_time_s == 1.024 and made.steps == 1024 and not made.diverged
+    loaded = data.load_results(suite, tmp_path)
+    assert loaded.runs["job"].tolist() == [job.name for job in suite.jobs()] and not loaded.missing
+    shown = loaded.curves_of("ppo", "toy_envs:Walk-v0")
+    assert shown.shape == (4, 2) and np.isfinite(shown.to_numpy()).all()
 
 
 @pytest.mark.parametrize(
@@ -470,7 +618,7 @@ def test_collect_bins_episodes_of_each_run_on_the_grid(launched, tmp_path):
         (None, {"policy_loss": "0.1", "value_loss": "0.2"}, False),
         (9.0, {"policy_loss": "", "value_loss": "0.2"}, True),  # argmax of logits that are nan: returns stay finite
         (1.0, {"actor_loss": "inf", "qf_loss": "0.2"}, True),
-        (1.0, {"actor_loss": "0.1", "qf_loss": ""}, True),
+        (1.0, {"actor_loss": "0.1", "qf_loss": "nan"}, True),
         (math.nan, {"policy_loss": "0.1", "value_loss": "0.2"}, True),
     ],
 )
@@ -483,14 +631,97 @@ def test_a_run_diverged_if_its_return_or_a_players_last_loss_is_not_finite(tmp_p
 
 def test_collect_names_what_is_missing_and_keeps_what_was_collected_before(launched, tmp_path):
     path, run_dir, _ = launched
-    more = write(tmp_path, ("[1, 2]", "[1, 2, 3]"))
-    content = collect(load_suite(more, check=False), run_dir, tmp_path / "results", allow_mixed=True)
-    assert content["missing"] == ["toy_envs_Walk-v0__ppo__3", "toy_envs_Walk-v0__blpo__3"]
-    again = collect(load_suite(more, check=False), tmp_path / "nothing here", tmp_path / "results", allow_mixed=True)
-    assert again["runs"] == content["runs"] and again["missing"] == content["missing"]
+    more, results = write(tmp_path, ("[1, 2]", "[1, 2, 3]")), tmp_path / "results"
+    content = collect(load_suite(more, check=False), run_dir, results, allow_mixed=True)
+    assert content.missing == ["toy_envs_Walk-v0__ppo__3", "toy_envs_Walk-v0__blpo__3"]
+    before = {name: (results / name).read_bytes() for name in ("curves.csv", "runs.json")}
+    again = collect(load_suite(more, check=False), tmp_path / "nothing here", results, allow_mixed=True)
+    assert again == content and {name: (results / name).read_bytes() for name in before} == before
     fewer = load_suite(write(tmp_path, ("[1, 2]", "[2]")), check=False)
-    assert len(collect(fewer, run_dir, tmp_path / "results", allow_mixed=True)["runs"]) == 2
-    assert len(list((tmp_path / "results" / "tiny").glob("*.csv"))) == 2
+    assert len(collect(fewer, run_dir, results, allow_mixed=True).runs) == 2
+    assert {row["seed"] for row in read_csv(results / "curves.csv")} == {"2"}
+
+
+def test_what_others_collected_is_left_alone(launched, tmp_path, capsys):
+    """A suite of one's own, named like another one, neither empties that one's results nor draws or reports into them."""
+    path, run_dir, _ = launched
+    collect(load_suite(path, check=False), run_dir, tmp_path / "results" / "tiny", allow_mixed=True)
+    (tmp_path / "results" / "tiny" / "notes.txt").touch()
+    own = write(tmp_path)
+    before = snapshot(tmp_path / "results")
+    assert command_line.main(["collect", path, "--run-dir", str(tmp_path), "--results", str(tmp_path / "new")]) == 2
+    assert "tiny has finished; --run-dir says where they are" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    for words in (["collect", own], ["collect", own, "--run-dir", str(run_dir)], ["plot", own]):
+        assert command_line.main([*words, "--results", str(tmp_path / "results")]) == 2
+        assert f"tiny holds the results of {path}, not of {own}; name another --results" in capsys.readouterr().err
+    assert snapshot(tmp_path / "results") == before
+    committed = load_suite("smoke", check=False).model_copy(update={"scratch": False})
+    assert command_line.results_of(load_suite(own, check=False), None) == suites.SCRATCH
+    assert command_line.results_of(load_suite("smoke", check=False), None) == suites.SCRATCH
+    assert command_line.results_of(committed, None) == suites.RESULTS
+    assert command_line.results_of(committed, tmp_path) == tmp_path
+
+
+def test_report_and_plot_without_results_write_nothing(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("a page")
+    assert command_line.main(["report", "--results", str(tmp_path), "--output", str(page)]) == 2
+    assert capsys.readouterr().err == f"error: --results {tmp_path} has no results of any suite\n"
+    assert command_line.main(["report", "--output", str(tmp_path / "no" / "page.md")]) == 2
+    assert f"there is no folder {tmp_path / 'no'}" in capsys.readouterr().err
+    assert command_line.main(["plot", "ppo_levels", "--results", str(tmp_path)]) == 2
+    assert "has no runs.json; collect the suite first" in capsys.readouterr().err
+    assert page.read_text() == "a page" and list(tmp_path.iterdir()) == [page]
+
+
+DAMAGE = [
+    ("job.json", "{", "job.json: Invalid JSON"),
+    ("job.json", '{"job": "x"}', "job.json: suite: this key is missing"),
+    ("*/args.json", "[]", "args.json: Input should be an object"),
+    ("*/metrics.csv", "global_step\n1\n", "metrics.csv cannot be read"),
+    ("*/metrics.csv", "global_step,wall_time_s\n1,soon\n", "metrics.csv cannot be read: could not convert string to float: 'soon'"),
+    ("*/episodes.csv", None, "episodes.csv cannot be read: [Errno 2]"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "text", "words"), DAMAGE)
+def test_collect_refuses_damaged_files_and_writes_nothing(copied, tmp_path, capsys, pattern, text, words):
+    suite, run_dir = copied
+    (path,) = (run_dir / "tiny" / "toy_envs_Walk-v0__ppo__1").glob(pattern)
+    path.unlink() if text is None else path.write_text(text)
+    results = ["--run-dir", str(run_dir), "--results", str(tmp_path / "results")]
+    assert command_line.main(["collect", str(suite.path), *results]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path.parent}") and words in said and said.count("\n") == 1, said
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("runs.json", '"runs":[', '"runs":{', "runs.json: Invalid JSON"),
+        ("runs.json", '"job"', '"jib"', "runs.json: runs[0].job: this key is missing"),
+        ("runs.json", '"seed":1,', '"seed":"one",', "runs.json: runs[0].seed: Input should be a valid integer"),
+        ("curves.csv", "global_step", "step", "curves.csv cannot be read: the column global_step is missing"),
+        ("curves.csv", ",256,", ",512,", "curves.csv cannot be read: a run has a point twice"),
+        ("curves.csv", ",256,", ",soon,", "curves.csv cannot be read: invalid literal"),
+        ("curves.csv", ",blpo,", ",sac,", "curves.csv has no rows of toy_envs_Walk-v0__blpo__1, a run of runs.json"),
+    ],
+)
+def test_damaged_results_are_refused(copied, tmp_path, name, old, new, words):
+    suite, run_dir = copied
+    collect(suite, run_dir, tmp_path / "results" / "tiny")
+    path = tmp_path / "results" / "tiny" / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(BadSuite) as error:
+        data.load_results(suite, tmp_path / "results")
+    assert words in str(error.value) and str(path) in str(error.value)
+
+
+def attempts(folder: Path) -> list[dict]:
+    """The attempts at a job."""
+    return json.loads((folder / "job.json").read_text())["attempts"]
 
 
 def edit_json(path: Path, change) -> None:
@@ -499,18 +730,10 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def clean(made: dict) -> None:
-    """As if run from a committed tree, which the tree under test need not be."""
-    for attempt in made["attempts"]:
-        attempt["dirty"] = False
-
-
 @pytest.fixture
 def copied(launched, tmp_path):
-    """A copy of the tiny suite's runs, of committed code."""
+    """A copy of the tiny suite's runs."""
     subprocess.run(["cp", "-r", str(launched[1]), str(tmp_path / "runs")], check=True)
-    for path in (tmp_path / "runs").glob("tiny/*/job.json"):
-        edit_json(path, clean)
     return load_suite(launched[0], check=False), tmp_path / "runs"
 
 
@@ -522,10 +745,10 @@ def test_collect_refuses_mixed_commits_arguments_and_uncommitted_code(copied, tm
     before, saved = snapshot(results), (first / "job.json").read_text()
 
     def refused(words: str) -> None:
-        with pytest.raises(Mixed, match=words):
+        with pytest.raises(BadSuite, match=words):
             collect(suite, run_dir, results)
         assert snapshot(results) == before
-        assert collect(suite, run_dir, tmp_path / "other", allow_mixed=True)["mixed"]
+        assert collect(suite, run_dir, tmp_path / "other", allow_mixed=True).mixed
         (first / "job.json").write_text(saved)
 
     edit_json(first / "job.json", lambda made: made["attempts"][0].update(commit="0" * 40))
@@ -540,13 +763,13 @@ def test_collect_refuses_mixed_commits_arguments_and_uncommitted_code(copied, tm
 
 
 def test_commands_are_compared_without_restated_arguments(copied, tmp_path):
-    """The suite now says what was the default when the runs were made; another suite that takes the runs may say so as well."""
+    """The suite now says what was the default when the runs were made; another suite that takes the runs may say so too."""
     suite, run_dir = copied
     said = ('script = "ppo_continuous.py"', 'script = "ppo_continuous.py"\narguments = { critic-learning-rate = 2.8e-3 }')
-    with pytest.raises(Mixed, match="with other arguments than the suite's now .toy_envs_Walk-v0__ppo__1"):
+    with pytest.raises(BadSuite, match="with other arguments than the suite's now .toy_envs_Walk-v0__ppo__1"):
         collect(load_suite(write(tmp_path, said), check=False), run_dir, tmp_path / "results")
     restated = write(tmp_path, said, ("grid = 256", 'grid = 256\nrestated = ["critic-learning-rate"]'))
-    assert collect(load_suite(restated), run_dir, tmp_path / "results")["mixed"] == []
+    assert collect(load_suite(restated), run_dir, tmp_path / "results").mixed == []
     job = suite.jobs()[0]
     assert suites.same_run(job.command, [*job.command, "--gamma", "0.9"], ("gamma",))
     assert not suites.same_run(job.command, [*job.command, "--gamma", "0.9"])
@@ -561,31 +784,19 @@ def test_commands_are_compared_without_restated_arguments(copied, tmp_path):
         ({"commit": None}, None, False, None),
     ],
 )
-def test_a_run_that_was_started_by_hand_tells_where_it_came_from(made, commit, dirty, cpu):
+def test_a_run_that_was_started_by_hand_tells_where_it_came_from(copied, made, commit, dirty, cpu):
     """In either form of args.json."""
-    assert origin(made) == {"commit": commit, "dirty": dirty, "cpu": cpu, "gpu": None}
-
-
-def test_collect_takes_a_run_that_was_started_by_hand(copied, tmp_path):
     suite, run_dir = copied
     folder = run_dir / "tiny" / "toy_envs_Walk-v0__ppo__1"
-    edit_json(folder / "job.json", lambda made: made.update(attempts=[]))
-    first = collect(suite, run_dir, tmp_path / "results", allow_mixed=True)["runs"][0]
+    edit_json(folder / "job.json", lambda job: job.update(attempts=[]))
     (run,) = launch.run_folders(folder)
-    commit = json.loads((run / "args.json").read_text())["commit"]
-    assert first["commit"] == commit.removesuffix("-dirty") and first["dirty"] == commit.endswith("-dirty")
-    assert (first["attempts"], first["cpu"], first["cores"]) == (0, None, None)
+    args = json.loads((run / "args.json").read_text())["args"]
+    (run / "args.json").write_text(json.dumps(made | {"args": args}))
+    told = describe(folder, run)
+    assert (told.commit, told.dirty, told.cpu, told.gpu, told.attempts, told.cores) == (commit, dirty, cpu, None, 0, None)
 
 
-def test_collect_on_the_command_line(copied, tmp_path, capsys):
-    suite, run_dir = copied
-    words = ["collect", str(suite.path), "--run-dir", str(run_dir), "--results", str(tmp_path / "results")]
-    assert command_line.main(words) == 0
-    assert capsys.readouterr().out == f"4 runs in {tmp_path / 'results' / 'tiny'}\n"
-    assert tomllib.loads(suite.path.read_text())["seeds"] == [1, 2]
-
-
-def test_collect_records_which_missing_jobs_failed_and_how_often_a_run_was_begun(copied, tmp_path):
+def test_collect_on_the_command_line_records_missing_and_failed_jobs(copied, tmp_path, capsys):
     suite, run_dir = copied
     ppo, blpo, other = (run_dir / "tiny" / f"toy_envs_Walk-v0__{name}" for name in ("ppo__1", "blpo__1", "ppo__2"))
     for folder, code in ((ppo, 1), (blpo, 143)):  # that one was stopped and may go on
@@ -593,71 +804,191 @@ def test_collect_records_which_missing_jobs_failed_and_how_often_a_run_was_begun
         edit_json(run / "result.json", lambda made: made.update(status="failed"))
         edit_json(folder / "job.json", lambda made, code=code: made["attempts"][-1].update(exit_code=code))
     edit_json(other / "job.json", lambda made: made["attempts"].insert(0, made["attempts"][0] | {"load_at_start": 99.5}))
-    content = collect(suite, run_dir, tmp_path / "results")
-    assert content["missing"] == [ppo.name, blpo.name] and content["failed"] == [ppo.name]
-    runs = {run["job"]: run for run in content["runs"]}
-    assert (runs[other.name]["attempts"], runs[other.name]["load"]) == (2, 99.5)
-    again = collect(suite, tmp_path / "nothing here", tmp_path / "results")
-    assert again["failed"] == [ppo.name] and again["runs"] == content["runs"]
-
-
-def test_collect_works_without_git_and_removes_figures_of_earlier_csv_files(copied, tmp_path, monkeypatch):
-    suite, run_dir = copied
+    words = ["collect", str(suite.path), "--run-dir", str(run_dir), "--results", str(tmp_path / "results")]
+    assert command_line.main(words) == 0
     folder = tmp_path / "results" / "tiny"
-    folder.mkdir(parents=True)
-    for old in ("returns_steps.png", "returns_steps.pdf", "notes.txt"):
-        (folder / old).touch()
+    said = f"2 runs in {folder}\nmissing: {ppo.name}, {blpo.name}\nfailed: {ppo.name}\n"
+    assert capsys.readouterr().out == said
+    content = data.read_runs(folder)
+    (run,) = (run for run in content.runs if run.job == other.name)
+    assert (run.attempts, run.load) == (2, 99.5)
+    again = collect(suite, tmp_path / "nothing here", folder)
+    assert again.failed == [ppo.name] and again.runs == content.runs
+
+
+def test_collect_works_without_git(copied, tmp_path, monkeypatch):
+    suite, run_dir = copied
     for path in run_dir.glob("tiny/*/job.json"):  # as if run where there was no git either
         edit_json(path, lambda made: made["attempts"][0].update(commit=None, dirty=None))
     monkeypatch.setenv("PATH", str(tmp_path))
+    blob.cache_clear()
     assert blob("HEAD", "ppo_continuous.py") is None
     content = collect(suite, run_dir, tmp_path / "results")
-    assert content["mixed"] == [] and {run["commit"] for run in content["runs"]} == {None}
-    assert {path.name for path in folder.iterdir() if path.suffix != ".csv"} == {"runs.json", "notes.txt"}
+    assert content.mixed == [] and {run.commit for run in content.runs} == {None}
+    blob.cache_clear()
 
 
-# ---- Measurements ----------------------------------------------------------------------------------------------
-def measure(module: str, code: str) -> str:
-    """What a module of benchmark/ prints when this is done with it as `m`: in a process of its own, since it forks."""
-    words = [sys.executable, "-c", f"import benchmark.{module} as m\nfrom pathlib import Path\n{code}"]
-    done = subprocess.run(words, cwd=REPO, env=environment(), text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_a_launch_records_the_end_of_runs_that_finished_without_one(copied, capsys):
+    suite, run_dir = copied
+    folder = run_dir / "tiny" / "toy_envs_Walk-v0__ppo__1"
+    edit_json(folder / "job.json", lambda made: made["attempts"][0].pop("exit_code"))
+    held = launch.locked(folder / "lock")
+    assert launch.run_local(suite, run_dir, 1) == 0 and "exit_code" not in attempts(folder)[0]  # its process lives
+    held.close()
+    assert launch.run_local(suite, run_dir, 1) == 0
+    (attempt,) = attempts(folder)
+    assert attempt["exit_code"] == 0 and attempt["recorded"] and "4 finished" in capsys.readouterr().out
+
+
+# ---- Committed results -----------------------------------------------------------------------------------------
+def test_what_is_written_is_read_back(tmp_path):
+    entry = dict(
+        method="m", environment="e", script="x.py", command="python x.py", commit=None, commits=[None], script_blob=None,
+        dirty=False, cpu="c", gpu=None, cores=None, attempts=1, final_return=1.5, wall_time_s=None, steps=10,
+    )  # fmt: skip
+    runs = [
+        data.Entry(job=f"e__m__{seed}", seed=seed, arguments={"limit": limit}, versions={"torch": "2"}, **entry)
+        for seed, limit in ((1, 8), (2, None), (3, math.inf))
+    ]
+    rows = [("e", "m", seed, step, "1.0", "", "0") for seed in (3, 2, 1) for step in (20, 10)]
+    curves = pd.DataFrame(rows, columns=data.COLUMNS)
+    data.write_results(tmp_path, data.RunsFile(suite="s", runs=runs), curves)
+    lines = (tmp_path / "runs.json").read_text().splitlines()
+    assert len(lines) == len(runs) + 2 and json.loads("".join(lines))["runs"][2]["arguments"] == {"limit": math.inf}
+    assert data.read_runs(tmp_path).runs == runs and data.read_runs(tmp_path / "none") is None
+    assert data.read_runs(tmp_path).file == "benchmark/suites/s.toml"
+    read = data.read_curves(tmp_path)
+    assert read["seed"].tolist() == [1, 1, 2, 2, 3, 3] and read["global_step"].tolist() == [10, 20] * 3
+    assert read["episodic_return"].isna().all() and read["wall_time_s"].tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("name", [each for each in known_suites() if (suites.RESULTS / each / "runs.json").exists()])
+def test_the_committed_results_are_sound(name):
+    loaded = data.load_results(load_suite(name, check=False), suites.RESULTS)
+    assert len(loaded.runs) and len(loaded.runs) + len(loaded.missing) == len(load_suite(name, check=False).shown())
+    assert set(map(tuple, loaded.curves[data.RUN].drop_duplicates().to_numpy())) == set(map(tuple, loaded.runs[data.RUN].to_numpy()))
+
+
+# ---- Tuning ----------------------------------------------------------------------------------------------------
+SEARCH = """
+[tune]
+seeds = [11, 12]
+trials = 3
+
+[tune.space.ppo]
+gamma = [0.9, 0.99]
+learning-rate = [1e-3, 1e-2]
+
+[tune.space.blpo]
+damping = { low = 0.1, high = 10.0, log = true }
+update-epochs = { low = 1, high = 2 }
+"""
+
+
+@pytest.fixture
+def levels(monkeypatch):
+    """Levels of the toy task, for this test."""
+    from benchmark import reference, scores
+
+    known = reference.load_reference() | {"toy_envs:Walk-v0": {"random": 0.0, "reference": 10.0}}
+    for module in (reference, scores, data):
+        monkeypatch.setattr(module, "load_reference", lambda: known)
+
+
+def searched(tmp_path: Path, *changes: tuple[str, str]):
+    return load_suite(write(tmp_path, ("[methods.ppo]", SEARCH + "\n[methods.ppo]"), *changes), check=False)
+
+
+def test_trials_are_the_same_at_every_call_and_as_many_for_each_method(tmp_path, levels):
+    suite = searched(tmp_path)
+    trials = tune.trials_of(suite)
+    assert list(trials) == [f"{method}-t{number}" for method in ("ppo", "blpo") for number in (1, 2, 3)]
+    assert trials == tune.trials_of(suite)
+    grid = [trials[f"ppo-t{number}"] for number in (1, 2, 3)]
+    assert all(grid.count(point) == 1 and set(point) == {"gamma", "learning-rate"} for point in grid)
+    drawn = [trials[f"blpo-t{number}"] for number in (1, 2, 3)]
+    assert all(0.1 <= point["damping"] <= 10 and point["update-epochs"] in (1, 2) for point in drawn)
+    assert len({point["damping"] for point in drawn}) == 3
+    with pytest.raises(BadSuite, match="tune.space.ppo has 4 points, fewer than tune.trials = 5"):
+        tune.trials_of(searched(tmp_path, ("trials = 3", "trials = 5")))
+    jobs = tune.as_suite(suite, trials, dict.fromkeys(trials, (11, 12))).jobs()
+    assert len(jobs) == 12 and {job.seed for job in jobs} == {11, 12}
+
+
+def quality(point: dict) -> float:
+    """What a run of a trial would return: the best are gamma 0.99 with 1e-2, and the largest damping."""
+    return point.get("gamma", 0) * 100 + point.get("learning-rate", 0) + point.get("damping", 0)
+
+
+@pytest.fixture
+def imagined(monkeypatch):
+    """Instead of collecting: results made of `quality`, the curves with the opposite order."""
+
+    def imagine(suite, run_dir, folder, allow_mixed):
+        index = pd.Index([256, 512, 768, 1024], name="global_step")
+        runs, curves = [], []
+        for job in suite.jobs():
+            value = quality(suite.methods[job.method].arguments)
+            runs.append(data.Entry(
+                **{name: getattr(job, name) for name in ("method", "environment", "seed", "script")}, job=job.name,
+                command=" ".join(["python", *job.command]), arguments={}, commit=None, commits=[None], script_blob=None, dirty=False,
+                versions={}, cpu=None, gpu=None, cores=None, attempts=1, final_return=value, wall_time_s=1.0, steps=1024,
+            ))  # fmt: skip
+            who = {name: getattr(job, name) for name in data.RUN}
+            curves.append(pd.DataFrame(who | {"global_step": index, "wall_time_s": "1", "episodic_return": str(-value), "episodes": "1"}))
+        data.write_results(folder, data.RunsFile(suite=suite.name, runs=runs), pd.concat(curves))
+
+    monkeypatch.setattr(tune, "collect", imagine)
+
+
+@pytest.mark.parametrize(
+    ("rule", "winner", "launched"),
+    [
+        ("", ("0.99", "0.01"), [16]),
+        ('rule = "rank"', ("0.99", "0.01"), [16]),
+        ("halving = 2", ("0.99", "0.01"), [8, 4]),
+        ('rule = "rank"\nover = "training"', ("0.9", "0.001"), [16]),
+    ],
+)
+def test_the_winner_is_chosen_by_the_suites_rule(tmp_path, levels, imagined, capsys, rule, winner, launched):
+    suite, numbers = searched(tmp_path, ("trials = 3", f"trials = 4\n{rule}")), []
+
+    def launch_nothing(jobs, run_dir):
+        numbers.append(len(jobs.jobs()))
+        assert jobs.name == "tiny" and run_dir == tmp_path / "runs" / "tune"
+        return 0
+
+    assert tune.search(suite, tmp_path / "runs", tmp_path / "results", launch_nothing) == 0
+    assert numbers == launched
+    rows = read_csv(tmp_path / "results" / "tune" / "tiny" / "trials.csv")
+    assert [row["method"] for row in rows] == ["ppo"] * 4 + ["blpo"] * 4
+    best, (told, also) = rows[0], capsys.readouterr().out.splitlines()[1:]
+    assert (best["gamma"], best["learning-rate"]) == winner
+    assert told == (
+        f"ppo: {best['trial']} wins by {suite.tune.rule}: arguments = {{ gamma = {winner[0]}, learning-rate = {winner[1]} }}"
+    )
+    dampings = [float(row["damping"]) for row in rows if row["method"] == "blpo" and row["seeds"] == "2"]
+    assert dampings == sorted(dampings, reverse=suite.tune.over == "end") and also.startswith("blpo: blpo-t")
+    assert tune.search(suite, tmp_path / "runs", tmp_path / "results", lambda jobs, run_dir: 143) == 143
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not (REPO / ".git").exists(), reason="needs a git checkout")
-def test_this_tree_is_timed_against_a_commit(tmp_path):
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, text=True, capture_output=True).stdout.strip()
-    trees = ["git", "worktree", "list"]
-    before = subprocess.run(trees, cwd=REPO, capture_output=True).stdout
-    args = f'm.Args(against="{commit}", env_id="InvertedPendulum-v4", rounds=2, output=Path("{tmp_path}"))'
-    said = measure("speed", f'm.SHAPES = {{"8 x 256": ("", 4, 1)}}; m.main({args})')
-    assert "BLPO, 8 x 256: " in said and "of the commit's steps/s" in said
-    rows = read_csv(tmp_path / "against.csv")
-    assert [(row["script"], row["tree"]) for row in rows] == [(script, tree) for script in ("PPO", "BLPO") for tree in (commit, "this tree")]
-    assert all(0.1 < float(row["speed_vs_commit"]) < 10 for row in rows if row["tree"] == "this tree")
-    assert float(rows[3]["update_s"]) > float(rows[3]["nested_critic_s"]) > 0 and rows[1]["nested_critic_s"] == ""
-    assert json.loads((tmp_path / "against.json").read_text())["provenance"]["commit"] == commit
-    assert subprocess.run(trees, cwd=REPO, capture_output=True).stdout == before
+def test_tuning_on_the_command_line(tmp_path, levels, pretended, capsys):
+    changes = ("trials = 3", "trials = 2"), ("seeds = [11, 12]", "seeds = [11]"), ("[methods.ppo]", SEARCH + "\n[methods.ppo]")
+    path = write(tmp_path, *reversed(changes))
+    words = ["tune", path, "--run-dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--allow-mixed"]
+    assert command_line.main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("4 jobs\n") and not (tmp_path / "results").exists()
+    assert command_line.main([*words, "--workers", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "4 trials in" in out and "ppo: ppo-t" in out and "blpo: blpo-t" in out
+    assert {path.name for path in (tmp_path / "results" / "tune" / "tiny").iterdir()} == {"curves.csv", "runs.json", "trials.csv"}
 
 
-@pytest.mark.full
-def test_loops_and_solvers_are_timed(tmp_path):
-    args = f'm.Args(env_id="InvertedPendulum-v4", rounds=1, output=Path("{tmp_path}"))'
-    measure("speed", f'm.SHAPES = {{"8 x 256": ("", 4, 1)}}; m.ROWS = {{"128": ""}}; m.main({args})')
-    loops, solvers = (read_csv(tmp_path / f"{part}.csv") for part in ("training", "solvers"))
-    assert [row["loop"] for row in loops[:2]] == ["PPO", "reference PPO"] and len(loops) == 7
-    assert all(float(row["ms"]) > 0 for row in solvers)
-    left = {(row["solver"], float(row["damping"])): float(row["relative_residual"]) for row in solvers}
-    assert left["exact", 1.0] < 1e-4 and left["cg 50", 1.0] < 1e-4 < left["cg 2", 1.0]
-
-
-@pytest.mark.full
-def test_the_study_of_directions_and_damping(tmp_path):
-    args = f'm.Args(("InvertedPendulum-v4",), 4096, (1, 2), results_dir=Path("{tmp_path}"))'
-    measure("ihvp_study", f"m.main({args})")
-    rows = read_csv(tmp_path / "residuals.csv")
-    assert {row["iteration"] for row in rows} == {"1", "2"} and {row["solver"] for row in rows} >= {"exact", "features", "krylov"}
-    assert max(float(row["residual"]) for row in rows if row["solver"] == "exact") < 1e-3
-    assert json.loads((tmp_path / "study.json").read_text())["commit"]
+def test_a_bad_trial_is_refused_before_anything_starts(tmp_path, levels, capsys):
+    bad = ("gamma = [0.9, 0.99]", "gamma = [0.9, 9.9]"), ("[methods.ppo]", SEARCH + "\n[methods.ppo]")
+    path = write(tmp_path, *reversed(bad))
+    assert command_line.main(["tune", path, "--run-dir", str(tmp_path / "runs")]) == 2
+    assert "tiny.toml: tune.space: methods.ppo-t" in (said := capsys.readouterr().err) and "--gamma is 9.9" in said
+    assert command_line.main(["tune", write(tmp_path), "--run-dir", str(tmp_path / "runs")]) == 2
+    assert "tiny.toml: tune: this key is missing" in capsys.readouterr().err and not (tmp_path / "runs").exists()

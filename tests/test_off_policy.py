@@ -1,7 +1,6 @@
 """stddpg.py and stsac.py as programs: what is stored, an update by hand, leaders and controls, run folder, bad input."""
 
 import errno
-import importlib
 import json
 import math
 import os
@@ -755,44 +754,6 @@ def test_plain_fraction_counts_the_updates_without_a_correction(script, tmp_path
     rows = read_csv(train(script, leader="actor", run_dir=tmp_path) / "metrics.csv")
     assert {row["bilevel/plain_fraction"] for row in rows if row["bilevel/plain_fraction"]} == {"1.0"}
     assert {float(row["bilevel/correction_norm"]) for row in rows if row["bilevel/correction_norm"]} == {0.0}
-
-
-# ---- The measurements ------------------------------------------------------------------------------------------
-def test_every_update_is_timed(tmp_path):
-    speed = importlib.import_module("benchmark.speed_stackelberg")
-    speed.main(speed.Args(scripts=("stddpg.py",), rounds=1, num_steps=5, results_dir=tmp_path))
-    rows = read_csv(tmp_path / "speed_stackelberg.csv")
-    assert [row["update"] for row in rows] == list(speed.COMPETITORS) and float(rows[0]["ratio"]) == 1
-    assert all(float(row["ms"]) > 0 and float(row["loop"]) > 0 for row in rows)
-    assert json.loads((tmp_path / "speed_stackelberg.json").read_text())["provenance"]["commit"]
-
-
-def test_the_timed_solve_makes_all_its_iterations():
-    """Also where the residual is already small."""
-    speed, products = importlib.import_module("benchmark.speed_stackelberg"), []
-    solver = SimpleNamespace(conjugate_gradient=stddpg.conjugate_gradient)
-    speed.all_iterations(solver)
-
-    def product(vector):
-        products.append(vector)
-        return vector * torch.linspace(1, 2, 50)
-
-    counts = []
-    for solve in (stddpg.conjugate_gradient, solver.conjugate_gradient):
-        products.clear()
-        solve(product, torch.ones(50), 10)
-        counts.append(len(products))
-    assert counts[0] < 10 == counts[1]
-
-
-def test_the_study_of_lambda(tmp_path):
-    study = importlib.import_module("benchmark.stackelberg_damping")
-    study.main(study.Args(scripts=("stddpg.py",), env_ids=("Hopper-v4",), steps=1000, batches=2, results_dir=tmp_path))
-    rows = {(row["solve"], float(row["lambda"])): row for row in read_csv(tmp_path / "solves.csv")}
-    assert list(rows) == [(name, each) for name, grid in study.LAMBDAS.items() for each in grid]
-    residuals = [float(rows["actor, kernel", each]["residual"]) for each in (1e-2, 1.0, 100.0)]
-    assert 1 > residuals[0] > residuals[1] > residuals[2] > 0
-    assert json.loads((tmp_path / "provenance.json").read_text())["commit"]
 
 
 # ---- Learning --------------------------------------------------------------------------------------------------

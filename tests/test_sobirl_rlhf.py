@@ -658,25 +658,6 @@ def test_the_script_documents_itself_and_stands_alone():
     assert (REPO / SCRIPT).samefile(rlhf.__file__)
 
 
-# ---- Speed -----------------------------------------------------------------------------------------------------
-def test_the_reference_of_the_speed_module_trains(monkeypatch):
-    """Three turns of 30 steps, of which the first is random."""
-    from benchmark import speed_sobirl
-
-    monkeypatch.setattr(speed_sobirl, "STEPS", 30)
-    monkeypatch.setattr(speed_sobirl, "RANDOM_TURNS", 1)
-    turns = []
-
-    def rollout_done(seconds):
-        turns.append(seconds)
-        if len(turns) == 3:
-            raise StopIteration
-
-    with pytest.raises(StopIteration):
-        speed_sobirl.reference_loop("Hopper-v4", 1, rollout_done)
-    assert all(each["env"] > 0 and each["update"] > 0 for each in turns)
-
-
 # ---- Learning --------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_learns_to_balance_the_pendulum(tmp_path):

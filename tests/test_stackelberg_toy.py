@@ -232,6 +232,19 @@ def test_the_command_draws_the_figures_and_writes_the_tables(command_line, tmp_p
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # a run repeats bitwise
 
 
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(command_line, tmp_path, monkeypatch):
+    (tmp_path / "figure_1.png").write_bytes(b"old")
+
+    def half(figure, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(toy.Figure, "savefig", half)
+    status, _, err = command_line("stackelberg_toy.py", "--output-dir", tmp_path, *SMALL)
+    assert status == 2 and "--output-dir cannot be written" in err and "No space left" in err
+    assert (tmp_path / "figure_1.png").read_bytes() == b"old" and not list(tmp_path.glob("*.new"))
+
+
 @pytest.mark.parametrize(
     "words, named",
     [(["--updates", "0"], "--updates is 0: "), (["--damping", "0"], "--damping is 0.0"),

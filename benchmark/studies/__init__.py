@@ -1,1 +1,1 @@
-"""Studies: measurements beside the suites, each a command of its own (`python -m benchmark.studies.NAME`)."""
+"""Studies: what is measured beside the suites; each is a command, python -m benchmark.studies.NAME."""
