@@ -43,7 +43,7 @@ script = "ppo_continuous.py"
 [methods.blpo]
 label = "BLPO"
 script = "blpo_continuous.py"
-arguments = { chunk-length = 8, nystrom-rank = 3 }
+arguments = { cg-iterations = 8, nystrom-rank = 3 }
 """
 
 
@@ -100,7 +100,7 @@ def test_jobs_are_every_combination_once_in_a_stable_order(tmp_path):
     assert names == [job.name for job in load_suite(write(tmp_path)).jobs()]
     command = suite.jobs()[1].command
     assert command[:7] == ["blpo_continuous.py", "--env-id", "toy_envs:Walk-v0", "--seed", "1", "--exp-name", "blpo"]
-    assert command[-4:] == ["--chunk-length", "8", "--nystrom-rank", "3"]
+    assert command[-4:] == ["--cg-iterations", "8", "--nystrom-rank", "3"]
 
 
 def test_a_method_may_have_its_own_seeds_environments_and_arguments_by_environment(tmp_path):

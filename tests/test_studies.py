@@ -178,7 +178,7 @@ def measure(module: str, folder: Path, words: str, code: str = "") -> str:
     return done.stdout
 
 
-SMALL = 'm.SHAPES = {"8 x 256": ("", 1)}; m.ROWS = {"128": ""}'
+SMALL = 'm.SHAPES = {"8 x 256": ("", 1)}; m.ROWS = {"2048": ""}'
 
 
 @pytest.mark.full
@@ -201,10 +201,10 @@ def test_this_tree_is_timed_against_a_commit(tmp_path):
 def test_loops_and_solvers_are_timed(tmp_path):
     measure("speed", tmp_path, "--env-id InvertedPendulum-v4 --rounds 1", SMALL)
     loops, solvers = (read_csv(tmp_path / f"{part}.csv") for part in ("training", "solvers"))
-    assert [row["loop"] for row in loops[:2]] == ["PPO", "reference PPO"] and len(loops) == 7
+    assert [row["loop"] for row in loops[:2]] == ["PPO", "reference PPO"] and len(loops) == 6
     assert all(float(row["ms"]) > 0 for row in solvers)
     left = {(row["solver"], float(row["damping"])): float(row["relative_residual"]) for row in solvers}
-    assert left["exact", 1.0] < 1e-4 and left["cg 50", 1.0] < 1e-4 < left["cg 2", 1.0]
+    assert left["cg 50", 1.0] < 1e-4 < left["cg 2", 1.0]
 
 
 @pytest.mark.full

@@ -7,8 +7,9 @@ It captures systems from three runs of 102,400 steps, solves them all, and print
 The rule, written before the numbers: among the dampings 100, 30, 10, 3, 1, 0.3, 0.1 take the smallest at
 which the cheapest kind of directions leaves a relative residual |(H + damping I) v - b| / |b| below 0.3 in
 every captured system (the median of 5 draws of its random directions; v = 0 scores 1). A smaller damping is
-nearer to the hypergradient of the undamped follower. The runs train with `--ihvp exact`; their seed is used
-nowhere else.
+nearer to the hypergradient of the undamped follower. The runs train with 50 steps of conjugate gradients;
+their seed is used nowhere else. Systems are those of a whole rollout. The committed results are of the former
+form of BLPO, whose systems were those of a minibatch.
 """
 
 import statistics
@@ -37,34 +38,35 @@ class Args(study.Args):
     total_timesteps: study.Count = 102_400
     """steps of each run"""
     iterations: Annotated[tuple[study.Count, ...], study.AT_LEAST_ONE] = (5, 15, 30, 50)
-    """rollouts after which the last minibatch's system is taken"""
+    """rollouts after which the last epoch's system is taken"""
     seed: study.Seed = 900
     """seed of the runs and of the random directions"""
 
 
 def captured_systems(words: list[str], rollouts: Collection[int]) -> list[System]:
-    """The systems of the last minibatch of some rollouts of a real run with these words, on the CPU and with
-    the exact solver, so that no approximation shapes the critics. Raises BadInput."""
-    systems, solves, original = [], 0, blpo.exact_ihvp
+    """The systems of the last epoch of some rollouts of a real run with these words, on the CPU and solved
+    almost exactly, so that no approximation shapes the policies. Raises BadInput."""
+    systems, solves, original = [], 0, blpo.cg_ihvp
 
-    def keep(curvature, u, damping):
+    def keep(curvature, u, damping, iterations):
         nonlocal solves
         solves += 1
         if solves % per_rollout == 0 and solves // per_rollout in rollouts:
             systems.append((solves // per_rollout, curvature, u))
-        return original(curvature, u, damping)
+        return original(curvature, u, damping, iterations)
 
     with TemporaryDirectory() as folder:
-        args = blpo.parse_args([*words, "--ihvp", "exact", "--device", "cpu", "--run-dir", folder])
-        per_rollout = args.update_epochs * args.num_minibatches
+        more = "--ihvp cg --cg-iterations 50 --device cpu --run-dir".split()
+        args = blpo.parse_args([*words, *more, folder])
+        per_rollout = args.update_epochs
         made = args.total_timesteps // (args.num_envs * args.num_steps)
         if max(rollouts) > made:
             raise study.BadInput(f"--iterations {max(rollouts)}: the run has {made} rollouts; ask for more")
-        blpo.exact_ihvp = keep
+        blpo.cg_ihvp = keep
         try:
             blpo.train(args)
         finally:
-            blpo.exact_ihvp = original
+            blpo.cg_ihvp = original
     return systems
 
 
@@ -83,7 +85,7 @@ def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
             labels = {"env_id": env_id, "iteration": iteration}
             labels["top_eigenvalue"] = float(torch.linalg.eigvalsh(kernel.double())[-1])
             for damping in DAMPINGS:
-                b, v = blpo.exact_ihvp(curvature, u, damping)
+                b, v = laboratory.exact_ihvp(curvature, u, damping)
                 solved = {"exact": [v]}
                 solved |= {f"cg {k}": [blpo.cg_ihvp(curvature, u, damping, k)[1]] for k in (2, 5, 10)}
                 for columns in COLUMNS:
