@@ -3,27 +3,26 @@ Two players, the actor theta (leader) and the last layers omega of the critic (f
 
     maximise J(theta, omega*(theta))  subject to  omega*(theta) = argmin_omega L_theta(omega)      eq. (4)
 
-J, L and the hypergradient are those of `blpo_continuous.py`, where they are explained. Algorithm 1, on each
-minibatch of whole chunks of consecutive steps, with G', A' the targets of the rollout and their advantages
-and A those of the critic that has just answered:
+J, L, the hypergradient and the notation are those of `blpo_continuous.py`, where they are explained. The
+convolutions and other layers phi below the follower are no variable of the inner problem: omega can only
+answer, and its response be formed, while they stand still. So in each epoch of a rollout
 
-    K times   omega <- omega - eta_omega grad_omega L            the follower       -> follower_step
-    b = grad_omega J = J_V^T u,   u = (dG/dV)^T dJ/dG            -> lambda_returns_vjp, CriticJacobian.vjp
-    v = (H + alpha I)^-1 b,       H ~ grad^2_omega L, damped     -> exact_ihvp | nystrom_ihvp | cg_ihvp
-    z = J_V v,   e = W^T z,   W_tk = kappa^(k-t)                 -> CriticJacobian.jvp, gae_operator
-    theta <- theta + eta_theta (grad_theta J - (grad_theta,omega L) v),
-        (grad_theta,omega L) v = -2 mean_t z_t sum_{k >= t} kappa^(k-t) A'_k grad log pi_k
-                               = -2 mean_k e_k A'_k grad log pi_k
-    phi <- phi - eta_phi grad_phi L                              the critic's layers below the follower
+    h = phi(s) at all its states; phi rests until the last step -> in_pieces
+    K passes  omega <- omega - eta_omega grad_omega L            the follower, in minibatches -> follower_step
+    b = grad_omega J,  v = (H + alpha I)^-1 b                    -> CriticJacobian.vjp, nystrom_ihvp | cg_ihvp
+    z = J_V v,  e = W^T z,  W_tk = kappa^(k-t)                   -> CriticJacobian.jvp, trace
+    one pass of PPO's minibatches, omega, v and so e at rest
+              theta <- theta + eta_theta (grad_theta J - (grad_theta,omega L) v)
+              phi   <- phi - eta_phi grad_phi L                  the same L, under the omega that has answered
 
-So the hypergradient is a policy gradient with the row weights 1 + 2 e, its direct part with the advantages
-A, the other with A'. --mixed-discount sets kappa, gamma lambda by default; 0 makes each state its own start.
+where the hypergradient is a policy gradient with the row weights 1 + 2 e, its direct part with the
+advantages A of the critic that has just answered, the other with those of the targets, A'. So phi takes as
+many steps as in PPO. With `--follower head` V is linear in omega, the setting of the paper's theorem: H is
+the Hessian itself, and all costs next to nothing but phi and the policy at the states of the rollout.
 
-With `--follower head` V is linear in omega, the setting of the paper's theorem: H is the Hessian itself,
-and since phi is fixed while omega answers, the convolutions are evaluated once for K steps, the solve and
-the step on phi. `--ihvp none` (e = 0) is the nested control, `ppo_atari.py --separate-trunks` the baseline.
-The paper has no Atari experiments: the split of the critic, its step sizes and the damping are this
-project's choice (docs/blpo.md).
+`--ihvp none` (e = 0) is the nested control, `ppo_atari.py --separate-trunks` the baseline. The paper has no
+Atari experiments: the split of the critic, its step sizes and the damping are this project's choice
+(docs/blpo.md).
 
     python blpo_atari.py --env-id Breakout-v5
 """
@@ -160,26 +159,21 @@ class Args(CheckedArgs):
     """lambda of the advantages and of the critic's targets"""
     bootstrap_truncation: bool = True
     """a time limit bootstraps from the final observation; otherwise it counts as a termination"""
-    chunk_length: Annotated[int, Field(ge=2)] = 64
-    """consecutive steps of one game that stay together; the lambda-return bootstraps at their end"""
     num_minibatches: PositiveInt = 4
-    """minibatches of whole chunks in an epoch"""
+    """minibatches in an epoch, of the actor and of each pass of the follower"""
     update_epochs: PositiveInt = 4
     """passes over a rollout"""
     nested_updates: PositiveInt = 3
-    """K, critic steps before each actor step"""
+    """K, passes of the follower for each of the actor"""
     follower: Literal["head", "last-two", "full"] = "head"
-    """the critic's layers that the leader counts on: the linear head, the last two layers or all; what is
-    below them takes one step on the same loss"""
-    ihvp: Literal["exact", "nystrom", "cg", "none"] = "exact"
+    """the critic's layers that the leader counts on: the linear head, the last two layers or all"""
+    ihvp: Literal["nystrom", "cg", "none"] = "nystrom"
     """solver of the damped system; none: the nested control, without the hypergradient"""
-    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
-    """H: the Hessian of L without the term in its residuals, or the whole of it"""
     damping: PositiveFloat = 1.0
     """alpha, added to the curvature of the critic's loss"""
-    nystrom_rank: PositiveInt = 10
-    """q, directions in the Nystrom approximation; 12 bytes each for every parameter of the follower; more
-    than 513 add nothing"""
+    nystrom_rank: Annotated[int, Field(ge=1, le=513)] = 10
+    """q, directions in the Nystrom approximation, in the head; 12 bytes each for every parameter of the
+    follower"""
     cg_iterations: PositiveInt = 10
     """conjugate gradient steps"""
     mixed_discount: Fraction | None = None
@@ -193,19 +187,17 @@ class Args(CheckedArgs):
 
     @pydantic.model_validator(mode="after")
     def check_shapes(self):
-        """Raise BadInput unless there is a whole rollout, of whole chunks, which the minibatches divide."""
+        """Raise BadInput unless there is a whole rollout, in memory, and the minibatches divide it."""
         rows = self.num_envs * self.num_steps
         if rows > 500_000:
             raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 500,000 rows of 28 KB")
         if self.total_timesteps < rows:
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
-        if self.num_steps % self.chunk_length:
-            raise BadInput(f"--chunk-length {self.chunk_length} must divide --num-steps {self.num_steps}")
-        if rows // self.chunk_length % self.num_minibatches:
-            chunks = f"the {rows // self.chunk_length} chunks of a rollout"
-            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide {chunks}")
-        if self.ihvp == "exact" and self.curvature == "hessian":
-            raise BadInput("--ihvp exact needs --curvature gauss-newton; for the Hessian use --ihvp cg")
+        if rows % self.num_minibatches:
+            raise BadInput(f"--num-minibatches {self.num_minibatches} must divide a rollout of {rows}")
+        if self.follower == "full" and rows > 20_000:
+            needs = "the response of all layers takes 1.1 MB for each, at most 20,000 rows"
+            raise BadInput(f"--follower full with a rollout of {rows} rows: {needs}")
         return self
 
 
@@ -410,46 +402,23 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 
 
 # ---- Bilevel mathematics (shared) --------------------------------------------------------------------
-def chunk_indices(num_steps: int, num_envs: int, chunk_length: int) -> Tensor:
-    """Rows of a flattened rollout (num_steps + 1, num_envs, ...) that make its chunks of consecutive steps.
+def trace(x: Tensor, decay: Tensor) -> Tensor:
+    """W^T x, the transpose of what `gae` does to delta (A = W delta): e_t = x_t + decay_{t-1} e_{t-1}.
 
-    Returns (chunks, chunk_length + 1); the last column is the observation a chunk bootstraps from.
+    x (T, N), 0 where a row is no transition; decay (T, N) as in `gae`.
     """
-    starts = torch.arange(0, num_steps, chunk_length)[None, :] * num_envs + torch.arange(num_envs)[:, None]
-    return starts.reshape(-1, 1) + torch.arange(chunk_length + 1) * num_envs
+    e = x.clone()
+    for t in range(1, len(x)):
+        e[t].addcmul_(decay[t - 1], e[t - 1])
+    return e
 
 
-def gae_operator(ended: Tensor, valid: Tensor, decay: float) -> Tensor:
-    """The matrices W (C, L, L) of C chunks of L steps: with decay = gamma lambda, A = W delta is GAE.
-
-    ended, valid (C, L) as 0/1 floats. W[t, k] = decay^(k-t) for k >= t in the same episode, else 0; the row
-    and the column of a step that is no transition are 0, so nothing of it reaches another step.
-    """
-    step = torch.arange(ended.shape[-1], device=ended.device)
-    powers = torch.tril(decay ** (step[:, None] - step[None, :]).clamp(min=0).to(ended.dtype)).T
-    episode = torch.cumsum(ended, -1) - ended  # a step that ends an episode still belongs to it
-    rows, columns = (torch.where(valid > 0, episode, nowhere) for nowhere in (-1.0, -2.0))
-    return powers * (rows[:, :, None] == columns[:, None, :])
-
-
-def lambda_returns(values: Tensor, rewards: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
-    """G = V + W delta with delta_t = r_t + discount_t V_{t+1} - V_t: the lambda-return, affine in the values.
-
-    values (C, L+1), rewards and discounts = gamma (1 - terminated) (C, L), operator (C, L, L) -> G (C, L).
-    """
-    delta = rewards + discounts * values[:, 1:] - values[:, :-1]
-    return values[:, :-1] + (operator @ delta[:, :, None])[:, :, 0]
-
-
-def transposed(operator: Tensor, x: Tensor) -> Tensor:
-    """W^T x for each chunk: operator (C, L, L), x (C, L) -> (C, L)."""
-    return (x[:, None, :] @ operator)[:, 0, :]
-
-
-def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, operator: Tensor) -> Tensor:
-    """(dG/dV)^T slopes, the transpose of `lambda_returns`: slopes (C, L) -> u (C, L+1)."""
-    back = transposed(operator, slopes)  # by delta
-    return nn.functional.pad(slopes - back, (0, 1)) + nn.functional.pad(discounts * back, (1, 0))
+def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
+    """(dG/dV)^T slopes for the lambda-returns G = V + W delta of `gae`: slopes (T, N), 0 where a row is no
+    transition, -> u (T+1, N)."""
+    back = trace(slopes, decay)  # by delta
+    last = torch.zeros_like(slopes[:1])
+    return torch.cat([slopes - back, last]) + torch.cat([last, discounts * back])
 
 
 class CriticJacobian:
@@ -547,33 +516,6 @@ class GaussNewton:
         return products[0], products[1:], images @ images.T
 
 
-class Hessian(GaussNewton):
-    """H = grad^2_omega L of L = sum_t w_t (G_t - V_t)^2 in full, by torch.func.jvp of torch.func.grad; it
-    can be indefinite. critic V, obs (n, D), targets G (n,)."""
-
-    def __init__(self, jacobian: CriticJacobian, weights: Tensor, critic, obs: Tensor, targets: Tensor):
-        super().__init__(jacobian, weights)
-        self.omega = {name: parameter.detach() for name, parameter in critic.named_parameters()}
-
-        def loss(omega: dict[str, Tensor]) -> Tensor:
-            values = torch.func.functional_call(critic, omega, (obs,)).squeeze(-1)
-            return (weights * (targets - values) ** 2).sum()
-
-        self.gradient = torch.func.grad(loss)
-
-    def product(self, v: Tensor) -> Tensor:
-        """H v: (P,) -> (P,)."""
-        parts = [part.view_as(p) for part, p in zip(v.split(self.jacobian.sizes), self.omega.values())]
-        tangent = torch.func.jvp(self.gradient, (self.omega,), (dict(zip(self.omega, parts)),))[1]
-        return torch.cat([part.flatten() for part in tangent.values()])
-
-    def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """b, H P and P^T H P as in `GaussNewton`; the last layer's parameters are the last of omega."""
-        padded = nn.functional.pad(directions.T, (sum(self.jacobian.sizes) - len(directions), 0))
-        columns = torch.func.vmap(self.product)(padded)
-        return self.jacobian.vjp(u[None])[0], columns, padded @ columns.T
-
-
 def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> Tensor:
     """v = (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (Prakash et al.'s poster).
 
@@ -645,33 +587,15 @@ def cg_ihvp(curvature: GaussNewton, u: Tensor, damping: float, iterations: int) 
     return b, conjugate_gradient(lambda v: curvature.product(v) + damping * v, b, iterations)
 
 
-def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
-
-    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel of the minibatch's n rows and its
-    Cholesky factor, in float64. R is rounded to float32: where the damping is too small beside that (below
-    1e-6 of the largest eigenvalue or so) the factor may not exist, and v is nan.
-    """
-    jacobian, root = curvature.jacobian, curvature.root
-    b = jacobian.vjp(u[None])[0]
-    kernel = (jacobian.kernel() * root[:, None] * root).double()
-    kernel.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(kernel)
-    inner = torch.cholesky_solve((root * jacobian.jvp(b)).double()[:, None], factor)[:, 0]
-    inner = torch.where(failed == 0, inner, math.nan).to(b.dtype)
-    return b, (b - jacobian.vjp((root * inner)[None])[0]) / damping
-
-
 def surrogate_slope(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """The derivative of `clipped_surrogate` by the advantages: the ratio of the smaller branch."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
 
 
-def follower_step(critic: nn.Module, optimiser, obs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """One step of the follower on L = sum_t w_t (G_t - V(s_t))^2; obs (n, D), targets and weights (n,).
-    Returns L before it."""
-    loss = (weights * (targets - critic(obs).squeeze(-1)) ** 2).sum()
+def follower_step(critic: nn.Module, optimiser, obs: Tensor, targets: Tensor) -> Tensor:
+    """One step of the follower on L = mean_t (G_t - V(s_t))^2; obs (n, D), targets (n,). Returns L before."""
+    loss = ((targets - critic(obs).squeeze(-1)) ** 2).mean()
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
@@ -687,22 +611,21 @@ def inner_gradient_norm(critic: nn.Module, obs: Tensor, targets: Tensor) -> Tens
 
 
 def leader_diagnostics(
-    theta: list[nn.Parameter], direct: Tensor, correction: Tensor, weights: Tensor, e: Tensor
+    theta: list[nn.Parameter], direct: Tensor, correction: Tensor, e: Tensor
 ) -> dict[str, Tensor]:
-    """The gradients in theta of J and of the correction, and the row weights 1 + 2 e (C, L), in numbers."""
+    """The gradients in theta of J and of the correction, and the row weights 1 + 2 e (n,), in numbers."""
 
     def gradient(objective: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(objective, theta, retain_graph=True)])
 
     direct, correction = gradient(direct), gradient(correction)
-    mean = (weights * (1 + 2 * e)).sum()
     return {
         "direct_norm": direct.norm(),
         "correction_norm": correction.norm(),
         "norm_ratio": correction.norm() / direct.norm(),
         "cosine": torch.cosine_similarity(direct, correction, dim=0),
-        "weight_mean": mean,
-        "weight_std": (weights * (1 + 2 * e - mean) ** 2).sum().sqrt(),
+        "weight_mean": (1 + 2 * e).mean(),
+        "weight_std": (1 + 2 * e).std(correction=0),
     }
 
 
@@ -727,7 +650,7 @@ def check_critic(critic: nn.Module, obs_dim: int, needs_linear_output: bool) -> 
     dense = jacobian.vjp(torch.eye(8).double())[:, -last.shape[1] :]
     if needs_linear_output and not (dense.shape == last.shape and torch.allclose(dense, last)):
         wrong = "--ihvp nystrom needs a critic whose last layer is nn.Linear(..., 1) with a bias"
-        raise BadInput(f"{wrong}; use --ihvp cg or exact")
+        raise BadInput(f"{wrong}; use --ihvp cg")
 
 
 # ---- Follower ----------------------------------------------------------------------------------------
@@ -737,6 +660,13 @@ def split_critic(agent: Agent, follower: str) -> tuple[nn.Sequential, nn.Sequent
     layers = [index for index, layer in enumerate(critic) if [*layer.parameters()]]
     start = {"head": layers[-1], "last-two": layers[-2], "full": 0}[follower]
     return critic[:start], critic[start:]
+
+
+def in_pieces(network, obs: Tensor) -> Tensor:
+    """network(obs) of obs (T, N, ...) as rows (T N, ...), without a graph, 128 rows at a time: on a CPU this
+    takes half the time of 1,024, and what the convolutions hold of a whole rollout may not fit in memory."""
+    with torch.no_grad():
+        return torch.cat([network(part) for part in obs.flatten(0, 1).split(128)])
 
 
 # ---- The run: what is not the algorithm (shared) -----------------------------------------------------
@@ -1041,11 +971,10 @@ def train(args: Args) -> Path:
         critic_optimiser = torch.optim.Adam(follower.parameters(), args.critic_learning_rate, **options)
         optimisers = [actor_optimiser, critic_optimiser]
         if args.follower != "full":
+            critic = nn.Sequential(below, follower)
             below_optimiser = torch.optim.Adam(below.parameters(), args.trunk_learning_rate, **options)
             optimisers.append(below_optimiser)
-        chunks = chunk_indices(args.num_steps, args.num_envs, args.chunk_length).to(device)
-        gamma_lambda = args.gamma * args.gae_lambda
-        kappa = gamma_lambda if args.mixed_discount is None else args.mixed_discount
+        kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
         sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
 
         # ---- Training on Atari: buffers and the loop (shared) ----------------------------------------
@@ -1121,107 +1050,95 @@ def train(args: Args) -> Path:
 
             # ---- Update ------------------------------------------------------------------------------
             sketch_generator.manual_seed(derived_seed(args.seed, iteration))
-            steps = actions, logprobs, b_rewards, returns, advantages, b_discounts, b_ended, b_valid
-            c_steps = [x.flatten(0, 1)[chunks[:, :-1]] for x in steps]
-            operators = [gae_operator(*c_steps[-2:], decay) for decay in (gamma_lambda, kappa)]
-            # The observations (C, L + 1, 4, 84, 84) hold the one that a chunk bootstraps from.
-            arrays = [obs.flatten(0, 1)[chunks], *c_steps, *operators]
+            rows = b_valid.flatten().nonzero().squeeze(-1)  # transitions; a reset is none
+            num_minibatches = max(1, min(args.num_minibatches, len(rows) // 2))
+            weights = b_valid / len(rows)  # mean over the transitions
+            row_weights = torch.cat([weights, 0 * weights[:1]]).flatten()
+            decay, mixed_decay = (x * (1 - b_ended) for x in (args.gamma * args.gae_lambda, kappa))
+            targets = returns.flatten()[rows]
             fallbacks, nested_time, response_time = torch.zeros((), device=device), 0.0, 0.0
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                for part in torch.randperm(len(chunks)).to(device).chunk(args.num_minibatches):
-                    minibatch = [array[part] for array in arrays]
-                    mb_obs, mb_actions, mb_logprobs, mb_rewards, mb_returns, mb_advantages = minibatch[:6]
-                    mb_discounts, _, mb_valid, mb_operator, mb_mixed_operator = minibatch[6:]
-                    weights = mb_valid / mb_valid.sum()  # mean over the transitions
-                    last = epoch == args.update_epochs - 1 and len(statistics) == args.num_minibatches - 1
 
-                    # The follower's inputs at all rows: the layers below it are evaluated once, and the graph
-                    # is kept for their own step. An observation that a chunk bootstraps from has no weight.
-                    nested_start = time.perf_counter()
-                    inputs = below(pixels(mb_obs.flatten(0, 1)))
-                    fixed = inputs.detach()
-                    padded = (nn.functional.pad(x, (0, 1)).flatten() for x in (mb_returns, weights))
-                    targets, row_weights = padded
-                    known = row_weights > 0
-                    if last:
-                        norm_before = inner_gradient_norm(follower, fixed[known], targets[known])
+                # The follower: K passes over the rollout on L = mean (G' - V)^2, the layers below it fixed.
+                nested_start = time.perf_counter()
+                features = in_pieces(lambda images: below(pixels(images)), obs)
+                states = features[rows]
+                if epoch == 0:
+                    norm_before = inner_gradient_norm(follower, states, targets)
+                for _ in range(args.nested_updates):
+                    for part in torch.randperm(len(rows)).to(device).tensor_split(num_minibatches):
+                        critic_loss = follower_step(follower, critic_optimiser, states[part], targets[part])
+                nested_time += time.perf_counter() - nested_start
 
-                    # The follower: K steps on L = mean (G' - V)^2.
-                    for _ in range(args.nested_updates):
-                        critic_loss = follower_step(follower, critic_optimiser, fixed, targets, row_weights)
-                    nested_time += time.perf_counter() - nested_start
+                # The advantages of the critic that has just answered.
+                response_start = time.perf_counter()
+                jacobian = CriticJacobian(follower, features)
+                new_values = jacobian.values.view(values.shape)
+                refreshed = gae(b_rewards, new_values, b_discounts, decay)
 
-                    # The leader, with the advantages of the critic that has just answered.
-                    new_logits = agent.logits(mb_obs[:, :-1].flatten(0, 1))
-                    new_logprobs, entropies = logprob_and_entropy(new_logits, mb_actions.flatten())
-                    entropy = weights.flatten() @ entropies
-                    logratio = new_logprobs.view_as(weights) - mb_logprobs
+                # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
+                e = torch.zeros_like(weights)
+                if args.ihvp != "none":
+                    now = logprobs
+                    if epoch > 0:
+                        now, _ = logprob_and_entropy(in_pieces(agent.logits, obs[:-1]), actions.flatten())
+                    ratio = (now.view(shape) - logprobs).exp()
+                    centred = refreshed - (weights * refreshed).sum() if args.norm_adv else refreshed
+                    slopes = weights * surrogate_slope(ratio, centred, args.clip_coef)
+                    u = lambda_returns_vjp(slopes, b_discounts, decay).flatten()  # b = J_V^T u
+                    curvature = GaussNewton(jacobian, row_weights)
+                    if args.ihvp == "nystrom":
+                        choice = args.nystrom_rank, sketch_generator
+                        b, v = nystrom_ihvp(curvature, u, args.damping, *choice)
+                    else:
+                        b, v = cg_ihvp(curvature, u, args.damping, args.cg_iterations)
+                    z = b_valid * jacobian.jvp(v).view(values.shape)[:-1]
+                    finite = z.sum().isfinite()  # if not, this epoch falls back to the direct gradient
+                    e = torch.where(finite, trace(z, mixed_decay), 0.0)
+                    fallbacks += ~finite
+                response_time += time.perf_counter() - response_start
+
+                # The leader: PPO's minibatches; the correction's gradient is -(grad_theta,omega L) v.
+                arrays = obs[:-1], actions, logprobs, refreshed, advantages, returns, e
+                arrays = [array.flatten(0, 1) for array in arrays]
+                for part in torch.randperm(len(rows)).to(device).tensor_split(num_minibatches):
+                    minibatch = [array[rows[part]] for array in arrays]
+                    mb_obs, mb_actions, mb_logprobs, mb_refreshed, mb_advantages, mb_returns, mb_e = minibatch
+                    new_logprobs, entropies = logprob_and_entropy(agent.logits(mb_obs), mb_actions)
+                    logratio, entropy = new_logprobs - mb_logprobs, entropies.mean()
                     ratio = logratio.exp()
-                    response_start = time.perf_counter()
-                    jacobian = CriticJacobian(follower, fixed)
-                    new_values = jacobian.values.view(len(mb_obs), -1)
-                    refreshed = lambda_returns(new_values, mb_rewards, mb_discounts, mb_operator)
-                    refreshed = refreshed - new_values[:, :-1]
-                    if args.norm_adv:
-                        refreshed = refreshed - (weights * refreshed).sum()
-                        mb_advantages = mb_advantages - (weights * mb_advantages).sum()
-                        std = (weights * refreshed**2).sum().sqrt() + 1e-8
-                        refreshed, mb_advantages = refreshed / std, mb_advantages / std
-
-                    # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
-                    e = torch.zeros_like(weights)
-                    if args.ihvp != "none":
-                        slopes = weights * surrogate_slope(ratio.detach(), refreshed, args.clip_coef)
-                        u = lambda_returns_vjp(slopes, mb_discounts, mb_operator).flatten()  # b = J_V^T u
-                        curvature = GaussNewton(jacobian, row_weights)
-                        if args.curvature == "hessian":
-                            curvature = Hessian(jacobian, row_weights, follower, fixed, targets)
-                        system = curvature, u, args.damping
-                        if args.ihvp == "nystrom":
-                            b, v = nystrom_ihvp(*system, args.nystrom_rank, sketch_generator)
-                        elif args.ihvp == "cg":
-                            b, v = cg_ihvp(*system, args.cg_iterations)
-                        else:
-                            b, v = exact_ihvp(*system)
-                        z = jacobian.jvp(v).view(len(mb_obs), -1)[:, :-1]
-                        finite = z.sum().isfinite()  # if not, this step falls back to the direct gradient
-                        e = torch.where(finite, transposed(mb_mixed_operator, z), 0.0)
-                        fallbacks += ~finite
-                    response_time += time.perf_counter() - response_start
-
-                    # The leader's step: the correction's gradient is -(grad_theta,omega L) v.
-                    both = torch.stack([refreshed, mb_advantages])
-                    objectives = torch.stack([weights, 2 * weights * e])
-                    objectives = objectives * clipped_surrogate(ratio, both, args.clip_coef)
-                    direct, correction = objectives.sum((1, 2))
+                    if args.norm_adv and len(mb_obs) > 1:
+                        std = mb_refreshed.std() + 1e-8
+                        mb_refreshed = (mb_refreshed - mb_refreshed.mean()) / std
+                        mb_advantages = (mb_advantages - mb_advantages.mean()) / std
+                    direct = clipped_surrogate(ratio, mb_refreshed, args.clip_coef).mean()
+                    correction = (2 * mb_e * clipped_surrogate(ratio, mb_advantages, args.clip_coef)).mean()
                     loss = -(direct + correction) - args.ent_coef * entropy
                     if epoch == args.update_epochs - 1:
                         with torch.no_grad():
-                            clipped = (weights * ((ratio - 1).abs() > args.clip_coef)).sum()
-                            old_kl = -(weights * logratio).sum()
-                            kl = (weights * (ratio - 1)).sum() + old_kl
+                            clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                            old_kl, kl = -logratio.mean(), ((ratio - 1) - logratio).mean()
                             numbers = critic_loss, -direct, entropy, old_kl, kl, clipped
                             statistics.append(torch.stack(numbers))
-                    if last:
+                    if len(statistics) == num_minibatches:  # the last minibatch of the rollout
                         theta = agent.actor_parameters()
-                        diagnostics = leader_diagnostics(theta, direct, correction, weights, e)
-                        norm_after = inner_gradient_norm(follower, fixed[known], targets[known])
-                        if args.ihvp != "none":
-                            residual = curvature.product(v) + args.damping * v - b
-                            diagnostics["ihvp_residual"] = residual.norm() / b.norm()
-                            diagnostics["ihvp_cosine"] = torch.cosine_similarity(v, b, dim=0)
+                        diagnostics = leader_diagnostics(theta, direct, correction, mb_e)
                     actor_optimiser.zero_grad()
                     loss.backward()
                     actor_optimiser.step()
 
                     # The layers below the follower: one step on L, through the follower that has answered.
                     if args.follower != "full":
-                        follower_step(follower, below_optimiser, inputs, targets, row_weights)
+                        follower_step(critic, below_optimiser, pixels(mb_obs), mb_returns)
+            if args.ihvp != "none":
+                residual = curvature.product(v) + args.damping * v - b
+                diagnostics["ihvp_residual"] = residual.norm() / b.norm()
+                diagnostics["ihvp_cosine"] = torch.cosine_similarity(v, b, dim=0)
             names = "value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac"
             losses = dict(zip((f"losses/{name}" for name in names), torch.stack(statistics).mean(0).tolist()))
             diagnostics["inner_gradient_norm_before"] = norm_before
-            diagnostics["inner_gradient_norm_after"] = norm_after
+            diagnostics["inner_gradient_norm_after"] = inner_gradient_norm(follower, states, targets)
             diagnostics["fallbacks"] = fallbacks
             for name, number in diagnostics.items():
                 losses[f"bilevel/{name}"] = float(number) if math.isfinite(number) else None

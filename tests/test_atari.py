@@ -7,8 +7,8 @@ import json
 import math
 import os
 import re
-import sys
 import signal
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +26,7 @@ TINY = {
     "env_id": "Breakout-v5", "num_envs": 2, "num_steps": 16, "total_timesteps": 4 * 32, "num_minibatches": 2,
     "update_epochs": 2, "checkpoint_every": 1, "device": "cpu", "env_threads": 1, "torch_threads": 1,
 }  # fmt: skip
-TINY_BLPO = {"chunk_length": 8, "nystrom_rank": 3}
+TINY_BLPO = {"nystrom_rank": 3}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -289,11 +289,11 @@ def test_the_rollout_is_drawn_from_the_policy_and_its_logprobs_and_values_are_ke
 # ---- Runs ------------------------------------------------------------------------------------------------------
 KINDS = [
     ("ppo_atari.py", {}), ("ppo_atari.py", {"separate_trunks": True, "critic_learning_rate": 1e-3}), ("blpo_atari.py", {}),
-    ("blpo_atari.py", {"ihvp": "nystrom"}), ("blpo_atari.py", {"ihvp": "cg", "follower": "full", "curvature": "hessian"}),
+    ("blpo_atari.py", {"ihvp": "cg", "follower": "full"}),
     *(
         pytest.param("blpo_atari.py", {"follower": name, "ihvp": ihvp}, marks=pytest.mark.full)
         for name in ("head", "last-two", "full")
-        for ihvp in ("none", "exact")
+        for ihvp in ("none", "nystrom")
     ),
 ]  # fmt: skip
 
@@ -353,24 +353,24 @@ def test_a_critic_whose_derivatives_do_not_hold_is_refused(tmp_path, monkeypatch
 
 def test_the_nested_control_is_a_correction_of_zero(tmp_path, monkeypatch):
     run = functools.partial(train, "blpo_atari.py", total_timesteps=64)
-    nested, bilevel = (run(run_dir=tmp_path / name, ihvp=name) for name in ("none", "exact"))
-    original = blpo.exact_ihvp
-    monkeypatch.setattr(blpo, "exact_ihvp", lambda *system: tuple(0 * x for x in original(*system)))
+    nested, bilevel = (run(run_dir=tmp_path / name, ihvp=name) for name in ("none", "nystrom"))
+    original = blpo.nystrom_ihvp
+    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda *system: tuple(0 * x for x in original(*system)))
     zero = run(run_dir=tmp_path / "zero")
     assert same(weights_of(nested), weights_of(zero)) and not same(weights_of(nested), weights_of(bilevel))
-    monkeypatch.setattr(blpo, "exact_ihvp", lambda *system: tuple(math.nan * x for x in original(*system)))
+    monkeypatch.setattr(blpo, "nystrom_ihvp", lambda *system: tuple(math.nan * x for x in original(*system)))
     broken = run(run_dir=tmp_path / "broken")
     assert same(weights_of(nested), weights_of(broken))
-    assert {float(row["bilevel/fallbacks"]) for row in read_csv(broken / "metrics.csv")} == {4.0}  # every minibatch
+    assert {float(row["bilevel/fallbacks"]) for row in read_csv(broken / "metrics.csv")} == {2.0}  # every epoch
 
 
 @pytest.mark.full
 def test_each_argument_of_the_algorithm_matters(tmp_path):
     changes = [
         {}, {"follower": "last-two"}, {"follower": "full"}, {"damping": 1e-4}, {"nested_updates": 2}, {"norm_adv": False},
-        {"trunk_learning_rate": 1e-3}, {"critic_learning_rate": 2e-3}, {"learning_rate": 1e-3}, {"chunk_length": 4},
-        {"ihvp": "nystrom", "nystrom_rank": 1}, {"gamma": 0.9}, {"ent_coef": 0.1}, {"repeat_action_probability": 0.9},
-        {"episodic_life": False}, {"mixed_discount": 0.5}, {"ihvp": "cg", "curvature": "hessian", "follower": "full"},
+        {"trunk_learning_rate": 1e-3}, {"critic_learning_rate": 2e-3}, {"learning_rate": 1e-3},
+        {"nystrom_rank": 1}, {"gamma": 0.9}, {"ent_coef": 0.1}, {"repeat_action_probability": 0.9},
+        {"episodic_life": False}, {"mixed_discount": 0.5}, {"ihvp": "cg", "cg_iterations": 1}, {"num_minibatches": 1},
     ]  # fmt: skip
     found = [
         weights_of(train("blpo_atari.py", run_dir=tmp_path / str(i), num_steps=32, total_timesteps=64, seed=5, **change))
@@ -514,8 +514,8 @@ BAD = [
     ({"repeat_action_probability": 1.5}, "--repeat-action-probability is"),
 ]  # fmt: skip
 BAD_BLPO = [
-    ({"damping": 0.0}, "--damping is"), ({"chunk_length": 5}, "--chunk-length 5"), ({"mixed_discount": 1.1}, "--mixed-discount is"),
-    ({"num_minibatches": 3}, "the 4 chunks of a rollout"), ({"curvature": "hessian"}, "for the Hessian use --ihvp cg"),
+    ({"damping": 0.0}, "--damping is"), ({"mixed_discount": 1.1}, "--mixed-discount is"), ({"nystrom_rank": 10_000}, "--nystrom-rank is"),
+    ({"follower": "full", "num_steps": 10_001, "total_timesteps": 20_002}, "at most 20,000 rows"),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """blpo_atari.py: products with a convolutional critic's Jacobian, the solvers and the hypergradient against dense algebra, in
-float64 on a tiny network, and one minibatch of `train` by hand."""
+float64 on a tiny network, and one epoch of `train` by hand."""
 
+import copy
 import functools
 import inspect
 import math
@@ -16,6 +17,7 @@ import ppo_atari as ppo
 
 DOUBLE = torch.float64
 FOLLOWERS = ("head", "last-two", "full")
+ROWS = ("terminated", "truncated", "valid", "rewards")
 
 
 @pytest.fixture(autouse=True)
@@ -128,40 +130,27 @@ def test_curvature_of_the_head_is_the_hessian_of_its_loss():
 
     hessian = torch.func.hessian(loss)(omega_of(follower))
     curvature = blpo.GaussNewton(blpo.CriticJacobian(follower, inputs), weights)
-    whole = blpo.Hessian(curvature.jacobian, weights, follower, inputs, targets)
-    for each in (curvature, whole):
-        columns = torch.stack([each.product(row) for row in torch.eye(len(hessian), dtype=DOUBLE)])
-        assert torch.allclose(columns, hessian, rtol=0, atol=1e-12)
+    columns = torch.stack([curvature.product(row) for row in torch.eye(len(hessian), dtype=DOUBLE)])
+    assert torch.allclose(columns, hessian, rtol=0, atol=1e-12)
 
 
-def test_the_hessian_of_the_full_critic_is_that_of_plain_autograd():
-    follower, inputs, _ = follower_at("full", n=3)
-    weights, targets, omega = torch.rand(3, dtype=DOUBLE), torch.randn(3, dtype=DOUBLE), omega_of(follower)
-    hessian = blpo.Hessian(blpo.CriticJacobian(follower, inputs), weights, follower, inputs, targets)
-    loss = (weights * (targets - follower(inputs).squeeze(-1)) ** 2).sum()
-    gradient = torch.autograd.grad(loss, [*follower.parameters()], create_graph=True)
-    v = torch.randn(len(omega), generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
-    expected = flat(torch.autograd.grad(flat(gradient) @ v, [*follower.parameters()]))
-    assert (hessian.product(v) - expected).norm() < 1e-10 * expected.norm()
-
-
-@pytest.mark.parametrize("damping", [1.0, 1e-3])
 @pytest.mark.parametrize("name", FOLLOWERS)
-def test_solvers_equal_the_dense_solve(name, damping):
+def test_solvers_equal_the_dense_solve(name):
+    """Conjugate gradients at damping 1: elsewhere more iterations than rows are of no use in finite precision. Nystrom where it
+    has all directions, at any damping."""
     follower, inputs, dense = follower_at(name)
     weights, u = torch.rand(7, dtype=DOUBLE), torch.randn(7, dtype=DOUBLE)
     weights[2] = 0.0  # a row that is no transition
     curvature = blpo.GaussNewton(blpo.CriticJacobian(follower, inputs), weights)
-    matrix = 2 * dense.T @ (weights[:, None] * dense) + damping * torch.eye(dense.shape[1], dtype=DOUBLE)
-    expected = torch.linalg.solve(matrix, dense.T @ u)
-    solved = {"exact": blpo.exact_ihvp(curvature, u, damping)}
-    if damping == 1.0:  # elsewhere more iterations than rows are of no use in finite precision
-        solved["cg"] = blpo.cg_ihvp(curvature, u, damping, 60)
-    if name == "head":  # all its directions: the approximation is exact
-        solved["nystrom"] = blpo.nystrom_ihvp(curvature, u, damping, 7, torch.Generator().manual_seed(0))
-    for solver, (b, v) in solved.items():
-        assert torch.allclose(b, dense.T @ u, rtol=0, atol=1e-10), solver
-        assert (v - expected).norm() < 1e-6 * expected.norm(), solver
+    hessian, identity = 2 * dense.T @ (weights[:, None] * dense), torch.eye(dense.shape[1], dtype=DOUBLE)
+    solved = [(1.0, blpo.cg_ihvp(curvature, u, 1.0, 60))]
+    if name == "head":
+        for damping in (1.0, 1e-3):
+            solved.append((damping, blpo.nystrom_ihvp(curvature, u, damping, 7, torch.Generator().manual_seed(0))))
+    for damping, (b, v) in solved:
+        expected = torch.linalg.solve(hessian + damping * identity, dense.T @ u)
+        assert torch.allclose(b, dense.T @ u, rtol=0, atol=1e-10)
+        assert (v - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_nystrom_columns_of_the_full_critic_are_those_of_the_dense_curvature(monkeypatch):
@@ -244,155 +233,146 @@ def test_hypergradient_is_the_total_derivative_with_the_follower_solved_again(na
     assert (2 * direct - hypergradient - expected).norm() > 0.1 * correction  # the other sign
 
 
-# ---- One minibatch of train ------------------------------------------------------------------------------------
-def one_minibatch(tmp_path, monkeypatch, *arguments):
-    """The local variables of `train` when it takes its diagnostics, in a run of one minibatch of a real game, and the agent
-    before and after it."""
-    seen, original = {}, blpo.leader_diagnostics
+# ---- One epoch of train ----------------------------------------------------------------------------------------
+def test_a_network_in_pieces_is_the_network():
+    """On 128 rows at a time, and without a graph."""
+    network, sizes = nn.Linear(3, 2), []
+    network.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
+    obs = torch.randn(5, 300, 3)
+    found = blpo.in_pieces(network, obs)
+    assert sizes == 11 * [128] + [92] and not found.requires_grad
+    assert torch.allclose(found, network(obs.flatten(0, 1)), rtol=0, atol=1e-6)
 
-    def spy(theta, direct, correction, weights, e):
-        names = inspect.currentframe().f_back.f_locals
-        seen.update({k: x.detach().clone() if isinstance(x, torch.Tensor) else x for k, x in names.items() if k != "run"})
+
+def last_epoch(tmp_path, monkeypatch, *arguments):
+    """A run of two epochs of a real game: the agent, the states of its optimisers and of the random numbers at the start of the
+    second one; the local variables of `train` when it takes its diagnostics; the agent that is saved."""
+    seen, in_pieces, diagnostics = {}, blpo.in_pieces, blpo.leader_diagnostics
+
+    def at_start(network, obs):
+        local = inspect.currentframe().f_back.f_locals
+        if local["epoch"] == 1 and not seen:
+            seen.update(begun=copy.deepcopy(local["agent"]), random=torch.get_rng_state())
+            seen["adams"] = [copy.deepcopy(each.state_dict()) for each in local["optimisers"]]
+        return in_pieces(network, obs)
+
+    def at_end(theta, direct, correction, e):
+        local = inspect.currentframe().f_back.f_locals
+        seen.update({k: x.detach().clone() if isinstance(x, torch.Tensor) else x for k, x in local.items() if k != "run"})
         seen["gradients"] = [flat(torch.autograd.grad(x, theta, retain_graph=True)) for x in (direct, correction)]
-        return original(theta, direct, correction, weights, e)
+        return diagnostics(theta, direct, correction, e)
 
-    monkeypatch.setattr(blpo, "leader_diagnostics", spy)
-    words = ["--num-envs", "2", "--num-steps", "32", "--chunk-length", "16", "--total-timesteps", "64", "--update-epochs", "1"]
-    words += ["--num-minibatches", "1", "--env-threads", "1", "--torch-threads", "1", "--run-dir", str(tmp_path)]
-    words += ["--no-anneal-lr", "--checkpoint-every", "1", "--seed", "3", "--device", "cpu", "--nystrom-rank", "3", *arguments]
+    monkeypatch.setattr(blpo, "in_pieces", at_start)
+    monkeypatch.setattr(blpo, "leader_diagnostics", at_end)
+    words = ["--num-envs", "2", "--num-steps", "32", "--total-timesteps", "64", "--update-epochs", "2", "--num-minibatches", "2"]
+    words += ["--env-threads", "1", "--torch-threads", "1", "--device", "cpu", "--run-dir", str(tmp_path), "--checkpoint-every", "1"]
+    words += ["--seed", "3", "--no-anneal-lr", "--learning-rate", "0.02", "--clip-coef", "0.01"]
+    words += ["--env-kwargs", '{"max_episode_steps": 25}', *arguments]
     folder = blpo.train(blpo.parse_args(words))
-    torch.manual_seed(3)
-    seen["before"] = blpo.Agent(4, separate_trunks=True)
-    seen["after"] = blpo.load_policy(folder / "checkpoint.pt")
-    return SimpleNamespace(**seen)
+    return SimpleNamespace(**seen, after=blpo.load_policy(folder / "checkpoint.pt"))
 
 
-HESSIAN = "--ihvp cg --cg-iterations 25 --curvature hessian --damping 5 --mixed-discount 0.5"
-CASES = [("head", "--ihvp exact"), ("last-two", "--ihvp exact --no-norm-adv")]
-MORE_CASES = [(name, "--ihvp none") for name in FOLLOWERS] + [("full", "--ihvp exact"), ("full", HESSIAN)]
+EXACT = "--nystrom-rank 7 --mixed-discount 0.5"  # all directions of the head, its 6 weights and its bias
+CG = "--ihvp cg --cg-iterations 40"
+CASES = [("head", EXACT), ("last-two", f"{CG} --no-norm-adv"), ("head", "--ihvp none")]
+MORE_CASES = [("full", CG), ("full", "--ihvp none"), ("last-two", "--ihvp none")]
 
 
 @pytest.mark.parametrize("name, words", [*CASES, *(pytest.param(*case, marks=pytest.mark.full) for case in MORE_CASES)])
-def test_one_minibatch_of_train_by_hand(name, words, tmp_path, monkeypatch):
-    """K Adam steps of the follower, one of the actor along the hypergradient of Algorithm 1 from dense matrices and second
-    derivatives by torch.func, one of the layers below the follower on the critic's loss."""
-    seen = one_minibatch(tmp_path, monkeypatch, "--follower", name, *words.split())
-    agent, args, rows = seen.before.double(), seen.args, seen.chunks[seen.part]
-    kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
+def test_one_epoch_of_train_by_hand(name, words, tmp_path, monkeypatch):
+    """In float64: K passes of the follower, its response from dense matrices and plain autograd, and the minibatches of the
+    actor and of the layers below the follower."""
+    seen = last_epoch(tmp_path, monkeypatch, "--follower", name, *words.split())
+    agent, args = copy.deepcopy(seen.begun).double(), seen.args
+    terminated, truncated, valid, rewards = (torch.tensor(getattr(seen, x)).double() for x in ROWS)
+    assert terminated.any() and truncated.any() and not valid.all()
+    ended, weights, rows = torch.max(terminated, truncated), valid / valid.sum(), valid.flatten().nonzero()[:, 0]
+    targets, old_logprobs = seen.returns.double(), seen.logprobs.double()
+    fixed = targets - seen.values[:-1].double()  # A' = G' - V'
+    images = seen.obs.flatten(0, 1).double() / 255
+    actor, (below, follower) = nn.Sequential(agent.actor_trunk, agent.actor_head), blpo.split_critic(agent, name)
+    adams = []
+    for part, state in zip((actor, follower, below), seen.adams):
+        adams.append(torch.optim.Adam(part.parameters()))
+        adams[-1].load_state_dict(state)
+    assert len(adams) == (2 if name == "full" else 3)
+    torch.set_rng_state(seen.random)
 
-    def of_chunks(x):
-        """A tensor of the rollout at the minibatch's steps (C, L)."""
-        return torch.as_tensor(x).flatten(0, 1)[rows[:, :-1]].double()
-
-    valid, terminated, old_logprobs = of_chunks(seen.valid), of_chunks(seen.terminated), of_chunks(seen.logprobs)
-    rewards, targets, old_values = of_chunks(seen.rewards), of_chunks(seen.returns), of_chunks(seen.values[:-1])
-    ended = torch.max(terminated, of_chunks(seen.truncated))
-    weights, fixed, steps = valid / valid.sum(), targets - old_values, range(valid.shape[1])  # A' = G' - V'
-    assert ended.any() and not valid.all()
-    images = seen.obs.flatten(0, 1)[rows].flatten(0, 1).double() / 255
-    below, follower = blpo.split_critic(agent, name)
-
-    def mean(x):
-        return (weights * x).sum()
-
-    def per_chunk(values):
-        return values.view(len(weights), -1)[:, :-1]
-
-    def critic_loss():
-        return mean((per_chunk(follower(below(images))) - targets) ** 2)
-
-    adam = torch.optim.Adam(follower.parameters(), lr=args.critic_learning_rate, eps=1e-5)
-    for _ in range(3):
-        last_loss = critic_loss()
+    def step(adam, loss):
         adam.zero_grad()
-        last_loss.backward()
+        loss.backward()
         adam.step()
-    assert float(seen.critic_loss) == pytest.approx(last_loss.item(), rel=1e-4)
-    inputs, omega = below(images).detach(), omega_of(follower)
+
+    # The follower
+    inputs = below(images).detach()
+    for _ in range(args.nested_updates):
+        for part in torch.randperm(len(rows)).tensor_split(2):
+            critic_loss = ((follower(inputs[rows[part]])[:, 0] - targets.flatten()[rows[part]]) ** 2).mean()
+            step(adams[1], critic_loss)
+    assert float(seen.critic_loss) == pytest.approx(critic_loss.item(), rel=1e-3)
+    omega, steps = omega_of(follower), range(args.num_steps)
 
     def values(w):
-        return flat_call(follower, w, inputs).view(len(weights), -1)
-
-    assert torch.allclose(seen.new_values.double(), values(omega), rtol=0, atol=1e-5)
+        return flat_call(follower, w, inputs).view(args.num_steps + 1, -1)
 
     def advantages(w):
         """G(w) - V(s) with the V(s) of now, the lambda-return G by its recursion."""
-        v, returns, after = values(w), [], None
+        v, returns = values(w), []
         for t in reversed(steps):
-            following = v[:, t + 1]
-            if after is not None:
-                mixture = (1 - args.gae_lambda) * following + args.gae_lambda * after
-                following = torch.where(ended[:, t] == 1, following, mixture)
-            after = rewards[:, t] + args.gamma * (1 - terminated[:, t]) * following
-            returns.insert(0, after)
-        return torch.stack(returns, 1) - values(omega)[:, :-1].detach()
+            following = v[t + 1]
+            if returns:
+                mixture = (1 - args.gae_lambda) * following + args.gae_lambda * returns[0]
+                following = torch.where(ended[t] == 1, following, mixture)
+            returns.insert(0, rewards[t] + args.gamma * (1 - terminated[t]) * following)
+        return torch.stack(returns) - values(omega)[:-1].detach()
 
-    actor = nn.Sequential(*agent.actor_trunk, agent.actor_head)
-    theta = {key: parameter.detach() for key, parameter in actor.named_parameters()}
-    states = images.view(len(weights), -1, *images.shape[1:])[:, :-1].flatten(0, 1)
-    chosen = of_chunks(seen.actions).long().view(-1, 1)
+    def logprobs_of(part):
+        return actor(images[part]).log_softmax(-1), seen.actions.flatten()[part][:, None]
 
-    def logprobs_of(theta):
-        return torch.func.functional_call(actor, theta, (states,)).log_softmax(-1)
+    def surrogate(ratio, a):
+        return torch.minimum(ratio * a, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * a)
 
-    def surrogate(theta, a):
-        ratio = torch.exp(logprobs_of(theta).gather(-1, chosen).view_as(weights) - old_logprobs)
-        return torch.minimum(ratio * a, ratio.clamp(0.9, 1.1) * a)
-
-    refreshed, centre, centre_fixed, sigma = advantages(omega).detach(), 0.0, 0.0, 1.0
-    if args.norm_adv:
-        centre, centre_fixed = mean(refreshed), mean(fixed)
-        sigma = mean((refreshed - centre) ** 2).sqrt() + 1e-8
-
-    def inner_loss(theta, w):
-        """L; an action earns all targets of the rows before it, grad_theta G'_t = sum_{k >= t} kappa^(k-t) grad S(r_k, A'_k)."""
-        gains, earned, after = surrogate(theta, (fixed - centre_fixed) / sigma), [], 0.0
-        for t in reversed(steps):
-            after = valid[:, t] * (gains[:, t] + kappa * (1 - ended[:, t]) * after)
-            earned.insert(0, after)
-        earned = torch.stack(earned, 1)
-        return mean((targets + earned - earned.detach() - values(w)[:, :-1]) ** 2)
-
-    direct = flat(torch.func.grad(lambda t: mean(surrogate(t, (refreshed - centre) / sigma)))(theta).values())
-    correction = torch.zeros_like(direct)
+    # Its response
+    refreshed, e = advantages(omega).detach(), torch.zeros_like(weights)
+    assert torch.allclose(seen.refreshed.double(), refreshed, rtol=0, atol=1e-4)
     if args.ihvp != "none":
-        b = torch.func.grad(lambda w: sigma * mean(surrogate(theta, (advantages(w) - centre) / sigma)))(omega)
-        jacobian = torch.func.jacrev(lambda w: per_chunk(values(w)).flatten())(omega)
-        curvature = 2 * jacobian.T @ (weights.flatten()[:, None] * jacobian)
-        v = torch.linalg.solve(curvature + args.damping * torch.eye(len(b), dtype=DOUBLE), b)
-        if args.curvature == "hessian":  # as a matrix it would take 40 GB on the way
-            gradient = torch.func.grad(lambda w: mean((targets - values(w)[:, :-1]) ** 2))
-            gauss_newton, v = v, seen.v.double()
-            product = torch.func.jvp(gradient, (omega,), (v,))[1]
-            assert (product + args.damping * v - b).norm() < 1e-4 * b.norm() < (gauss_newton - v).norm()
-        mixed = torch.func.jvp(lambda w: torch.func.grad(inner_loss)(theta, w), (omega,), (v,))[1]
-        correction = -flat(mixed.values())
-        assert (seen.v.double() - v).norm() < 1e-3 * v.norm()
-        assert (seen.gradients[1].double() - correction).norm() < 2e-3 * correction.norm()
-        assert correction.norm() > 0.01 * direct.norm()
-    else:
-        assert (seen.gradients[1] == 0).all()
-    assert (seen.gradients[0].double() - direct).norm() < 1e-3 * direct.norm()
+        logprobs, chosen = logprobs_of(slice(0, weights.numel()))
+        ratio = (logprobs.gather(-1, chosen).view_as(weights) - old_logprobs).exp().detach()
+        assert ((ratio - 1).abs() > args.clip_coef)[valid == 1].any()
+        centre = (weights * refreshed).sum() if args.norm_adv else 0.0
+        b = torch.func.grad(lambda w: (weights * surrogate(ratio, advantages(w) - centre)).sum())(omega)
+        jacobian = torch.func.jacrev(lambda w: values(w)[:-1].flatten())(omega)
+        hessian = 2 * jacobian.T @ (weights.flatten()[:, None] * jacobian)
+        v = torch.linalg.solve(hessian + args.damping * torch.eye(len(b), dtype=DOUBLE), b)
+        assert (seen.v.double() - v).norm() < 3e-4 * v.norm()
+        kappa = args.gamma * args.gae_lambda if args.mixed_discount is None else args.mixed_discount
+        z, before = (jacobian @ v).view_as(weights), torch.zeros(2, dtype=DOUBLE)
+        for t in steps:
+            e[t] = valid[t] * (z[t] + kappa * before)
+            before = (1 - ended[t]) * e[t]
+        assert e.std() > 0.01 * e.abs().max() > 0
+    assert (seen.e.double() - e).norm() <= 1e-3 * e.norm()
 
-    def entropy(theta):
-        logprobs = logprobs_of(theta)
-        return -(weights.flatten() * (logprobs.exp() * logprobs).sum(-1)).sum()
-
-    assert torch.allclose(seen.entropy.double(), entropy(theta), atol=1e-5)
-    gradient, start = -(direct + correction) - args.ent_coef * flat(torch.func.grad(entropy)(theta).values()), 0
-    adam = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, eps=1e-5)
-    for parameter in actor.parameters():
-        parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter).clone()
-        start += parameter.numel()
-    adam.step()
-    if name != "full":
-        adam = torch.optim.Adam(below.parameters(), lr=args.trunk_learning_rate, eps=1e-5)
-        for parameter, each in zip(below.parameters(), torch.autograd.grad(critic_loss(), list(below.parameters()))):
-            parameter.grad = each
-        adam.step()
-    torch.manual_seed(3)
-    initial = dict(blpo.Agent(4, separate_trunks=True).named_parameters())
-    for (key, expected), found in zip(agent.named_parameters(), seen.after.parameters()):
-        moved, error = expected - initial[key], found - expected
-        assert moved.norm() > 0, key  # a first step of Adam is a step size along the gradient's sign, of tiny ones less
+    # The leader, and the layers below the follower
+    for part in torch.randperm(len(rows)).tensor_split(2):
+        part = rows[part]
+        a, a_fixed = refreshed.flatten()[part], fixed.flatten()[part]
+        if args.norm_adv:
+            sigma = a.std() + 1e-8
+            a, a_fixed = (a - a.mean()) / sigma, (a_fixed - a_fixed.mean()) / sigma
+        logprobs, chosen = logprobs_of(part)
+        ratio = (logprobs.gather(-1, chosen)[:, 0] - old_logprobs.flatten()[part]).exp()
+        direct, correction = surrogate(ratio, a).mean(), (2 * e.flatten()[part] * surrogate(ratio, a_fixed)).mean()
+        gradients = [flat(torch.autograd.grad(x, [*actor.parameters()], retain_graph=True)) for x in (direct, correction)]
+        entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+        step(adams[0], -direct - correction - args.ent_coef * entropy)
+        if name != "full":
+            step(adams[2], ((follower(below(images[part]))[:, 0] - targets.flatten()[part]) ** 2).mean())
+    assert torch.allclose(seen.entropy.double(), entropy, atol=1e-5)
+    for found, expected in zip(seen.gradients, gradients):
+        assert (found.double() - expected).norm() <= 2e-3 * expected.norm()
+    assert gradients[1].norm() > 0.01 * gradients[0].norm() or args.ihvp == "none"
+    for (key, expected), start, found in zip(agent.named_parameters(), seen.begun.parameters(), seen.after.parameters()):
+        moved, error = expected - start, found - expected
+        assert moved.norm() > 0, key
         assert error.norm() < 2e-3 * moved.norm(), (key, float(error.norm() / moved.norm()))
