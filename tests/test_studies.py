@@ -211,7 +211,7 @@ def test_loops_and_solvers_are_timed(tmp_path):
 def test_atari_loops_are_timed(tmp_path):
     measure("speed_atari", tmp_path, "--rounds 1 --torch-threads 1")
     rows = read_csv(tmp_path / "loops.csv")
-    names = "games only; PPO; reference, 1 threads; PPO separate; BLPO head, exact; BLPO head, none".split(
+    names = "games only; PPO; reference, 1 threads; PPO separate; BLPO head, nystrom; BLPO head, none".split(
         "; "
     )
     assert [row["loop"] for row in rows] == names and float(rows[3]["time_over_PPO_separate"]) == 1

@@ -100,7 +100,7 @@ def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
         name = references[f"reference_{count}_threads"] = f"reference, {count} threads"
         loops[name] = partial(reference, words, count)
     loops["PPO separate"] = partial(turns.script_loop, "ppo_atari.py", f"{words} --separate-trunks")
-    for follower, ihvp in itertools.product(args.followers, ("exact", "none")):
+    for follower, ihvp in itertools.product(args.followers, ("nystrom", "none")):
         more = f"{words} --follower {follower} --ihvp {ihvp}"
         loops[f"BLPO {follower}, {ihvp}"] = partial(turns.script_loop, "blpo_atari.py", more)
     samples = turns.loops_in_turns(loops, args.rounds, *((4, 2) if args.device == "cuda" else (1, 1)))
