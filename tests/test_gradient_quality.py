@@ -1,8 +1,7 @@
 """benchmark/studies/gradient_quality.py: references, estimates and the rule, against loops and plain autograd."""
 
-import json
-
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import REPO
@@ -11,6 +10,7 @@ import blpo_continuous as blpo
 import ppo_continuous
 import ppo_discrete
 from benchmark.studies import gradient_quality as study
+from benchmark.studies.study import BadInput, run
 
 GAMMA = 0.9
 
@@ -162,7 +162,7 @@ def made_rows(total, direct, constant):
     noise = 0.01 * np.random.default_rng(0).standard_normal((10, 5))
     base = {"direct": direct, "own start": 0.0, "total": total, "constant": constant, "permuted": 0.0}
     return [
-        ["Hopper-v4", 701, stage, 64, 2048, 0.95, 3, 0.95, arm, "start", f"{base[arm] + noise[stage, i]:.5f}", "0"]
+        ["Hopper-v4", 701, stage, 64, 2048, 0.95, 3, 0.95, arm, "start", base[arm] + noise[stage, i], 0.0]
         for stage in range(10)
         for i, arm in enumerate(study.ARMS)
     ]
@@ -181,15 +181,21 @@ def test_it_matters_only_above_both(cosines, said):
 @pytest.mark.full
 def test_a_small_study(tmp_path, capsys):
     words = {"tasks": ("CartPole-v1",), "stages": 1, "seeds": (701,), "reference_steps": 10_000}
-    args = study.Args(**words, run_dir=tmp_path / "runs", results=tmp_path / "results")
-    study.main(args)
-    names = {path.name for path in args.results.iterdir()}
-    assert names == {"cosines.csv.gz", "policies.csv", "verdicts.csv", "made.json", "gradient_quality.png"}
-    assert "start, as the method is run: matters on" in capsys.readouterr().out
-    first = (args.results / "verdicts.csv").read_bytes()
-    study.main(args)  # nothing is made again
-    assert (args.results / "verdicts.csv").read_bytes() == first
-    assert json.loads((args.results / "made.json").read_text())[0].keys() >= {"commit", "versions", "cpu"}
+    args = study.Args(**words, run_dir=tmp_path / "runs", results_dir=tmp_path / "results")
+    run(args, study.measure, study.__file__)
+    names = {path.name for path in args.results_dir.iterdir()}
+    tables = {f"{name}.{kind}" for name in ("policies", "verdicts", "answers") for kind in ("csv", "json")}
+    assert names == tables | {"cosines.csv.gz", "gradient_quality.png"}
+    assert "where the theory says" in capsys.readouterr().out
+    first = (args.results_dir / "verdicts.csv").read_bytes()
+    run(args, study.measure, study.__file__)  # nothing is made again
+    assert (args.results_dir / "verdicts.csv").read_bytes() == first
+
+
+def test_bad_input_is_one_sentence():
+    for words, said in (({"stages": 11}, "--stages"), ({"tasks": ()}, "--tasks"), ({"reference_steps": 3}, "--reference-steps")):
+        with pytest.raises(BadInput, match=said):
+            study.Args(**words)
 
 
 def test_committed_results_follow_the_rule():
@@ -197,12 +203,7 @@ def test_committed_results_follow_the_rule():
     folder = REPO / "benchmark" / "results" / "gradient_quality"
     if not folder.exists():
         pytest.skip("no results are committed yet")
-    import csv
-    import gzip
-
-    with gzip.open(folder / "cosines.csv.gz", "rt") as file:
-        rows = [*csv.reader(file)][1:]
-    for row in rows:
-        row[3:5], row[5], row[6], row[7] = map(int, row[3:5]), float(row[5]), int(row[6]), float(row[7])
-    with open(folder / "verdicts.csv") as file:
-        assert [{k: str(v) for k, v in row.items()} for row in study.verdicts(rows)] == [*csv.DictReader(file)]
+    rows = pd.read_csv(folder / "cosines.csv.gz").itertuples(index=False, name=None)
+    found, committed = pd.DataFrame(study.verdicts([*rows])), pd.read_csv(folder / "verdicts.csv")
+    names = ["task", "reference", "leader", "targets", "K", "width", "batch", "policies", "matters"]
+    assert found[names].astype(str).equals(committed[names].astype(str))

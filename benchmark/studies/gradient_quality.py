@@ -1,6 +1,6 @@
 """How good is the hypergradient as a gradient? Frozen policies on real tasks, nothing learns.
 
-    python -m benchmark.studies.gradient_quality --workers 2
+    python -m benchmark.studies.gradient_quality --workers 2 --results-dir benchmark/results/gradient_quality
 
 **Policies.** For each task two PPO runs (constant step sizes), frozen at ten stages: twenty policies.
 
@@ -35,26 +35,30 @@ given for `visited`, judged apart, since that is the total derivative's objectiv
 """
 
 import copy
-import csv
 import gzip
 import importlib
+import io
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import torch
-import tyro
-from pydantic import BaseModel, Field, PositiveInt
+from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 import blpo_continuous as blpo
 from benchmark.machine import provenance, write_atomically
+from benchmark.studies import study
 
 ROOT = Path(__file__).parents[2]
 # Steps between two stages of a run: the last one is where the task is nearly learned, or half of it.
@@ -69,26 +73,25 @@ REFERENCES = ("start", "visited", "plain")
 BATCHES = {2048: (8, 256, 8), 20480: (32, 640, 2)}  # environments, steps, how many of them
 DAMPING, CG, GROUPS = 1.0, 10, 8
 COLUMNS = "task,seed,stage,width,batch,targets,K,leader,arm,reference,cosine,error".split(",")
-DESCRIPTION = "task,seed,stage,return,rows,start_error,visited_error,plain_error,cg_residual".split(",")
+DESCRIPTION = ["task", "seed", "stage", "commit", "return", "rows"]
+DESCRIPTION += ["start_error", "visited_error", "plain_error", "cg_residual"]
 
 
-class Args(BaseModel, extra="forbid"):
-    """How good the hypergradient is as a gradient, on frozen policies."""
+class Args(study.Args):
+    """The policies, and where their numbers are kept."""
 
-    tasks: tuple[Literal[*TASKS], ...] = tuple(TASKS)
+    tasks: Annotated[tuple[Literal[*TASKS], ...], study.AT_LEAST_ONE] = tuple(TASKS)
     """the tasks"""
     stages: Annotated[int, Field(ge=1, le=STAGES)] = STAGES
     """stages of each run, the first ones"""
-    seeds: tuple[PositiveInt, ...] = SEEDS
+    seeds: Annotated[tuple[study.Seed, ...], study.AT_LEAST_ONE] = SEEDS
     """seeds of the PPO runs, which no suite reports"""
-    reference_steps: Annotated[int, Field(ge=10_000)] = 500_000
+    reference_steps: Annotated[int, Field(ge=10_000, le=10**8)] = 500_000
     """fresh steps for the reference gradients of each policy"""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """policies at a time, one core each"""
     run_dir: Path = ROOT / "runs" / "gradient_quality"
     """policies and the numbers of each; what is there is not made again"""
-    results: Path = ROOT / "benchmark" / "results" / "gradient_quality"
-    """where the tables and the figure go"""
 
 
 # ---- Policies ----------------------------------------------------------------------------------------
@@ -288,7 +291,7 @@ def estimates(agent, batch: Fragment, fitted: torch.nn.Module, gamma: float, gen
 
 
 # ---- One policy --------------------------------------------------------------------------------------
-def measure(task: str, seed: int, stage: int, path: Path, reference_steps: int) -> tuple[list, list]:
+def measure_policy(task: str, seed: int, stage: int, path: Path, reference_steps: int) -> tuple[list, list]:
     """The rows of one policy (COLUMNS) and its description (DESCRIPTION)."""
     torch.set_num_threads(1)
     script, saved = script_of(task), torch.load(path, weights_only=True)
@@ -317,18 +320,17 @@ def measure(task: str, seed: int, stage: int, path: Path, reference_steps: int) 
                     products = g @ r
                     cosine = (products / (g.norm(dim=1) * r.norm())).mean()
                     error = 1 - products.mean() ** 2 / (g.square().sum(1).mean() * r.square().sum())
-                    numbers = f"{cosine:.5f}", f"{error:.5f}"
-                    rows.append([task, seed, stage, width, size, *key, name, *numbers])
-    described = [task, seed, stage, f"{mean_return:.1f}", int(long.valid.sum())]
-    return rows, [*described, *(f"{x:.4f}" for x in errors), f"{worst:.2g}"]
+                    rows.append([task, seed, stage, width, size, *key, name, float(cosine), float(error)])
+    described = [task, seed, stage, provenance()["commit"], mean_return, int(long.valid.sum())]
+    return rows, [*described, *errors.tolist(), worst]
 
 
 def measured_once(task: str, seed: int, stage: int, path: Path, reference_steps: int) -> None:
     """Measure a policy and write its numbers beside it, unless they are there."""
     output = path.with_suffix(f".{reference_steps}.json")
     if not output.exists():
-        rows, described = measure(task, seed, stage, path, reference_steps)
-        content = json.dumps({"rows": rows, "policy": described, "made": provenance()})
+        rows, described = measure_policy(task, seed, stage, path, reference_steps)
+        content = json.dumps({"rows": rows, "policy": described})
         write_atomically(output, lambda new: new.write_text(content))
 
 
@@ -346,13 +348,13 @@ def verdicts(rows: list[list]) -> list[dict]:
     cosines: dict = {}
     for task, seed, stage, width, size, target, nested, leader, arm, reference, cosine, _ in rows:
         key = task, reference, leader, target, nested, width, size
-        cosines.setdefault(key, {}).setdefault(arm, {})[seed, stage] = float(cosine)
+        cosines.setdefault(key, {}).setdefault(arm, {})[seed, stage] = cosine
     names = "task,reference,leader,targets,K,width,batch".split(",")
     table = []
     for key, arms in sorted(cosines.items(), key=str):
         values = {arm: np.array([found[each] for each in sorted(found)]) for arm, found in arms.items()}
         row = dict(zip(names, key)) | {"policies": len(values["total"])}
-        row |= {arm: f"{values[arm].mean():.4f}" for arm in ARMS}
+        row |= {arm: float(values[arm].mean()) for arm in ARMS}
         lows = []
         for other in ("direct", "constant", "permuted"):
             mean, low, high = interval(values["total"] - values[other])
@@ -362,10 +364,8 @@ def verdicts(rows: list[list]) -> list[dict]:
     return table
 
 
-def draw(table: list[dict], path: Path) -> None:
-    """Cosine with `start` over the critic's width: a panel a task and leader's lambda, a line an arm."""
-    from matplotlib.figure import Figure
-
+def draw(table: list[dict]) -> bytes:
+    """A png: cosine with `start` by the critic's width, a panel a task and leader's lambda, a line an arm."""
     tasks = [task for task in TASKS if any(row["task"] == task for row in table)]
     figure = Figure(figsize=(3 * len(tasks), 5.6), layout="constrained")
     panels = figure.subplots(2, len(tasks), sharex=True, sharey=True, squeeze=False)
@@ -375,57 +375,40 @@ def draw(table: list[dict], path: Path) -> None:
             panel, wanted = panels[line][column], fixed | {"task": task, "leader": leader}
             chosen = [row for row in table if all(row[name] == value for name, value in wanted.items())]
             chosen.sort(key=lambda row: row["width"])
-            for arm, style in zip(ARMS, ("k-o", "C2-^", "C0-o", "C1--s", "C3:d")):
-                if arm != "own start":
-                    numbers = [float(row[arm]) for row in chosen]
+            for arm, style in zip(ARMS, ("k-o", None, "C0-o", "C1--s", "C3:d")):
+                if style:
+                    numbers = [row[arm] for row in chosen]
                     panel.plot([str(row["width"]) for row in chosen], numbers, style, label=arm)
-            panel.set_title(f"{task}, leader's λ {leader:g}", fontsize=9)
+            panel.set_title(f"{task}, leader's λ {leader:g}, n = {chosen[0]['policies']}", fontsize=9)
             if line:
                 panel.set_xlabel("width of the critic")
-    for line in range(2):
         panels[line][0].set_ylabel("cosine with the gradient\nof the discounted return")
     panels[0][0].legend(fontsize=8)
-    write_atomically(path, lambda new: figure.savefig(new, dpi=130, format="png"))
+    content = io.BytesIO()
+    figure.savefig(content, dpi=130, format="png")
+    return content.getvalue()
 
 
-def write_results(args: Args) -> None:
-    """The tables and the figure of all policies whose numbers are in the run folder."""
-    contents = [
-        json.loads(p.read_text()) for p in sorted(args.run_dir.glob(f"*.{args.reference_steps}.json"))
-    ]
-    rows = [row for each in contents for row in each["rows"]]
-    args.results.mkdir(parents=True, exist_ok=True)
-
-    def write_csv(path: Path, header: list[str], lines: list, opener=open) -> None:
-        def write(new: Path) -> None:
-            with opener(new, "wt", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([header, *lines])
-
-        write_atomically(path, write)
-
-    write_csv(args.results / "cosines.csv.gz", COLUMNS, rows, gzip.open)
-    write_csv(args.results / "policies.csv", DESCRIPTION, [each["policy"] for each in contents])
-    table = verdicts(rows)
-    write_csv(args.results / "verdicts.csv", [*table[0]], [row.values() for row in table])
-    made = [each["made"] for each in contents]
-    made = [each for index, each in enumerate(made) if each not in made[:index]]
-    write_atomically(
-        args.results / "made.json", lambda new: new.write_text(json.dumps(made, indent=1) + "\n")
-    )
-    draw(table, args.results / "gradient_quality.png")
-    for reference in ("start", "visited"):
-        for words, setting in (
-            ("as the method is run", {"leader": 0.95, "targets": 0.95, "K": 3, "width": 64, "batch": 2048}),
-            ("where the theory says", {"leader": 0.0, "targets": 1.0, "K": 30, "width": 1, "batch": 20480}),
-        ):
-            wanted = setting | {"reference": reference}
-            chosen = [row for row in table if all(row[name] == value for name, value in wanted.items())]
-            yes = [row["task"] for row in chosen if row["matters"] == "yes"]
-            print(f"{reference}, {words}: matters on {len(yes)} of {len(chosen)} tasks ({', '.join(yes)})")
+SETTINGS = {
+    "as the method is run": {"leader": 0.95, "targets": 0.95, "K": 3, "width": 64, "batch": 2048},
+    "where the theory says": {"leader": 0.0, "targets": 1.0, "K": 30, "width": 1, "batch": 20480},
+}
 
 
-def main(args: Args) -> None:
-    """Make the policies, measure them, write tables and figure; what is there is not made again."""
+def answers(table: list[dict]) -> list[dict]:
+    """On which of the tasks the hypergradient matters, by the rule."""
+    rows = []
+    for (words, setting), reference in itertools.product(SETTINGS.items(), ("start", "visited")):
+        wanted = setting | {"reference": reference}
+        chosen = [row for row in table if all(row[name] == value for name, value in wanted.items())]
+        yes = [row["task"] for row in chosen if row["matters"] == "yes"]
+        numbers = {"tasks": len(chosen), "matters on": len(yes), "which": ", ".join(yes)}
+        rows.append({"setting": words, "reference": reference} | numbers)
+    return rows
+
+
+def measure(args: Args) -> Iterator[tuple[str, list[study.Row] | bytes]]:
+    """Make the policies, measure them, give the tables and the figure; what is there is not made again."""
     args.run_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(task, seed) for task in args.tasks for seed in args.seeds]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
@@ -437,8 +420,17 @@ def main(args: Args) -> None:
         measuring = [pool.submit(measured_once, *one, args.reference_steps) for one in policies]
         for each in tqdm(as_completed(measuring), total=len(measuring), desc="policies"):
             each.result()
-    write_results(args)
+    numbers = [path.with_suffix(f".{args.reference_steps}.json") for *_, path in sorted(policies)]
+    contents = [json.loads(path.read_text()) for path in numbers]
+    rows = [row for each in contents for row in each["rows"]]
+    table = verdicts(rows)
+    yield "policies", [dict(zip(DESCRIPTION, each["policy"])) for each in contents]
+    yield "verdicts", table
+    yield "answers", answers(table)
+    text = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, float_format="%.5f")
+    yield "cosines.csv.gz", gzip.compress(text.encode(), mtime=0)
+    yield "gradient_quality.png", draw(table)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    study.command(Args, measure, __file__, __doc__)
