@@ -183,6 +183,12 @@ class Args(CheckedArgs):
     """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
     reward_width: Width = 128
     """units in each of the reward network's two hidden layers"""
+    reward_ensemble: PositiveInt = 1
+    """reward networks; the reward is their mean"""
+    reward_candidates: PositiveInt = 1
+    """pairs drawn for each that is asked: the one on which the ensemble disagrees most (10 in B-Pref)"""
+    reward_model: Path | None = None
+    """checkpoint.pt whose reward network is the initial one; --reward-update frozen keeps it"""
     reward_dropout: BelowOne = 0.0
     """dropout rate after these layers while the reward learns"""
     reward_learning_rate: PositiveFloat = 3e-4
@@ -205,8 +211,9 @@ class Args(CheckedArgs):
     """labels of an iteration after that; default: what is left of the budget, evenly over the run"""
     heldout_pairs: NonNegativeInt = 64
     """unlabelled pairs of an iteration for the logged accuracy and cross-entropy"""
-    teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic"] = "oracle"
-    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule"""
+    teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic", "human"] = "oracle"
+    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule; human:
+    people, through label_preferences.py, which shows them the pairs in the run folder"""
     teacher_temperature: PositiveFloat = 1.0
     """true return that makes odds of e for the stochastic teacher"""
     teacher_error: Annotated[float, Field(ge=0, le=0.5)] = 0.1
@@ -215,6 +222,11 @@ class Args(CheckedArgs):
     """what skip and equal call little, as a fraction of the shown fragments' mean return"""
     teacher_gamma: Fraction = 0.9
     """discount of the myopic teacher, away from a fragment's end"""
+    wait_for_labels: bool = True
+    """wait until people have answered all of an iteration's pairs; else go on with what is there"""
+    labels: Path | None = None
+    """labels.jsonl of people: the queue starts with its pairs, but each tenth is held out to measure the
+    accuracy; only --teacher human is asked for more"""
 
     implicit: Literal["one-step", "rollouts", "reward-to-go-style"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
@@ -627,7 +639,7 @@ def check_room(args: Args, obs_dim: int, action_dim: int) -> None:
             raise BadInput(f"--buffer-size: {needs}, {room}; make it or --queue-size smaller")
 
 
-# ---- Preferences -------------------------------------------------------------------------------------
+# ---- Preferences (shared) ----------------------------------------------------------------------------
 def fragment_windows(valid: Tensor, length: int) -> Tensor:
     """First step and environment (K, 2) of all fragments of `length` transitions within one episode.
 
@@ -710,7 +722,46 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / (x.norm() * y.norm())
 
 
-# ---- Upper level: reward updates ---------------------------------------------------------------------
+def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
+    """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
+    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
+    folder.mkdir(exist_ok=True)
+    for number, pair in enumerate(zip(*columns.values()), pairs_asked(folder)):
+        saved = {"pair": number, "env_id": args.env_id, "env_kwargs": args.env_kwargs}
+        saved |= {name: each.clone() for name, each in zip(columns, pair)}  # a view is saved as a whole
+        write_atomically(folder / f"{number:07}.pt", saved)
+
+
+def pairs_asked(folder: Path) -> int:
+    """How many pairs `ask_people` has written to the folder; they are numbered from 0."""
+    return len(list(folder.glob("*.pt")))
+
+
+def read_labels(file: Path) -> dict[int, float | None]:
+    """Label y of each pair that people have answered, by its number; None: they could not tell.
+
+    A line of labels.jsonl is an answer, and the last one to a pair counts. Not so those to a pair that was
+    shown again, which measure agreement, and a line that is still being written.
+    """
+    labels = {}
+    for line in file.read_text().split("\n")[:-1] if file.exists() else ():
+        row = json.loads(line)
+        if not row["repeat"]:
+            labels.pop(row["pair"], None)
+            labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+    return labels
+
+
+def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
+    """The pairs (P,) that people have labelled, as `ask_people` wrote them beside this file, and their labels
+    (P,); but for those whose numbers are in `taken`, to which these are added."""
+    labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
+    taken |= labels.keys()
+    pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
+    return pairs, torch.tensor(list(labels.values()))
+
+
+# ---- Upper level: reward updates (shared) ------------------------------------------------------------
 def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
     """l (P,) in nats of each pair: rewards (P, 2, L), labels (P,). Its mean is DRLHF's loss, (12) alone.
 
@@ -742,36 +793,10 @@ def implicit_term(
     return inverse_temperature * taken * scores
 
 
-def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
-    """Q - V (...) with Prop. 5.1's sums cut after one term, as released: r(s, a) - mean r(s, a'), a' ~ pi(s).
-
-    rewards (...), resampled (..., m). It is 0 where r does not depend on the action.
-    """
-    return rewards - resampled.mean(-1)
-
-
-@torch.no_grad()
-def resample_actions(agent: Agent, inputs: Tensor, obs_dim: int, count: int) -> Tensor:
-    """The states of inputs (..., D+A) with `count` actions of the policy's own each: (..., count, D+A)."""
-    shape, action_dim = (*inputs.shape[:-1], count), inputs.shape[-1] - obs_dim
-    obs = inputs[..., None, :obs_dim].expand(*shape, obs_dim)
-    return torch.cat([obs, agent.act(obs, torch.randn(*shape, action_dim).to(inputs))], -1)
-
-
 def rollout_advantages(from_actions: Tensor, from_policy: Tensor) -> Tensor:
     """Q - V (...) by M rollouts each (eq. 79): discounted sums of r (..., M), from the visited action and
     from the policy's own."""
     return from_actions.mean(-1) - from_policy.mean(-1)
-
-
-def reward_to_go_advantages(rewards: Tensor, gamma: float) -> Tensor:
-    """Q - V (P, 2, L) by the rest of the same fragment, minus its mean over the pairs: a heuristic, no
-    estimate of (13), for the later steps are those that l scores. rewards (P, 2, L)."""
-    length = rewards.shape[-1]
-    powers = torch.arange(length).unsqueeze(1) - torch.arange(length)  # t - h
-    discounts = torch.where(powers >= 0, gamma ** powers.clamp(min=0).to(rewards.dtype), 0.0)
-    to_go = rewards @ discounts.to(rewards)  # sum_{t >= h} gamma^(t-h) r_t
-    return to_go - to_go.mean((0, 1))
 
 
 def geometric_lengths(count: int, gamma: float) -> Tensor:
@@ -818,6 +843,33 @@ def limited_sum(
     norm, other = (torch.stack(torch._foreach_norm(each)).norm() for each in (gradients, added))
     factor = (limit * norm / other).nan_to_num(1.0).clamp(max=1.0)
     return [each + factor * more for each, more in zip(gradients, added)], other / norm, factor
+
+
+# ---- Upper level: advantages without a simulator -----------------------------------------------------
+def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
+    """Q - V (...) with Prop. 5.1's sums cut after one term, as released: r(s, a) - mean r(s, a'), a' ~ pi(s).
+
+    rewards (...), resampled (..., m). It is 0 where r does not depend on the action.
+    """
+    return rewards - resampled.mean(-1)
+
+
+@torch.no_grad()
+def resample_actions(agent: Agent, inputs: Tensor, obs_dim: int, count: int) -> Tensor:
+    """The states of inputs (..., D+A) with `count` actions of the policy's own each: (..., count, D+A)."""
+    shape, action_dim = (*inputs.shape[:-1], count), inputs.shape[-1] - obs_dim
+    obs = inputs[..., None, :obs_dim].expand(*shape, obs_dim)
+    return torch.cat([obs, agent.act(obs, torch.randn(*shape, action_dim).to(inputs))], -1)
+
+
+def reward_to_go_advantages(rewards: Tensor, gamma: float) -> Tensor:
+    """Q - V (P, 2, L) by the rest of the same fragment, minus its mean over the pairs: a heuristic, no
+    estimate of (13), for the later steps are those that l scores. rewards (P, 2, L)."""
+    length = rewards.shape[-1]
+    powers = torch.arange(length).unsqueeze(1) - torch.arange(length)  # t - h
+    discounts = torch.where(powers >= 0, gamma ** powers.clamp(min=0).to(rewards.dtype), 0.0)
+    to_go = rewards @ discounts.to(rewards)  # sum_{t >= h} gamma^(t-h) r_t
+    return to_go - to_go.mean((0, 1))
 
 
 # ---- Upper level: rollouts in a simulator ------------------------------------------------------------
