@@ -99,7 +99,8 @@ Width = Annotated[int, Field(ge=1, le=8192)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveOrInf = Annotated[float, Field(gt=0, allow_inf_nan=True)]
-LEARNED = ("sobirl", "drlhf", "pbrl-style", "hpgd-style")  # values of --reward-update that ask the teacher
+ADDS = ("sobirl", "hpgd-style", "pbrl-style")  # values of --reward-update that add to the cross-entropy
+LEARNED = ("drlhf", *ADDS)  # those that ask the teacher
 
 
 class Args(CheckedArgs):
@@ -136,6 +137,8 @@ class Args(CheckedArgs):
     """any task with a bounded Box action space; also namespace/Name-v0 and module:Name-v0"""
     env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
     """keyword arguments of the task, as JSON: '{"terminate_when_unhealthy": false}'"""
+    terminate: bool = True
+    """--no-terminate: a fall does not end an episode; for tasks with Gymnasium's terminate_when_unhealthy"""
     env_backend: Literal["auto", "envpool", "sync", "async"] = "sync"
     """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
     where it has the task, else sync"""
@@ -266,6 +269,13 @@ class Args(CheckedArgs):
         if self.implicit_pairs == "queue" and (self.implicit == "rollouts" or self.permute_cross_entropy):
             needs = "--implicit rollouts and --permute-cross-entropy need the newest pairs"
             raise BadInput(f"--implicit-pairs queue: {needs}; leave it out")
+        if self.labels and self.teacher != "human" and method in ADDS:
+            needs = f"{method} needs labels of its policy's newest pairs, which a file does not have"
+            raise BadInput(f"--labels: {needs}; use --reward-update drlhf or --teacher human")
+        if self.reward_candidates > 1 and self.reward_ensemble == 1:
+            raise BadInput("--reward-candidates: one network cannot disagree; raise --reward-ensemble")
+        if not self.terminate:
+            self.env_kwargs = json.dumps(json.loads(self.env_kwargs) | {"terminate_when_unhealthy": False})
         return self
 
 
@@ -276,6 +286,7 @@ METRICS = (
     "bilevel/gradient_factor", "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps",
     "time/env", "time/policy", "time/update", "time/reward", "bilevel/heldout_accuracy",
     "bilevel/heldout_cross_entropy", "bilevel/reward_correlation", "bilevel/learned_reward",
+    "bilevel/label_accuracy",
 )  # fmt: skip
 
 
@@ -429,6 +440,28 @@ class RewardNetwork(nn.Module):
         """Observations and actions side by side (..., D+A) -> rewards (...)."""
         raw = self.network(inputs).squeeze(-1)
         return raw.tanh() if self.bound == "tanh" else raw.clamp(-1, 1)
+
+
+class RewardEnsemble(nn.ModuleList):
+    """Reward networks with initial weights of their own, which learn from the same minibatches."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The mean of their rewards."""
+        return torch.stack([member(inputs) for member in self]).mean(0)
+
+
+def disagreement(members: list[nn.Module], pairs: Tensor) -> Tensor:
+    """Standard deviation (P,) over the networks of sigma(R_1 - R_2): pairs (P, 2, L, D+A) (B-Pref)."""
+    returns = torch.stack([member(pairs).sum(-1) for member in members])
+    return torch.sigmoid(returns[..., 0] - returns[..., 1]).std(0)
+
+
+def body_positions(envs: gym.vector.VectorEnv) -> Tensor:
+    """MuJoCo's qpos (N, nq) of the environments, from which people's clips are drawn. Raises BadInput."""
+    try:
+        return torch.tensor(np.stack([each.unwrapped.data.qpos for each in envs.unwrapped.envs]))
+    except AttributeError:
+        raise BadInput("--teacher human needs a MuJoCo task and --env-backend sync, to draw clips") from None
 
 
 # ---- Lower level: soft actor-critic ------------------------------------------------------------------
@@ -1236,14 +1269,29 @@ def train(args: Args) -> Path:
         for each in agents:
             nn.init.constant_(each.log_alpha, math.log(args.alpha))
         learners = [SoftActorCritic(each, args) for each in agents]
-        model = RewardNetwork(obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound)
-        model.to(device).eval()
+        reward_sizes = obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound
+        members = [RewardNetwork(*reward_sizes) for _ in range(args.reward_ensemble)]
+        model = (RewardEnsemble(members) if len(members) > 1 else members[0]).to(device).eval()
         reward_optimiser = torch.optim.AdamW(model.parameters(), args.reward_learning_rate, fused=True)
         optimisers = [reward_optimiser] + [each for learner in learners for each in learner.optimisers]
         capacity = min(args.buffer_size, args.total_timesteps)
         replay = Ring(capacity, (obs_dim + action_dim,), (obs_dim,), (), ())
         queue = Ring(args.queue_size, (2, args.fragment_length, obs_dim + action_dim), ())
         newest = torch.arange(0)  # rows of the queue: the last iteration's pairs, if they are the policy's
+        given, taken = [], set()  # labelled pairs that are held out; numbers of those that people labelled
+        try:
+            if args.reward_model:
+                saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
+                model.load_state_dict(saved["reward"])
+            if args.labels:
+                pairs, labels = labelled_pairs(args.labels, set())
+                inputs = torch.stack([each["inputs"] for each in pairs])
+                out = torch.tensor([each["pair"] % 10 == 9 for each in pairs])
+                queue.add(inputs[~out], labels[~out])
+                given = inputs[out], labels[out]
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            files = f"--labels {args.labels}, --reward-model {args.reward_model}"
+            raise BadInput(f"{files}: not of this task and these sizes, or damaged: {error}") from error
         if checkpoint:
             try:
                 for each, state in zip(agents, checkpoint["agents"], strict=True):
@@ -1254,6 +1302,7 @@ def train(args: Args) -> Path:
                 model.load_state_dict(checkpoint["reward"])
                 replay.load_state_dict(checkpoint.pop("replay"))
                 queue.load_state_dict(checkpoint["queue"])
+                taken = set(checkpoint["taken"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU
                 newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
                 if simulator:
@@ -1349,11 +1398,16 @@ def train(args: Args) -> Path:
         shape = (args.num_steps, args.num_envs)
         inputs = torch.zeros(*shape, obs_dim + action_dim)
         true_rewards, valid = (torch.zeros(shape) for _ in range(2))
+        human = args.teacher == "human" and args.reward_update in LEARNED
+        states = torch.zeros(*shape, *body_positions(envs).shape[1:] if human else ())
         ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
         episode_returns, episode_lengths = np.zeros((2, args.num_envs))
         num_iterations = args.total_timesteps // batch_size
         warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
         run.open()
+        people = run.folder / "preferences"
+        if human:
+            say(f"label with: python label_preferences.py {run.folder}")
         obs = torch.tensor(envs.reset()[0]).float()
         logged: dict[str, Tensor] = {}
         for iteration in range(start // batch_size + 1, num_iterations + 1):
@@ -1364,6 +1418,8 @@ def train(args: Args) -> Path:
                 # ---- Training: one step of the environments ------------------------------------------
                 actions = agent.act(obs.to(device), noise[t]) if learning else 2 * noise[t] - 1
                 task_actions = agent.task_actions(actions).cpu().numpy()
+                if human:
+                    states[t] = body_positions(envs)
                 env_start = time.perf_counter()
                 raw_obs, reward, ends, cut, _ = envs.step(task_actions)
                 env_time += time.perf_counter() - env_start
@@ -1393,38 +1449,62 @@ def train(args: Args) -> Path:
                     logged |= update_of[times](*minibatch, noises)
                 update_time += time.perf_counter() - update_start
 
+            if iteration == 1 and args.reward_update != "ground-truth" and replay.columns[3].any():
+                compare = "compare with --reward-update constant and frozen, or use --no-terminate"
+                say(f"episodes end early here, so their length leaks the true reward: {compare}")
+
             # ---- Upper level: ask the teacher --------------------------------------------------------
             reward_start = time.perf_counter()
             windows = fragment_windows(valid, args.fragment_length)
-            iteration_data = args.fragment_length, inputs, true_rewards
+            iteration_data = args.fragment_length, inputs, true_rewards, states
             # Measured on pairs that nobody labels, before the network has seen any of this iteration.
-            heldout, heldout_rewards = draw_pairs(windows, args.heldout_pairs, *iteration_data)
+            heldout, heldout_rewards, _ = draw_pairs(windows, args.heldout_pairs, *iteration_data)
             rows = valid.bool()
             with torch.no_grad():
                 guess, learned_rewards = (model(each.to(device)).cpu() for each in (heldout, inputs[rows]))
             oracle, _ = teacher_labels(heldout_rewards, "oracle")
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
-            asks = args.reward_update in LEARNED
-            due = max(0, wanted - queue.added) if asks else 0
-            pairs, pair_rewards = draw_pairs(windows, due, *iteration_data)
-            settings = [args.teacher_temperature, args.teacher_error]
-            settings += [args.teacher_threshold, args.teacher_gamma]
-            labels, answered = teacher_labels(pair_rewards, args.teacher, *settings)
-            queue.add(pairs[answered], labels[answered])
-            newest = queue.rows(torch.arange(min(int(answered.sum()), args.queue_size)))
+            learns, asked = args.reward_update in LEARNED, pairs_asked(people) if human else queue.added
+            due = max(0, wanted - asked) if learns and (human or not args.labels) else 0
+            drawn = draw_pairs(windows, due * args.reward_candidates, *iteration_data)
+            if args.reward_candidates > 1:
+                with torch.no_grad():
+                    doubts = disagreement(members, drawn[0].to(device)).cpu()
+                drawn = [each[doubts.topk(min(due, len(doubts))).indices] for each in drawn]
+            pairs, pair_rewards, pair_states = drawn
+            if human:
+                ask_people(people, args, inputs=pairs, states=pair_states)
+                file = people / "labels.jsonl"
+                while args.wait_for_labels and len(read_labels(file)) < pairs_asked(people):
+                    if run.stop_signal:
+                        break
+                    time.sleep(0.2)
+                answers, labels = labelled_pairs(file, taken)
+                pairs = torch.stack([each["inputs"] for each in answers]) if answers else pairs[:0]
+            else:
+                settings = [args.teacher_temperature, args.teacher_error]
+                settings += [args.teacher_threshold, args.teacher_gamma]
+                labels, answered = teacher_labels(pair_rewards, args.teacher, *settings)
+                pairs, labels = pairs[answered], labels[answered]
+            queue.add(pairs, labels)
+            newest = queue.rows(torch.arange(min(len(pairs), args.queue_size)))
+            judged, opinions = given if args.labels else (pairs, labels)  # not learned from so far
+            with torch.no_grad():
+                judgements = model(judged.to(device)).cpu()
+            label_accuracy = accuracy(judgements, torch.stack([opinions, 1 - opinions], 1).unsqueeze(-1))
 
             # ---- Upper level: move theta -------------------------------------------------------------
             # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
             # so what is added counts there and nowhere else; as released, in every minibatch, with its pairs.
             alpha = float(agent.log_alpha.detach().exp())
             weight = args.pbrl_penalty if pbrl else min(1 / alpha, args.max_inverse_temperature)
-            adds = learning and args.reward_update in ("sobirl", "hpgd-style", "pbrl-style")
+            adds = learning and args.reward_update in ADDS
             if not pbrl:  # the permuted control needs a second pair
                 enough = len(newest) > int(args.permute_cross_entropy)
                 adds = adds and enough and global_step > args.implicit_starts
             rollouts = roll_out(newest) if adds and simulator else []
             epochs = args.reward_epochs if learning else args.warmup_epochs
-            if not asks or not len(queue) or iteration < warmup_iterations:
+            if not learns or not len(queue) or iteration < warmup_iterations:
                 epochs = 0
             minibatches = []
             for _ in range(epochs):
@@ -1470,6 +1550,7 @@ def train(args: Args) -> Path:
                     "heldout_cross_entropy": float(cross_entropies(guess, oracle).mean()),
                     "reward_correlation": float(correlation(learned_rewards, true_rewards[rows])),
                     "learned_reward": float(learned_rewards.mean()),
+                    "label_accuracy": float(label_accuracy),
                 }
             metrics |= {f"bilevel/{name}": None if math.isnan(x) else x for name, x in bilevel.items()}
             metrics |= {
@@ -1493,7 +1574,7 @@ def train(args: Args) -> Path:
                 state["agents"] = [each.state_dict() for each in agents]
                 state["optimisers"] = [each.state_dict() for each in optimisers]
                 state |= {"reward": model.state_dict(), "newest": len(newest), "queue": queue.state_dict()}
-                state |= {"replay": replay.state_dict(), "simulator_steps": steps}
+                state |= {"replay": replay.state_dict(), "simulator_steps": steps, "taken": sorted(taken)}
                 run.save_checkpoint(state)
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
