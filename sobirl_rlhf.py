@@ -672,7 +672,7 @@ def check_room(args: Args, obs_dim: int, action_dim: int) -> None:
             raise BadInput(f"--buffer-size: {needs}, {room}; make it or --queue-size smaller")
 
 
-# ---- Preferences (shared) ----------------------------------------------------------------------------
+# ---- Fragments (shared) ------------------------------------------------------------------------------
 def fragment_windows(valid: Tensor, length: int) -> Tensor:
     """First step and environment (K, 2) of all fragments of `length` transitions within one episode.
 
@@ -694,6 +694,7 @@ def draw_pairs(windows: Tensor, count: int, length: int, *arrays: Tensor) -> lis
     return [array[steps, envs.unsqueeze(-1)] for array in arrays]
 
 
+# ---- Preferences (shared) ----------------------------------------------------------------------------
 def teacher_labels(
     rewards: Tensor, rule: str, temperature=1.0, error=0.1, threshold=0.1, gamma=0.9
 ) -> tuple[Tensor, Tensor]:
@@ -755,6 +756,7 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / (x.norm() * y.norm())
 
 
+# ---- Labels by people (shared) -----------------------------------------------------------------------
 def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
     and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
