@@ -791,7 +791,7 @@ def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
     """The pairs (P,) that people have labelled, as `ask_people` wrote them beside this file, and their labels
     (P,); but for those whose numbers are in `taken`, to which these are added."""
     labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
-    taken |= labels.keys()
+    taken.update(labels)
     pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
     return pairs, torch.tensor(list(labels.values()))
 
