@@ -213,44 +213,69 @@ def load_run(source: Path) -> tuple:
         module = importlib.util.module_from_spec(spec)
         sys.modules[script.stem] = module  # where pydantic looks for the types of its arguments
         spec.loader.exec_module(module)
-        args = module.Args(**made["args"] | {"env_backend": "sync", "num_envs": 1})
+        ours = {"env_backend": "sync", "num_envs": 1, "resume": None}
+        ours = {name: value for name, value in ours.items() if name in module.Args.model_fields}
+        args = module.Args(**made["args"] | ours)
         return module, args, module.load_policy(model)
     except Exception as error:  # a damaged archive raises errors of many kinds
         needs = "it must be a run folder with model.pt or checkpoint.pt, or a model.pt"
         raise BadInput(f"{source}: {needs}: {type(error).__name__}: {error}") from error
 
 
-def play(args: Args) -> Path:
-    """Play the policy of SOURCE with noise, write `args.pairs` pairs of its fragments, and return their
-    folder. Raises BadInput before anything is written."""
-    module, run_args, agent = load_run(args.source)
-    torch.manual_seed(args.seed)
+def play_mujoco(module, run_args, agent: nn.Module, args: Args, steps: int) -> tuple[Tensor, dict]:
+    """Play the policy with noise: which steps (T, 1) are transitions, 1 or 0; and `inputs` (T, 1, D+A), the
+    observations and the actions in [-1, 1], and `states` (T, 1, nq). Raises BadInput."""
     try:
         envs, observation_space, space = module.make_envs(run_args, args.seed)
-        low, high = torch.tensor(space.low), torch.tensor(space.high)
-        env = envs.unwrapped.envs[0].unwrapped
-        steps, obs_dim, nq = 2 * args.pairs * args.fragment_length, observation_space.shape[0], env.model.nq
+        env, low, high = envs.unwrapped.envs[0].unwrapped, torch.tensor(space.low), torch.tensor(space.high)
+        states = torch.zeros(steps, 1, env.model.nq)
     except (module.BadInput, AttributeError) as error:
         raise BadInput(f"{args.source}: a MuJoCo task with continuous actions is needed: {error}") from error
-    inputs = torch.zeros(steps, 1, obs_dim + len(low))
-    states, valid, ended = torch.zeros(steps, 1, nq), torch.zeros(steps, 1), False
-    obs = torch.tensor(envs.reset()[0]).float()
+    inputs, valid = torch.zeros(steps, 1, observation_space.shape[0] + len(low)), torch.zeros(steps, 1)
+    obs, ended = torch.tensor(envs.reset()[0]).float(), False
     for t in range(steps):
-        with torch.no_grad():
-            actions = 2 * (agent(obs) - low) / (high - low) - 1
+        actions = 2 * (agent(obs) - low) / (high - low) - 1
         actions = (actions + args.noise * torch.randn_like(actions)).clamp(-1, 1)
         inputs[t], states[t], valid[t] = torch.cat([obs, actions], -1), torch.tensor(env.data.qpos), not ended
-        raw_obs, _, terminated, truncated, _ = envs.step((low + 0.5 * (actions + 1) * (high - low)).numpy())
-        obs, ended = torch.tensor(raw_obs).float(), bool(terminated | truncated)
-    windows = fragment_windows(valid, args.fragment_length)
+        raw_obs, _, ends, cut, _ = envs.step((low + 0.5 * (actions + 1) * (high - low)).numpy())
+        obs, ended = torch.tensor(raw_obs).float(), bool(ends | cut)
+    return valid, {"inputs": inputs, "states": states}
+
+
+def play_atari(module, run_args, agent: nn.Module, args: Args, steps: int) -> tuple[Tensor, dict]:
+    """The same on Atari, without noise on the actions: `images` (T, 1, 4, 84, 84) and `actions` (T, 1)."""
+    envs = module.make_envs(run_args, 1, args.seed)
+    images, actions = torch.zeros(steps, 1, 4, 84, 84, dtype=torch.uint8), torch.zeros(steps, 1, dtype=int)
+    valid, now, ended = torch.zeros(steps, 1), envs.reset()[0], False
+    for t in range(steps):
+        images[t], valid[t] = torch.from_numpy(now), not ended
+        actions[t] = agent(images[t])
+        now, _, ends, cut, _ = envs.step(actions[t].numpy())
+        ended = bool(ends | cut)
+    return valid, {"images": images, "actions": actions}
+
+
+def play(args: Args) -> Path:
+    """Play the policy of SOURCE, write `args.pairs` pairs of its fragments, and return their folder. Raises
+    BadInput before anything is written."""
+    module, run_args, agent = load_run(args.source)
+    torch.manual_seed(args.seed)
+    steps, length = 2 * args.pairs * args.fragment_length, args.fragment_length
+    play_task = play_atari if hasattr(module, "game_name") else play_mujoco
+    with torch.no_grad():
+        valid, columns = play_task(module, run_args, agent, args, steps)
+    windows = fragment_windows(valid, length)
     if len(windows) < 2:
-        raise BadInput(f"--fragment-length {args.fragment_length}: no episode of {steps} steps was as long")
-    pairs, pair_states = draw_pairs(windows, args.pairs, args.fragment_length, inputs, states)
+        raise BadInput(f"--fragment-length {length}: no episode in {steps} steps was longer")
+    pairs = dict(zip(columns, draw_pairs(windows, args.pairs, length, *columns.values())))
+    if "images" in pairs:  # of the 4 images of a step, 3 are those of the steps before
+        images = pairs.pop("images")
+        pairs["frames"] = torch.cat([images[:, :, 0, :3], images[:, :, :, 3]], 2)
     name = f"{run_args.env_id}__{Path(__file__).stem}__{args.seed}__{int(time.time())}"
     folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
     try:
         folder.mkdir(parents=True)
-        ask_people(folder / "preferences", run_args, inputs=pairs, states=pair_states)
+        ask_people(folder / "preferences", run_args, **pairs)
     except OSError as error:
         raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
     return folder
