@@ -213,8 +213,7 @@ def load_run(source: Path) -> tuple:
         module = importlib.util.module_from_spec(spec)
         sys.modules[script.stem] = module  # where pydantic looks for the types of its arguments
         spec.loader.exec_module(module)
-        ours = {"env_backend": "sync", "num_envs": 1, "resume": None}
-        ours = {name: value for name, value in ours.items() if name in module.Args.model_fields}
+        ours = {} if hasattr(module, "game_name") else {"env_backend": "sync", "num_envs": 1}  # Atari's own
         args = module.Args(**made["args"] | ours)
         return module, args, module.load_policy(model)
     except Exception as error:  # a damaged archive raises errors of many kinds
@@ -517,6 +516,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>Preferences</title>
+<link rel="icon" href="data:,">
 <style nonce="NONCE">
 body { font: 16px/1.5 sans-serif; max-width: 52rem; margin: auto; padding: 1rem; text-align: center; }
 #stage { min-height: 17rem; }
@@ -657,7 +657,7 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
     @app.after_request
     def guard(reply: flask.Response):
         nonce = flask.g.get("nonce", "")
-        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src blob:"
+        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src blob: data:"
         policy += "; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         reply.headers["Content-Security-Policy"] = policy
         reply.headers["Referrer-Policy"] = "no-referrer"  # the address holds the token

@@ -3,6 +3,7 @@ headless browser, after which sobirl_rlhf.py learns from the labels."""
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import label_preferences as page
@@ -19,6 +21,7 @@ import pytest
 import sobirl_rlhf as rlhf
 import torch
 from conftest import REPO, environment, read_csv
+from label_session import browser_missing, open_browser, press, serve, shown, wait
 from PIL import Image, ImageSequence
 
 HOPPER = SimpleNamespace(env_id="Hopper-v4", env_kwargs="{}")
@@ -434,7 +437,9 @@ def test_a_run_learns_from_a_file_of_labels_and_reports_the_accuracy_on_those_it
 
 def test_label_accuracy_is_measured_before_the_network_learns_from_the_labels(tmp_path):
     """A random network is right on half of the pairs that a rule labels, and would not be after 200 passes over them."""
-    rows = read_csv(train(run_dir=tmp_path, reward_update="drlhf", warmup_pairs=40, warmup_epochs=200, pairs_per_iteration=0) / "metrics.csv")
+    rows = read_csv(
+        train(run_dir=tmp_path, reward_update="drlhf", warmup_pairs=40, warmup_epochs=200, pairs_per_iteration=0) / "metrics.csv"
+    )
     assert abs(float(rows[0]["bilevel/label_accuracy"]) - 0.5) < 0.35 and rows[1]["bilevel/label_accuracy"] == ""
 
 
@@ -495,3 +500,133 @@ def test_a_run_that_waits_for_people_stops_when_it_is_told_to_and_goes_on_later(
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["taken"] == [0, 1, 2, 3] and checkpoint["queue"]["added"] == 4
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+
+
+# ---- In a browser ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; without it the tests are skipped, but not in CI."""
+    if missing := browser_missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    driver = open_browser()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def servers():
+    """Starts servers, and ends those that are left."""
+    running = []
+
+    def start(folder, *words):
+        process, address = serve(folder, *words)
+        running.append(process)
+        return process, address
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.full
+def test_a_persons_round_in_the_browser(browser, servers, scene, tmp_path):
+    """Ten labels by keys with an undo; a server that is killed and started again; two tabs; wrong addresses; and a run that
+    learns from these labels."""
+    folder = write_pairs(tmp_path / "run", 14)
+    file = folder / "preferences/labels.jsonl"
+    process, address = servers(folder, "--repeat-every", "0", "--clip-size", "48")
+    browser.get(address)
+    given = {}
+    for key in ("left", "right", "down", "s", "left", "right", "left", "left", "right"):
+        question = shown(browser)
+        given[question["pair"]] = key, question["left"]
+        press(browser, key)
+    undone = list(given)[-1]
+    shown(browser)
+    press(browser, "u")
+    assert shown(browser)["pair"] == undone
+    assert browser.find_element("id", "progress").text == "8 of 14"
+    for key in ("down", "right"):
+        question = shown(browser)
+        given[question["pair"]] = key, question["left"]
+        press(browser, key)
+    shown(browser)
+    text = browser.find_element("tag name", "body").text
+    assert "10 of 14" in text and not re.search("reward|return", text, re.IGNORECASE)
+
+    process.kill()  # while tab 1 looks at a pair
+    process.wait()
+    told = page.read_labels(file)
+    expected = {pair: {"left": 1 - left, "right": left, "down": 0.5}.get(key) for pair, (key, left) in given.items()}
+    assert told == expected and len(told) == 10
+    assert all(row["seconds"] > 0 for row in lines(file.parent) if row["answer"] != "undo")
+
+    _, address = servers(folder, "--repeat-every", "0", "--clip-size", "48", "--labeller", "bo")
+    browser.get(address)
+    first, one = shown(browser), browser.current_window_handle
+    assert browser.find_element("id", "progress").text == "10 of 14"
+    browser.switch_to.new_window("tab")
+    browser.get(address)
+    second = shown(browser)
+    assert first["pair"] != second["pair"] and not {first["pair"], second["pair"]} & set(told)
+    press(browser, "left")
+    third = shown(browser)
+    browser.switch_to.window(one)
+    press(browser, "left")
+    fourth = shown(browser)
+    assert len({each["pair"] for each in (first, second, third, fourth)} - set(told)) == 4
+    press(browser, "right")
+    browser.switch_to.window(browser.window_handles[1])
+    press(browser, "right")
+    wait(browser, lambda: "All pairs are answered" in browser.find_element("id", "note").text)
+    answers = [row["pair"] for row in lines(file.parent) if row["labeller"] == "bo"]
+    assert len(answers) == len(set(answers)) == 4 and len(page.read_labels(file)) == 14
+    problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert problems == []
+
+    base, token = re.match(r"(http://[^/]+/)(.+)/$", address).groups()
+    for wrong in (f"{base}{token[:-1]}/", base, f"{base}{token}/../../labels.jsonl", f"{base}{token}/clip/..%2flabels.jsonl/0"):
+        browser.get(wrong)
+        assert "Forbidden" in browser.find_element("tag name", "body").text, wrong
+    browser.close()
+    browser.switch_to.window(one)
+
+    run = train(run_dir=tmp_path / "runs", reward_update="drlhf", labels=file)
+    rows = read_csv(run / "metrics.csv")
+    held = {pair for pair, y in page.read_labels(file).items() if y not in (None, 0.5) and pair % 10 == 9}
+    accuracy = rows[-1]["bilevel/label_accuracy"]
+    assert math.isfinite(float(accuracy)) if held else accuracy == ""
+    assert float(rows[-1]["bilevel/labels"]) == sum(y is not None for pair, y in page.read_labels(file).items() if pair % 10 != 9)
+
+
+@pytest.mark.full
+def test_the_server_from_the_command_line(servers, tmp_path):
+    """Two servers of one folder, a port in use, a folder without pairs: one sentence each. A warning for another address. The
+    end tells what was done. And the child ends when the server is killed."""
+    folder = write_pairs(tmp_path / "run", 3)
+    process, address = servers(folder)
+    port = address.split(":")[2].split("/")[0]
+    for words, sentence in (
+        ([str(folder), "--port", "0"], "is being labelled through another server"),
+        ([str(folder), "--port", port], "--port 0 takes a free one"),
+        ([str(tmp_path), "--port", "0"], "has no pairs: it needs --teacher human, or use --pairs here"),
+        ([str(tmp_path / "none"), "--port", "0", "--pairs", "3"], "it must be a run folder"),
+    ):
+        command = [sys.executable, str(REPO / "label_preferences.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+        assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "preferences").exists() and not (tmp_path / "none").exists()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "0 pairs answered, the same again 0 of 0" in out
+    process, address = servers(folder, "--host", "0.0.0.0")
+    assert "warning: whoever reaches 0.0.0.0" in process.before
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if children.exists():
+        before = children.read_text().split()
+        process.kill()
+        limit = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in before):
+            assert time.monotonic() < limit, "the child that draws outlives its server"
+            time.sleep(0.2)
