@@ -1281,10 +1281,12 @@ def train(args: Args) -> Path:
         queue = Ring(args.queue_size, (2, args.fragment_length, obs_dim + action_dim), ())
         newest = torch.arange(0)  # rows of the queue: the last iteration's pairs, if they are the policy's
         given, taken = [], set()  # labelled pairs that are held out; numbers of those that people labelled
+        named = f"--reward-model {args.reward_model}"
         try:
             if args.reward_model:
                 saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
                 model.load_state_dict(saved["reward"])
+            named = f"--labels {args.labels}"
             if args.labels:
                 pairs, labels = labelled_pairs(args.labels, set())
                 inputs = torch.stack([each["inputs"] for each in pairs])
@@ -1292,8 +1294,8 @@ def train(args: Args) -> Path:
                 queue.add(inputs[~out], labels[~out])
                 given = inputs[out], labels[out]
         except Exception as error:  # a damaged archive raises errors of many kinds
-            files = f"--labels {args.labels}, --reward-model {args.reward_model}"
-            raise BadInput(f"{files}: not of this task and these sizes, or damaged: {error}") from error
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"{named}: of another task, of other sizes, empty or damaged: {reason}") from error
         if checkpoint:
             try:
                 for each, state in zip(agents, checkpoint["agents"], strict=True):
