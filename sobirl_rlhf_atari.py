@@ -96,7 +96,8 @@ Width = Annotated[int, Field(ge=1, le=8192)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveOrInf = Annotated[float, Field(gt=0, allow_inf_nan=True)]
-LEARNED = ("sobirl", "drlhf", "pbrl-style", "hpgd-style")  # values of --reward-update that ask the teacher
+ADDS = ("sobirl", "hpgd-style", "pbrl-style")  # values of --reward-update that add to the cross-entropy
+LEARNED = ("drlhf", *ADDS)  # those that ask the teacher
 
 
 class Args(CheckedArgs):
@@ -184,6 +185,12 @@ class Args(CheckedArgs):
     """how the reward is learned; or the true one; or a control: 1 everywhere, a random network"""
     permute_cross_entropy: bool = False
     """a control for sobirl and hpgd-style: the implicit term gets another pair's cross-entropy"""
+    reward_model: Path | None = None
+    """checkpoint.pt whose reward network is the initial one; --reward-update frozen keeps it"""
+    reward_ensemble: PositiveInt = 1
+    """reward networks; the reward is their mean"""
+    reward_candidates: PositiveInt = 1
+    """pairs drawn for each that is asked: the one on which the ensemble disagrees most (10 in B-Pref)"""
     reward_bound: Literal["tanh", "clip"] = "tanh"
     """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
     reward_dropout: BelowOne = 0.5
@@ -208,9 +215,14 @@ class Args(CheckedArgs):
     """labels of an iteration after that; default: what is left of the budget, evenly over the run"""
     heldout_pairs: PositiveInt = 64
     """unlabelled pairs of an iteration for the logged accuracy, cross-entropy and correlation"""
-    teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic"] = "oracle"
-    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule; as
-    released: stochastic"""
+    teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic", "human"] = "oracle"
+    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule;
+    stochastic as released; human: people, through label_preferences.py"""
+    wait_for_labels: bool = True
+    """wait until people have answered all of an iteration's pairs; else go on with what is there"""
+    labels: Path | None = None
+    """labels.jsonl of people: the queue starts with its pairs, but each tenth is held out to measure the
+    accuracy; only --teacher human is asked for more"""
 
     implicit: Literal["one-step", "rollouts"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, or by Stoc-SoBiRL's rollouts"""
@@ -235,7 +247,7 @@ class Args(CheckedArgs):
     def check_shapes(self):
         """Raise BadInput unless the sizes fit together, and the flags of one method stand with it."""
         method, rows = self.reward_update, self.num_envs * self.num_steps
-        if not rows <= self.total_timesteps:
+        if rows > self.total_timesteps:
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one iteration of {rows}")
         if self.buffer_size < rows:
             raise BadInput(f"--buffer-size {self.buffer_size} is less than one iteration of {rows}")
@@ -249,6 +261,13 @@ class Args(CheckedArgs):
             raise BadInput("--implicit-pairs queue has no rollouts and no --permute-cross-entropy")
         if (self.implicit == "rollouts" or method == "hpgd-style") and self.env_backend == "envpool":
             raise BadInput("--env-backend envpool cannot copy a game, as rollouts need it; use gymnasium")
+        if self.labels and self.teacher != "human" and method in ADDS:
+            needs = f"{method} needs labels of its policy's newest pairs, which a file does not have"
+            raise BadInput(f"--labels: {needs}; use --reward-update drlhf or --teacher human")
+        if self.teacher == "human" and (self.implicit == "rollouts" or method == "hpgd-style"):
+            raise BadInput("--teacher human has no rollouts: the games of its pairs are not kept")
+        if self.reward_candidates > self.reward_ensemble == 1:
+            raise BadInput("--reward-candidates: one network cannot disagree; raise --reward-ensemble")
         return self
 
 
@@ -259,6 +278,7 @@ METRICS = (
     "bilevel/gradient_factor", "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps",
     "time/env", "time/policy", "time/update", "time/reward", "bilevel/heldout_accuracy",
     "bilevel/heldout_cross_entropy", "bilevel/reward_correlation", "bilevel/learned_reward",
+    "bilevel/label_accuracy",
 )  # fmt: skip
 
 
@@ -380,9 +400,8 @@ class CloneableGames(gym.vector.VectorEnv):
 
             ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
             gym.register_envs(ale_py)
-            options |= {"repeat_action_probability": args.repeat_action_probability} | json.loads(
-                args.env_kwargs
-            )
+            options |= {"repeat_action_probability": args.repeat_action_probability}
+            options |= json.loads(args.env_kwargs)
             self.env = gym.make(f"ALE/{game_name(args.env_id)}", **options).unwrapped
             self.env.reset(seed=seed)
         self.args, self.random = args, np.random.default_rng(seed)
@@ -433,22 +452,15 @@ class CloneableGames(gym.vector.VectorEnv):
 
 
 # ---- Networks ----------------------------------------------------------------------------------------
-def nature_cnn(
-    outputs: int, channels: tuple[int, int, int] = (32, 64, 64), width: int = 512
-) -> nn.Sequential:
+def nature_cnn(outputs: int, channels: tuple[int, ...] = (32, 64, 64), width: int = 512) -> nn.Sequential:
     """The network of Mnih et al. 2015: images (n, 4, 84, 84) in [0, 1] -> (n, outputs). As in CleanRL and as
     released: no ReLU after the last convolution, weights by Kaiming He's rule, zero biases."""
     layers, inputs = [], 4
     for each, kernel, stride in zip(channels, (8, 4, 3), (4, 2, 1)):
         layers += [nn.Conv2d(inputs, each, kernel, stride), nn.ReLU()]
         inputs = each
-    layers = [
-        *layers[:-1],
-        nn.Flatten(),
-        nn.Linear(inputs * 7 * 7, width),
-        nn.ReLU(),
-        nn.Linear(width, outputs),
-    ]
+    layers = [*layers[:-1], nn.Flatten(), nn.Linear(inputs * 7 * 7, width), nn.ReLU()]
+    layers += [nn.Linear(width, outputs)]
     for layer in layers:
         if hasattr(layer, "weight"):
             nn.init.kaiming_normal_(layer.weight)
@@ -520,6 +532,14 @@ class RewardNetwork(nn.Module):
         """See the class."""
         raw = self.network(images)
         return raw.tanh() if self.bound == "tanh" else raw.clamp(-1, 1)
+
+
+class RewardEnsemble(nn.ModuleList):
+    """Reward networks with initial weights of their own, which learn from the same minibatches."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The mean of their rewards."""
+        return torch.stack([member(images) for member in self]).mean(0)
 
 
 # ---- Lower level: discrete soft actor-critic ---------------------------------------------------------
@@ -611,16 +631,12 @@ class Replay:
 
     def __init__(self, size: int, num_envs: int):
         self.size, self.added, self.transitions = size + 4, 0, 0  # the newest row has no action yet
-        kinds = (
-            (torch.uint8, 84, 84),
-            (torch.uint8,),
-            (torch.uint8,),
-            (torch.float32,),
-            (torch.bool,),
-            (torch.bool,),
-        )
-        self.columns = [torch.zeros(self.size, num_envs, *shape, dtype=kind) for kind, *shape in kinds]
-        self.frames, self.ages, self.actions, self.rewards, self.terminated, self.valid = self.columns
+        self.oldest = 0  # row from which on steps can be drawn
+        self.frames = torch.zeros(self.size, num_envs, 84, 84, dtype=torch.uint8)
+        kinds = torch.uint8, torch.uint8, torch.float32, torch.bool, torch.bool
+        small = [torch.zeros(self.size, num_envs, dtype=kind) for kind in kinds]
+        self.ages, self.actions, self.rewards, self.terminated, self.valid = small
+        self.columns = self.frames, *small
 
     def add(self, actions, rewards, terminated, valid, images, begun) -> None:
         """Finish the newest row, and begin the next by the images (N, 4, 84, 84) that came of it; begun (N,):
@@ -631,6 +647,7 @@ class Replay:
         self.frames[new] = torch.as_tensor(images)[:, 3]
         self.ages[new] = torch.where(torch.as_tensor(begun), 0, (self.ages[now] + 1).clamp(max=3))
         self.added, self.transitions = self.added + 1, self.transitions + int(valid.sum())
+        self.oldest = max(self.oldest, self.added - self.size + 4)  # with the three rows before it
 
     def history(self, steps: Tensor, games: Tensor, count: int) -> Tensor:
         """`count` frames (..., count, 84, 84) from three before row `steps` (...) of `games` (...) on. What
@@ -642,23 +659,23 @@ class Replay:
     def sample(self, count: int) -> list[Tensor]:
         """Transitions drawn with replacement: frames (count, 5, 84, 84), the first four of which are the
         observation and the last four the next one, actions, rewards, terminated (count,)."""
-        steps = torch.randint(max(0, self.added - self.size + 4), self.added, (4 * count,))
+        steps = torch.randint(self.oldest, self.added, (4 * count,))
         games = torch.randint(self.frames.shape[1], (4 * count,))
         kept = self.valid[steps % self.size, games].nonzero().squeeze(-1)[:count]  # two resets never meet
         steps, games = steps[kept], games[kept]
-        columns = (column[steps % self.size, games] for column in self.columns[2:5])
-        actions, rewards, terminated = columns
+        actions, rewards, terminated = (each[steps % self.size, games] for each in self.columns[2:5])
         return [self.history(steps, games, 5), actions.long(), rewards, terminated.float()]
 
     def state_dict(self) -> dict:
         """The rows that are there, without a copy of them."""
         rows = min(self.size, self.added + 1)
         columns = [torch.from_numpy(column[:rows].numpy()) for column in self.columns]
-        return {"added": self.added, "transitions": self.transitions, "columns": columns}
+        return {"counts": (self.added, self.transitions, self.oldest), "columns": columns}
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`; the size may have changed."""
-        self.added, self.transitions = state["added"], state["transitions"]
+        self.added, self.transitions, oldest = state["counts"]
+        self.oldest = max(oldest, self.added - self.size + 4)
         rows = len(state["columns"][0])
         for steps in torch.arange(max(0, self.added + 1 - min(rows, self.size)), self.added + 1).split(1000):
             for column, saved in zip(self.columns, state["columns"], strict=True):
@@ -671,13 +688,9 @@ def check_room(args: Args) -> None:
     rows = min(args.buffer_size, args.total_timesteps) + 4 * args.num_envs
     sizes = rows * (84 * 84 + 8), args.queue_size * 2 * (args.fragment_length + 3) * 84 * 84
     needed, (replay, pairs) = 2 * sum(sizes), (f"{1e-9 * size:,.1f} GB" for size in sizes)
-    say(
-        f"memory: {replay} for the replay, up to {pairs} for labelled pairs; as much on disk in checkpoint.pt"
-    )
+    say(f"memory: {replay} for the replay, up to {pairs} for labelled pairs; as much in checkpoint.pt")
     there = next(each for each in (args.run_dir / "run").absolute().parents if os.path.exists(each))
-    places = {
-        f"the disk of --run-dir {args.run_dir}": needed if args.resume else shutil.disk_usage(there).free
-    }
+    places = {} if args.resume else {f"the disk of --run-dir {args.run_dir}": shutil.disk_usage(there).free}
     if hasattr(os, "sysconf"):
         places["the memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for place, size in places.items():
@@ -768,6 +781,46 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     """Pearson's correlation of two vectors; NaN if one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / (x.norm() * y.norm())
+
+
+# ---- Labels by people (shared) -----------------------------------------------------------------------
+def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
+    """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
+    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
+    folder.mkdir(exist_ok=True)
+    for number, pair in enumerate(zip(*columns.values()), pairs_asked(folder)):
+        saved = {"pair": number, "env_id": args.env_id, "env_kwargs": args.env_kwargs}
+        saved |= {name: each.clone() for name, each in zip(columns, pair)}  # a view is saved as a whole
+        write_atomically(folder / f"{number:07}.pt", saved)
+
+
+def pairs_asked(folder: Path) -> int:
+    """How many pairs `ask_people` has written to the folder; they are numbered from 0."""
+    return len(list(folder.glob("*.pt")))
+
+
+def read_labels(file: Path) -> dict[int, float | None]:
+    """Label y of each pair that people have answered, by its number; None: they could not tell.
+
+    A line of labels.jsonl is an answer, and the last one to a pair counts. Not so those to a pair that was
+    shown again, which measure agreement, and a line that is still being written.
+    """
+    labels = {}
+    for line in file.read_text().split("\n")[:-1] if file.exists() else ():
+        row = json.loads(line)
+        if not row["repeat"]:
+            labels.pop(row["pair"], None)
+            labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+    return labels
+
+
+def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
+    """The pairs (P,) that people have labelled, as `ask_people` wrote them beside this file, and their labels
+    (P,); but for those whose numbers are in `taken`, to which these are added."""
+    labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
+    taken.update(labels)
+    pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
+    return pairs, torch.tensor(list(labels.values()))
 
 
 # ---- Upper level: reward updates (shared) ------------------------------------------------------------
@@ -868,9 +921,7 @@ def gumbel(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
-def roll_out(
-    agent: Agent, envs, lengths: Tensor, decay: float, obs, actions=None, generator=None
-) -> list[Tensor]:
+def roll_out(agent, envs, lengths: Tensor, decay: float, obs, actions=None, generator=None) -> list[Tensor]:
     """Rollouts (eq. 78) of `lengths` (R,) steps, or to a life's end, of R games with observations obs
     (R, 4, 84, 84): with first actions (R,), or with the policy's own.
 
@@ -1184,27 +1235,38 @@ def train(args: Args) -> Path:
         copying = args.implicit == "rollouts" or args.reward_update == "hpgd-style"
         agent_sizes = (num_actions,)
         agents = [Agent(*agent_sizes) for _ in range(2 if pbrl else 1)]  # the second one tracks pi*
-        agent, model = agents[0], RewardNetwork(num_actions, args.reward_dropout, args.reward_bound)
+        agent, reward_sizes = agents[0], (num_actions, args.reward_dropout, args.reward_bound)
+        model = RewardEnsemble(RewardNetwork(*reward_sizes) for _ in range(args.reward_ensemble))
         for each in (*agents, model):
             each.to(device, memory_format=torch.channels_last).eval()
         optimisers = [torch.optim.AdamW(model.parameters(), args.reward_learning_rate, fused=True)]
         step_size = torch.tensor(args.learning_rate, device=device)  # a CUDA graph may hold it
         for each in agents:
-            trained = [
-                *each.actor.parameters(),
-                *each.critics.parameters(),
-                *[each.log_alpha] * args.autotune,
-            ]
+            trained = [*each.actor.parameters(), *each.critics.parameters()]
+            trained += [each.log_alpha] * args.autotune
             optimisers.append(torch.optim.Adam(trained, step_size, eps=1e-4, fused=True, capturable=True))
         replay = Replay(min(args.buffer_size, args.total_timesteps) // args.num_envs, args.num_envs)
         queue: list[tuple[Tensor, ...]] = []  # frames (2, L + 3, 84, 84), actions (2, L) and label of a pair
         asked = fresh = simulated = 0  # labels; those of the last iteration, if the policy's; rollouts' steps
+        given, taken_up = [], set()  # people's pairs that are held out; the numbers of those in the queue
+        try:
+            if args.reward_model:
+                saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
+                model.load_state_dict(saved["reward"])
+            if args.labels:
+                for each, label in zip(*labelled_pairs(args.labels, set())):
+                    pair = each["frames"], each["actions"], label
+                    (given if each["pair"] % 10 == 9 else queue).append(pair)
+                torch.stack([frames[0, 0] for frames, *_ in queue])
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            files = f"--labels {args.labels}, --reward-model {args.reward_model}"
+            raise BadInput(f"{files}: not of this game and these sizes, or damaged: {error}") from error
         if checkpoint:
             try:
                 states = checkpoint["states"]
                 for each, state in zip((*agents, model, *optimisers, replay), states, strict=True):
                     each.load_state_dict(state)
-                queue, asked, fresh, simulated = checkpoint["upper"]
+                (queue, asked, fresh, simulated), taken_up = checkpoint["upper"], set(checkpoint["taken"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU, but dropout
                 states.clear()
             except (RuntimeError, ValueError, KeyError, IndexError) as error:
@@ -1217,18 +1279,20 @@ def train(args: Args) -> Path:
                 nn.init.constant_(each.log_alpha, math.log(args.alpha))
 
         # ---- Training: the updates -------------------------------------------------------------------
-        def pairs_of(rows) -> tuple[Tensor, Tensor, Tensor]:
-            """Observations (P, 2, L, 4, 84, 84), actions (P, 2, L) and labels (P,) of these in the queue."""
-            columns = zip(*(queue[row] for row in rows))
-            frames, actions, labels = (torch.stack(column).to(device) for column in columns)
+        def columns_of(pairs: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+            """Observations (P, 2, L, 4, 84, 84), actions (P, 2, L) and labels (P,) of pairs."""
+            frames, actions, labels = (torch.stack(column).to(device) for column in zip(*pairs))
             return stacks(frames), actions, labels
 
+        def rewards_of(network: nn.Module, obs: Tensor, actions: Tensor) -> Tensor:
+            """r(s, a) (...) at raw observations (..., 4, 84, 84) and actions (...)."""
+            return taken(outputs(network, obs.to(device)), actions.to(device))
+
         @torch.autocast(device.type, torch.bfloat16, args.bf16, cache_enabled=False)
-        def update_lower(
-            frames: Tensor, actions: Tensor, rewards: Tensor, terminated: Tensor
-        ) -> dict[str, Tensor]:
-            """One Adam step of each agent by `Replay.sample`. The actor's loss takes the critics
-            as they are, so one backward pass serves all. Returns what is logged of the agent that acts."""
+        def update_lower(*minibatch: Tensor) -> dict[str, Tensor]:
+            """One Adam step of each agent by `Replay.sample`. The actor's loss takes the critics as they are,
+            so one backward pass serves all. Returns what is logged of the agent that acts."""
+            frames, actions, rewards, terminated = minibatch
             obs, next_obs = pixels(frames[:, :4]), pixels(frames[:, 1:])
             if args.reward_update == "constant":
                 rewards = torch.ones_like(rewards)
@@ -1243,22 +1307,18 @@ def train(args: Args) -> Path:
                 values, logits = action_values(each.critics, obs), each.actor(obs)
                 errors, loss = critic_loss(values, actions, targets), actor_loss(values, logits, alpha)
                 entropies = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-                total = (
-                    errors
-                    + loss
-                    + temperature_loss(each.log_alpha, entropies, args.target_entropy, num_actions)
-                )
-                if pbrl and fresh and each is agent:
-                    total = total + policy_term()
+                own = temperature_loss(each.log_alpha, entropies, args.target_entropy, num_actions)
+                extra = policy_term() if pbrl and fresh and each is agent else 0.0
+                total = errors + loss + own + extra
                 descend(optimiser, torch.autograd.grad(total, optimiser.param_groups[0]["params"]))
             found = {"qf_loss": errors, "qf_values": values, "actor_loss": loss, "entropy": entropies}
             return {f"losses/{name}": value.detach() for name, value in found.items()}
 
         def policy_term() -> Tensor:
             """What pbrl-style adds to the acting policy's loss, from the pairs of the last iteration."""
-            obs, actions, labels = pairs_of(range(len(queue) - fresh, len(queue)))
+            obs, actions, labels = columns_of(queue[-fresh:])
             with torch.no_grad():
-                losses = cross_entropies(taken(outputs(model, obs), actions), labels)
+                losses = cross_entropies(rewards_of(model, obs, actions), labels)
             logprobs = taken(outputs(agent.actor, obs).log_softmax(-1), actions)
             return pbrl_policy_term(losses, logprobs, args.pbrl_penalty, args.gamma)
 
@@ -1291,20 +1351,19 @@ def train(args: Args) -> Path:
             envs.games = kept
             return found
 
-        def added_term(rows, rollouts: list[list[Tensor]], weight: float) -> tuple[Tensor, Tensor]:
-            """What sobirl, hpgd-style or pbrl-style add to the mean cross-entropy, from these pairs of the
-            queue and these rollouts; and the mean of the pairs' scores."""
+        def added_term(pairs: list, rollouts: list[list[Tensor]], weight: float) -> tuple[Tensor, Tensor]:
+            """What sobirl, hpgd-style or pbrl-style add to the mean cross-entropy, from these pairs and these
+            rollouts; and the mean of the pairs' scores."""
             sums = []
             for obs, actions, discounts in rollouts:
-                rewards = taken(outputs(model, obs.to(device)), actions.to(device))
-                sums.append((rewards * discounts.to(device)).sum(-1))
+                sums.append((rewards_of(model, obs, actions) * discounts.to(device)).sum(-1))
             if pbrl:
                 return pbrl_term(*sums, weight), torch.tensor(math.nan)
-            obs, actions, labels = pairs_of(rows)
+            obs, actions, labels = columns_of(pairs)
             rewards = outputs(model, obs)
-            shift = int(torch.randint(1, len(rows), ())) if args.permute_cross_entropy else 0
+            shift = int(torch.randint(1, len(pairs), ())) if args.permute_cross_entropy else 0
             if rollouts:
-                shape = len(rows), 2, -1, args.rollouts or 1
+                shape = len(pairs), 2, -1, args.rollouts or 1
                 advantages = rollout_advantages(*(each.view(shape) for each in sums))
             else:
                 with torch.no_grad():
@@ -1322,15 +1381,18 @@ def train(args: Args) -> Path:
 
         # ---- Training: buffers and the loop ----------------------------------------------------------
         shape, none = (args.num_steps, args.num_envs), np.zeros(args.num_envs)
-        numbers = torch.meshgrid(
-            *map(torch.arange, shape), indexing="ij"
-        )  # step and game of an iteration's rows
+        numbers = torch.meshgrid(*map(torch.arange, shape), indexing="ij")  # step and game of each row
         ended = over = none.astype(bool)  # a life or a game, or a game, in the last step; a reset follows
         game_points, game_lengths = np.zeros((2, args.num_envs))
         num_iterations = args.total_timesteps // batch_size
         warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
-        asks, opinion = args.reward_update in LEARNED, args.reward_update not in ("ground-truth", "constant")
+        learns, opinion = (args.reward_update in methods for methods in (LEARNED, (*LEARNED, "frozen")))
+        human = learns and args.teacher == "human"
+        asks = learns and (human or not args.labels)
         run.open()
+        people = run.folder / "preferences"
+        if human:
+            say(f"label with: python label_preferences.py {run.folder}")
         obs = torch.tensor(envs.reset()[0])
         replay.add(none, none, none, none, obs, ~ended)
         logged: dict[str, Tensor] = {}
@@ -1371,6 +1433,9 @@ def train(args: Args) -> Path:
                 update_time += time.perf_counter() - update_start
 
             # ---- Upper level: ask the teacher --------------------------------------------------------
+            if iteration == 1 and args.reward_update != "ground-truth" and replay.terminated.any():
+                compare = "compare with --reward-update constant and frozen, or use --no-episodic-life"
+                say(f"episodes end early here, so their length leaks the true reward: {compare}")
             reward_start, first = time.perf_counter(), replay.added - args.num_steps
             rows = torch.arange(first, replay.added) % replay.size
             valid, true_rewards = replay.valid[rows], replay.rewards[rows]
@@ -1386,39 +1451,59 @@ def train(args: Args) -> Path:
             # Measured on pairs that nobody labels, before the network has seen any of this iteration.
             frames, chosen, heldout_rewards, *_ = cut_pairs(args.heldout_pairs if opinion else 0)
             with torch.no_grad():
-                guess = taken(outputs(model, stacks(frames).to(device)), chosen.to(device)).cpu()
+                guess = rewards_of(model, stacks(frames), chosen).cpu()
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
-            frames, chosen, pair_rewards, times, games = cut_pairs(max(0, wanted - asked) if asks else 0)
-            labels, answered = teacher_labels(pair_rewards, args.teacher)
-            kept = answered.nonzero().squeeze(-1)[-args.queue_size :]
-            queue = [*queue, *zip(frames[kept], chosen[kept], labels[kept])][-args.queue_size :]
-            asked, fresh = asked + int(answered.sum()), len(kept) if learning else 0
+            due = max(0, wanted - (pairs_asked(people) if human else asked)) if asks else 0
+            drawn = cut_pairs(due * args.reward_candidates)
+            if args.reward_candidates > 1:
+                with torch.no_grad():  # the standard deviation over the networks of sigma(R_1 - R_2)
+                    said = [rewards_of(member, stacks(drawn[0]), drawn[1]).sum(-1) for member in model]
+                doubts = torch.sigmoid(torch.stack(said).diff(dim=-1).squeeze(-1)).std(0).cpu()
+                drawn = [each[doubts.topk(min(due, len(doubts))).indices] for each in drawn]
+            frames, chosen, pair_rewards, times, games = drawn
+            if human:
+                ask_people(people, args, frames=frames, actions=chosen)
+                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else 0
+                while len(read_labels(file)) < due and not run.stop_signal:
+                    time.sleep(0.2)
+                answers, answered = zip(*labelled_pairs(file, taken_up)), slice(0)
+                new = [(pair["frames"], pair["actions"], label) for pair, label in answers]
+            else:
+                labels, answered = teacher_labels(pair_rewards, args.teacher)
+                new = [*zip(frames[answered], chosen[answered], labels[answered])]
+            queue, asked = [*queue, *new][-args.queue_size :], asked + len(new)
+            fresh, label_accuracy = min(len(new), args.queue_size) if learning else 0, math.nan
+            if given or new:  # not learned from so far
+                judged_obs, judged_actions, said = columns_of((given or new)[-64:])
+                with torch.no_grad():
+                    judgements = rewards_of(model, judged_obs, judged_actions)
+                label_accuracy = accuracy(judgements, torch.stack([said, 1 - said], 1).unsqueeze(-1))
 
             # ---- Upper level: move theta -------------------------------------------------------------
             # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
             # so what is added counts there and nowhere else; as released, in every minibatch, with its pairs.
             alpha = float(agent.log_alpha.detach().exp())
             weight = args.pbrl_penalty if pbrl else min(1 / alpha, args.max_inverse_temperature)
-            adds = learning and args.reward_update in ("sobirl", "hpgd-style", "pbrl-style")
+            adds = learning and args.reward_update in ADDS
             if not pbrl:  # the permuted control needs a second pair
                 adds = adds and fresh > int(args.permute_cross_entropy) and global_step > args.implicit_starts
-            rollouts = (
-                make_rollouts(times[kept], games[kept], chosen[kept]) if adds and (pbrl or copying) else []
-            )
+            rollouts = []
+            if adds and (pbrl or copying):
+                rollouts = make_rollouts(*(each[answered][-fresh:] for each in (times, games, chosen)))
             simulated += sum(int((weights > 0).sum()) for *_, weights in rollouts)
             epochs = args.reward_epochs if learning else args.warmup_epochs
-            if not queue or iteration < warmup_iterations:
+            if not learns or not queue or iteration < warmup_iterations:
                 epochs = 0
             minibatches = []
             for _ in range(epochs):
                 minibatches += torch.randperm(len(queue)).split(args.reward_batch_size)
-            newest = range(len(queue) - fresh, len(queue))
-            carriers = (minibatches if args.implicit_pairs == "queue" else [newest]) if adds else []
+            minibatches = [[queue[row] for row in each] for each in minibatches]
+            carriers = (minibatches if args.implicit_pairs == "queue" else [queue[-fresh:]]) if adds else []
             epoch_losses, terms = [], []
             model.train()
             for k, mb in enumerate(minibatches):
-                mb_obs, mb_actions, mb_labels = pairs_of(mb)
-                losses = cross_entropies(taken(outputs(model, mb_obs), mb_actions), mb_labels)
+                mb_obs, mb_actions, mb_labels = columns_of(mb)
+                losses = cross_entropies(rewards_of(model, mb_obs, mb_actions), mb_labels)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):
@@ -1439,18 +1524,14 @@ def train(args: Args) -> Path:
                 metrics["losses/cross_entropy"] = float(torch.cat(epoch_losses)[-len(queue) :].mean())
             ratio, factor, score = torch.stack(terms).nanmean(0).tolist() if terms else (math.nan,) * 3
             bilevel = {"labels": asked, "simulator_steps": simulated, "gradient_factor": factor}
-            bilevel |= {
-                "implicit_ratio": ratio,
-                "score_mean": score,
-                "true_reward": true_rewards[valid].mean(),
-            }
-            bilevel["implicit_weight"] = weight * factor if terms else 0.0
+            bilevel |= {"implicit_weight": weight * factor if terms else 0.0, "implicit_ratio": ratio}
+            bilevel |= {"score_mean": score, "true_reward": true_rewards[valid].mean()}
             if opinion:
                 oracle, _ = teacher_labels(heldout_rewards, "oracle")
                 alike = correlation(guess.flatten(), heldout_rewards.flatten())
                 bilevel |= {"heldout_accuracy": accuracy(guess, heldout_rewards), "reward_correlation": alike}
                 bilevel |= {"heldout_cross_entropy": cross_entropies(guess, oracle).mean()}
-                bilevel |= {"learned_reward": guess.mean()}
+                bilevel |= {"learned_reward": guess.mean(), "label_accuracy": label_accuracy}
             metrics |= {f"bilevel/{name}": None if math.isnan(x) else float(x) for name, x in bilevel.items()}
             metrics |= {"losses/alpha": alpha, "time/env": env_time, "time/reward": now - reward_start}
             metrics["time/policy"] = reward_start - iteration_start - env_time - update_time
@@ -1466,7 +1547,8 @@ def train(args: Args) -> Path:
                 state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
                 kept = *agents, model, *optimisers, replay
                 state |= {"states": [each.state_dict() for each in kept]}
-                run.save_checkpoint(state | {"upper": (queue, asked, fresh, simulated)})
+                state |= {"upper": (queue, asked, fresh, simulated), "taken": sorted(taken_up)}
+                run.save_checkpoint(state | {"reward": model.state_dict()})
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
 
