@@ -546,7 +546,7 @@ const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal", s: "sk
 const tab = sessionStorage.tab ||= Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-");
 let shown = null;  // the question on the screen, until it is answered
 let bytes = null, since = 0, asked = 0;
-let line = Promise.resolve();  // requests, one after the other
+let line = Promise.resolve(), waiting = 0;  // requests, one after the other, and how many are not done
 
 function hide() {
   shown = bytes = null;
@@ -574,6 +574,7 @@ async function ask(what, body) {
   const agreement = repeated ? `; the same answer again: ${same} of ${repeated}` : "";
   find("progress").textContent = `${state.answered} of ${state.budget}${agreement}`;
   const next = state.next;
+  if (waiting > 1) return;  // the one behind knows better
   if (next === null) {
     hide();
     const done = state.answered >= state.budget;
@@ -592,7 +593,9 @@ async function ask(what, body) {
 }
 
 function act(what, body = {}) {
+  waiting += 1;
   line = line.then(() => ask(what, body)).catch(error => { find("note").textContent = error.message; });
+  line = line.then(() => { waiting -= 1; });
 }
 
 function answer(word) {
@@ -621,7 +624,7 @@ for (const button of document.querySelectorAll("[data-answer]")) {
 find("undo").onclick = undo;
 find("replay").onclick = replay;
 act("next");
-setInterval(() => { if (!shown || performance.now() - asked > 20000) act("next"); }, 1000);
+setInterval(() => { if (!waiting && (!shown || performance.now() - asked > 20000)) act("next"); }, 1000);
 </script>
 </html>
 """
@@ -657,9 +660,9 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
     @app.after_request
     def guard(reply: flask.Response):
         nonce = flask.g.get("nonce", "")
-        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src blob: data:"
-        policy += "; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        reply.headers["Content-Security-Policy"] = policy
+        policy = f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+        policy += "; img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
+        reply.headers["Content-Security-Policy"] = f"{policy}; frame-ancestors 'none'"
         reply.headers["Referrer-Policy"] = "no-referrer"  # the address holds the token
         reply.headers["X-Content-Type-Options"] = "nosniff"
         reply.headers["Cache-Control"] = "no-store"

@@ -582,8 +582,8 @@ def test_a_persons_round_in_the_browser(browser, servers, scene, tmp_path):
     wait(browser, lambda: "All pairs are answered" in browser.find_element("id", "note").text)
     answers = [row["pair"] for row in lines(file.parent) if row["labeller"] == "bo"]
     assert len(answers) == len(set(answers)) == 4 and len(page.read_labels(file)) == 14
-    problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert problems == []
+    problems = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [each for each in problems if "ERR_CONNECTION_REFUSED" not in each] == []  # those while no server ran
 
     base, token = re.match(r"(http://[^/]+/)(.+)/$", address).groups()
     for wrong in (f"{base}{token[:-1]}/", base, f"{base}{token}/../../labels.jsonl", f"{base}{token}/clip/..%2flabels.jsonl/0"):
