@@ -1478,10 +1478,8 @@ def train(args: Args) -> Path:
             pairs, pair_rewards, pair_states = drawn
             if human:
                 ask_people(people, args, inputs=pairs, states=pair_states)
-                file = people / "labels.jsonl"
-                while args.wait_for_labels and len(read_labels(file)) < pairs_asked(people):
-                    if run.stop_signal:
-                        break
+                file, wait = people / "labels.jsonl", args.wait_for_labels
+                while wait and not run.stop_signal and len(read_labels(file)) < pairs_asked(people):
                     time.sleep(0.2)
                 answers, labels = labelled_pairs(file, taken)
                 pairs = torch.stack([each["inputs"] for each in answers]) if answers else pairs[:0]
@@ -1518,7 +1516,8 @@ def train(args: Args) -> Path:
             model.train()
             for k, mb in enumerate(minibatches):
                 fragments, mb_labels = (column[mb].to(device) for column in queue.columns)
-                losses = cross_entropies(model(fragments), mb_labels)
+                own = [cross_entropies(member(fragments), mb_labels) for member in members]
+                losses = torch.stack(own).mean(0)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):
