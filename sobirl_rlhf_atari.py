@@ -431,8 +431,9 @@ class CloneableGames(gym.vector.VectorEnv):
             self.env.reset()
             game = game._replace(steps=0)
         if game.ended:
-            waiting, fire = int(self.random.integers(30)), "FIRE" in self.env.get_action_meanings()
-            new, *_ = self.advance(game, [0] * waiting + [int(fire)])
+            for _ in range(self.random.integers(30)):
+                self.env.step(0)
+            new, *_ = self.advance(game, [int("FIRE" in self.env.get_action_meanings())])
             first = np.repeat(new.images[-1:], 4, 0)
             return new._replace(images=first if game.ended == 2 else new.images), 0.0, False, False, False
         lives, steps = self.env.ale.lives(), game.steps + 1

@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -244,7 +245,7 @@ def test_a_lost_life_terminates_and_a_game_is_logged_whole(tmp_path, monkeypatch
     folder = train(run_dir=tmp_path, episodic_life=lives, reward_update="ground-truth", **LONG)
     over = np.array([row["info"]["terminated"] != 0 for row in recorder.rows])
     ends = np.array([row["terminated"] for row in recorder.rows])
-    assert over.sum() >= 2 and (ends.sum() > 3 * over.sum() if lives else (ends == over).all())
+    assert over.sum() >= 1 and (ends.sum() > 3 * over.sum() if lives else (ends == over).all())
     replay = torch.load(folder / "checkpoint.pt", weights_only=True)["states"][-1]["columns"]
     assert np.array_equal(replay[4][1:301], ends)  # row 0 is no step
     assert np.array_equal(replay[5][1:301], [~row["reset"] for row in recorder.rows])
@@ -336,22 +337,28 @@ def games():
 
 
 @pytest.mark.parametrize("game", ["Breakout-v5", "Seaquest-v5", "BeamRider-v5", "SpaceInvaders-v5"])
-def test_both_backends_show_the_same_images_rewards_and_ends(games, monkeypatch, game):
-    """From the first step on, with one frame without an action at the start. A grey value may differ by the rounding of a mean."""
+def test_both_backends_show_the_same_images_rewards_and_ends(games, game):
+    """From the first step on, with one frame without an action at the start and the same random memory when the console is switched
+    on. A grey value may differ by the rounding of a mean, and the last image of a game, which nobody uses, is another."""
+    import ale_py
+
     envs = rlhf.make_envs(rlhf.Args(env_id=game, env_threads=1), 1, 0, noop_max=1)
-    others, rng, seen = games(env_id=game), np.random.default_rng(1), [0, 0]
-    others.random = type("Zero", (), {"integers": lambda self, *bounds: 0})()
+    others, rng, lives, rewards, over = games(env_id=game), np.random.default_rng(1), 0, 0, False
+    others.random = type("Zero", (), {"integers": lambda self, bound: 0})()
+    others.env.ale.setInt("random_seed", 0)
+    others.env.ale.loadROM(ale_py.roms.get_rom_path(re.sub("(?<!^)(?=[A-Z])", "_", game[:-3]).lower()))
+    others.games = [others.games[0]._replace(emulator=others.env.clone_state())]
     first, second = envs.reset()[0], others.reset()[0]
     for _ in range(300):
-        assert np.abs(first.astype(int) - second).max() <= 1
+        assert np.abs(first.astype(int) - second)[:, : 3 if over else 4].max() <= 1
         actions = rng.integers(0, envs.action_space.n, 1)
         first, reward, ends, cut, info = envs.step(actions)
         second, *found = others.step(actions)
-        assert [*map(np.ndarray.tolist, found[:3])] == [reward.tolist(), ends.tolist(), cut.tolist()]
+        assert [each.tolist() for each in found[:3]] == [reward.tolist(), ends.tolist(), cut.tolist()]
         assert found[3]["reward"] == info["reward"] and found[3]["terminated"] == info["terminated"]
-        seen = [seen[0] + int(ends[0]), seen[1] + int(reward[0] != 0)]
+        lives, rewards, over = lives + int(ends[0]), rewards + int(reward[0] != 0), info["terminated"][0] != 0
     envs.close()
-    assert seen[1] > 0 and (seen[0] > 0 or game in ("BeamRider-v5", "SpaceInvaders-v5"))
+    assert rewards > 0 and (lives > 0 or game == "BeamRider-v5")
 
 
 def test_area_weights_are_means_of_the_covered_pixels():
@@ -498,6 +505,12 @@ def test_an_ensemble_asks_where_it_disagrees(tmp_path, monkeypatch):
 
 
 # ---- Checkpoint and resume --------------------------------------------------------------------------------------
+def copy_of(states):
+    """Their tensors, but for the step sizes, which follow the arguments."""
+    parts = [state.get("state", state) for state in states]
+    return [tensor.clone() for tensor in flat(parts)]
+
+
 @pytest.mark.parametrize("way", ["sobirl", "pbrl"])
 def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, way):
     """What is loaded is what was saved; rows after the checkpoint are dropped; the games start anew, and the replay marks that."""
@@ -510,26 +523,22 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, way):
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train(run_dir=tmp_path, checkpoint_every=2, **WAYS[way])
     (folder,) = tmp_path.iterdir()
-    before, seen = learned(folder), []
+    before, seen = copy_of(torch.load(folder / "checkpoint.pt", weights_only=True)["states"]), []
     opened = rlhf.Run.open
 
     def look(run):
         names = inspect.currentframe().f_back.f_locals
-        seen.extend(each.state_dict() for each in (*names["agents"], names["model"], *names["optimisers"], names["replay"]))
-        seen[:] = [copy_of(each) for each in seen]
+        kept = *names["agents"], names["model"], *names["optimisers"], names["replay"]
+        seen.extend(copy_of([each.state_dict() for each in kept]))
         opened(run)
 
     monkeypatch.setattr(rlhf.Run, "open", look)
     resume(folder)
-    assert same(flat(seen), before)
+    assert same(seen, before) and len(before) > 50
     assert [int(row["global_step"]) for row in read_csv(folder / "metrics.csv")] == [80, 160, 240]
     replay = torch.load(folder / "checkpoint.pt", weights_only=True)["states"][-1]
     assert replay["counts"][0] == 3 * 40 + 2 and not replay["columns"][5][(2 * 40 + 1) % 79].any()
     assert len(torch.load(folder / "checkpoint.pt", weights_only=True)["upper"][0]) == 20
-
-
-def copy_of(state):
-    return [tensor.clone() for tensor in flat(state)]
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, monkeypatch):
