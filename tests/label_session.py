@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "label_preferences.py"
 KEYS = {"left": "\ue012", "right": "\ue014", "down": "\ue015"}  # WebDriver's names of the arrows
 OPTIONS = (
     "--headless=new --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --window-size=900,640"
+    "--disable-sync --window-size=900,780"
 )
 
 

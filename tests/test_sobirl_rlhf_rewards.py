@@ -8,6 +8,8 @@ import torch
 from test_command_line import assert_one_sentence
 from test_sobirl_rlhf import SCRIPT, flat, same, train, words
 
+SMOOTH = {"env_id": "InvertedPendulum-v4", "num_envs": 1, "num_steps": 64}  # the numbers of Walk saturate tanh
+
 
 def reward_of(folder) -> dict:
     """The reward network of the last checkpoint."""
@@ -59,7 +61,7 @@ def test_each_member_of_an_ensemble_learns_from_its_own_cross_entropy(tmp_path, 
         return original(rewards, labels)
 
     monkeypatch.setattr(rlhf, "cross_entropies", record)
-    folder = train(run_dir=tmp_path, reward_update="drlhf", reward_ensemble=2, total_timesteps=64)
+    folder = train(run_dir=tmp_path, reward_update="drlhf", reward_ensemble=2, total_timesteps=64, **SMOOTH)
     assert len(learned_from) == 2 * 2 * 2  # 12 pairs in minibatches of 8, two passes, two members
     assert all(not torch.allclose(a, b) for a, b in zip(learned_from[::2], learned_from[1::2]))
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -87,7 +89,7 @@ def test_the_teacher_is_asked_about_the_pairs_on_which_the_members_disagree_most
     doubts = []
     monkeypatch.setattr(rlhf, "disagreement", lambda *each: doubts.append(measure(*each)) or doubts[-1])
     monkeypatch.setattr(rlhf.Ring, "add", record)
-    train(run_dir=tmp_path, reward_update="drlhf", reward_ensemble=2, reward_candidates=3)
+    train(run_dir=tmp_path, reward_update="drlhf", reward_ensemble=2, reward_candidates=3, **SMOOTH)
     candidates = [found for count, found in drawn[1::2]]
     assert [count for count, _ in drawn[1::2]] == [3 * 12, 3 * 4, 3 * 4, 3 * 4] and len(asked) == 4
     for found, pairs, spread in zip(candidates, asked, doubts, strict=True):
