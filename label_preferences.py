@@ -414,28 +414,32 @@ class Labels:
         self.folder, self.labeller, self.repeat_every = folder, labeller, repeat_every
         self.lock, self.leases = threading.RLock(), {}
         self.path = folder / "labels.jsonl"
-        self.rows, self.answers = [], {}  # all lines; of each question the answer that counts
+        self.answers = {}  # of each question the line that counts
         text = self.path.read_bytes() if self.path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         for line in whole.splitlines():
             self.count(json.loads(line))
-        self.file = open(self.path, "ab")
+        self.file = open(self.path, "ab", buffering=0)
         self.file.truncate(len(whole))  # a line that a kill cut off was never confirmed
 
     def count(self, row: dict) -> None:
         """Take a line into account."""
         question = row["pair"], row["repeat"]
-        self.rows.append(row)
         self.answers.pop(question, None)  # the last one is the newest in the order of the dictionary
         if row["answer"] != "undo":
             self.answers[question] = row
 
     def write(self, row: dict) -> None:
-        """Append a line; it is on the disk when this returns."""
+        """Append a line; it is on the disk when this returns. Raises OSError, and then nothing is there."""
         row |= {"labeller": self.labeller, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.file.write((json.dumps(row) + "\n").encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        line, end = (json.dumps(row) + "\n").encode(), os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("the disk is full")
+            os.fsync(self.file.fileno())
+        except OSError:
+            self.file.truncate(end)
+            raise
         self.count(row)
 
     def left(self, pair: int, repeat: bool) -> int:
@@ -452,11 +456,9 @@ class Labels:
         first = [pair for pair, repeat in self.answers if not repeat]
         repeats = sum(repeat for _, repeat in {*self.answers, *self.leases})
         due = self.repeat_every and len(first) // self.repeat_every > repeats
-        again = (
-            [(pair, True) for pair in first if self.answers[pair, False]["answer"] != "skip"] if due else []
-        )
+        again = [(pair, True) for pair in first if self.answers[pair, False]["answer"] != "skip"]
         new = [(pair, False) for pair in reversed(range(pairs_asked(self.folder)))]
-        return [key for key in (*mine, *again[:-2], *new) if key not in taken]
+        return [key for key in (*mine, *(again[:-2] if due else ()), *new) if key not in taken]
 
     def next(self, tab: str) -> dict | None:
         """A question for this tab, the same until it is answered; None if no pair is left."""
@@ -685,6 +687,10 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
     def draw_in_advance(pair: int, left: int) -> None:
         with contextlib.suppress(RuntimeError):  # it is said when the clip is asked for
             drawer.clip(pair, left)
+
+    @app.errorhandler(OSError)
+    def not_written(error: OSError):
+        return flask.Response(f"Not saved: {error}", 507, mimetype="text/plain")
 
     @app.get("/<token>/")
     def page():

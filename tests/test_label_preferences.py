@@ -121,6 +121,24 @@ def test_a_server_that_starts_again_knows_everything_but_a_line_that_was_cut_off
     assert lines(folder)[:-1] == [json.loads(line) for line in whole.splitlines()] and lines(folder)[-1]["pair"] == pair
 
 
+def test_a_full_disk_loses_no_line_and_leaves_no_half_one(folder):
+    labels = labels_of(folder)
+    question = labels.next("1")
+    labels.answer("1", question["pair"], False, "left", 0.0)
+    whole, file = (folder / "labels.jsonl").read_bytes(), labels.file
+
+    def write_half(line):
+        return file.write(line[: len(line) // 2])
+
+    labels.file = SimpleNamespace(write=write_half, fileno=file.fileno, truncate=file.truncate)
+    question = labels.next("1")
+    with pytest.raises(OSError, match="full"):
+        labels.answer("1", question["pair"], False, "left", 0.0)
+    assert (folder / "labels.jsonl").read_bytes() == whole and labels.next("1") == question
+    labels.file = file
+    assert labels.answer("1", question["pair"], False, "left", 0.0) and len(lines(folder)) == 2
+
+
 def test_two_tabs_get_different_pairs_and_no_pair_is_answered_twice(folder):
     labels = labels_of(folder)
     first, second = labels.next("1"), labels.next("2")
