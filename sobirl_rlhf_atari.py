@@ -138,7 +138,7 @@ class Args(CheckedArgs):
     env_id: str = "BeamRider-v5"
     """an Atari game by its name in EnvPool; ALE/Seaquest-v5 and SeaquestNoFrameskip-v4 mean Seaquest-v5"""
     env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
-    """more options of EnvPool's Atari games, as JSON: '{"max_episode_steps": 5000}'"""
+    """more options of EnvPool's Atari games, as JSON: '{"max_episode_steps": 5000}'; not with gymnasium"""
     env_backend: Literal["envpool", "gymnasium"] = "envpool"
     """who plays the training's games: EnvPool, or Gymnasium (pip install ale-py), slower, but a game can be
     copied as rollouts and hpgd-style need it"""
@@ -190,7 +190,8 @@ class Args(CheckedArgs):
     reward_ensemble: PositiveInt = 1
     """reward networks; the reward is their mean"""
     reward_candidates: PositiveInt = 1
-    """pairs drawn for each that is asked: the one on which the ensemble disagrees most (10 in B-Pref)"""
+    """pairs drawn for each that is asked after the random steps: the one on which the ensemble disagrees
+    most (10 in B-Pref)"""
     reward_bound: Literal["tanh", "clip"] = "tanh"
     """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
     reward_dropout: BelowOne = 0.5
@@ -261,6 +262,8 @@ class Args(CheckedArgs):
             raise BadInput("--implicit-pairs queue has no rollouts and no --permute-cross-entropy")
         if (self.implicit == "rollouts" or method == "hpgd-style") and self.env_backend == "envpool":
             raise BadInput("--env-backend envpool cannot copy a game, as rollouts need it; use gymnasium")
+        if self.env_backend == "gymnasium" and json.loads(self.env_kwargs):
+            raise BadInput("--env-kwargs are EnvPool's: leave them out with --env-backend gymnasium")
         if self.labels and self.teacher != "human" and method in ADDS:
             needs = f"{method} needs labels of its policy's newest pairs, which a file does not have"
             raise BadInput(f"--labels: {needs}; use --reward-update drlhf or --teacher human")
@@ -401,7 +404,6 @@ class CloneableGames(gym.vector.VectorEnv):
             ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
             gym.register_envs(ale_py)
             options |= {"repeat_action_probability": args.repeat_action_probability}
-            options |= json.loads(args.env_kwargs)
             self.env = gym.make(f"ALE/{game_name(args.env_id)}", **options).unwrapped
             self.env.reset(seed=seed)
         self.args, self.random = args, np.random.default_rng(seed)
@@ -536,7 +538,8 @@ class RewardNetwork(nn.Module):
 
 
 class RewardEnsemble(nn.ModuleList):
-    """Reward networks with initial weights of their own, which learn from the same minibatches."""
+    """Reward networks with initial weights of their own, which learn from the same minibatches, each by its
+    own cross-entropy."""
 
     def forward(self, images: Tensor) -> Tensor:
         """The mean of their rewards."""
@@ -684,20 +687,21 @@ class Replay:
 
 
 def check_room(args: Args) -> None:
-    """Say how much memory replay and queue take. Raises BadInput unless memory and disk hold them twice, as
-    they do while a checkpoint is read or replaced."""
+    """Say how much memory replay and queue take. Raises BadInput unless the memory holds them, and the disk
+    two of their checkpoints, since one is written before the other goes."""
     rows = min(args.buffer_size, args.total_timesteps) + 4 * args.num_envs
     sizes = rows * (84 * 84 + 8), args.queue_size * 2 * (args.fragment_length + 3) * 84 * 84
-    needed, (replay, pairs) = 2 * sum(sizes), (f"{1e-9 * size:,.1f} GB" for size in sizes)
+    replay, pairs = (f"{1e-9 * size:,.1f} GB" for size in sizes)
     say(f"memory: {replay} for the replay, up to {pairs} for labelled pairs; as much in checkpoint.pt")
     there = next(each for each in (args.run_dir / "run").absolute().parents if os.path.exists(each))
-    places = {} if args.resume else {f"the disk of --run-dir {args.run_dir}": shutil.disk_usage(there).free}
+    half_free = shutil.disk_usage(there).free / 2
+    places = {} if args.resume else {f"the disk of --run-dir {args.run_dir}": half_free}
     if hasattr(os, "sysconf"):
         places["the memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for place, size in places.items():
-        if needed > size:
-            needs = f"replay and labelled pairs take {1e-9 * needed:,.1f} GB with their checkpoint"
-            raise BadInput(f"--buffer-size: {needs}, {place} has {1e-9 * size:,.1f} GB; make it smaller")
+        if sum(sizes) > size:
+            needs = f"replay and labelled pairs need {1e-9 * sum(sizes):,.1f} GB, on disk twice"
+            raise BadInput(f"--buffer-size: {needs}, and {place} is too small; make it smaller")
 
 
 # ---- Fragments (shared) ------------------------------------------------------------------------------
@@ -1455,8 +1459,9 @@ def train(args: Args) -> Path:
                 guess = rewards_of(model, stacks(frames), chosen).cpu()
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
             due = max(0, wanted - (pairs_asked(people) if human else asked)) if asks else 0
-            drawn = cut_pairs(due * args.reward_candidates)
-            if args.reward_candidates > 1:
+            candidates = args.reward_candidates if learning else 1  # fresh networks disagree by chance
+            drawn = cut_pairs(due * candidates)
+            if candidates > 1:
                 with torch.no_grad():  # the standard deviation over the networks of sigma(R_1 - R_2)
                     said = [rewards_of(member, stacks(drawn[0]), drawn[1]).sum(-1) for member in model]
                 doubts = torch.sigmoid(torch.stack(said).diff(dim=-1).squeeze(-1)).std(0).cpu()
@@ -1504,7 +1509,8 @@ def train(args: Args) -> Path:
             model.train()
             for k, mb in enumerate(minibatches):
                 mb_obs, mb_actions, mb_labels = columns_of(mb)
-                losses = cross_entropies(rewards_of(model, mb_obs, mb_actions), mb_labels)
+                rewards = [rewards_of(each, mb_obs, mb_actions) for each in model]
+                losses = torch.stack([cross_entropies(each, mb_labels) for each in rewards]).mean(0)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):

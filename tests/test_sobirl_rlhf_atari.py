@@ -306,7 +306,7 @@ def test_the_true_reward_reaches_only_the_teacher_and_ground_truth(tmp_path, mon
         assert same(*found) == (method == "sobirl")
 
 
-def test_targets_are_copied_and_updates_made_as_often_as_said(tmp_path, monkeypatch):
+def test_targets_are_copied_updates_made_and_step_sizes_lowered_as_said(tmp_path, monkeypatch):
     counts, transitions, sample = [], [], rlhf.Replay.sample
     load = torch.nn.ModuleList.load_state_dict
 
@@ -320,8 +320,10 @@ def test_targets_are_copied_and_updates_made_as_often_as_said(tmp_path, monkeypa
 
     monkeypatch.setattr(rlhf.Replay, "sample", spy)
     monkeypatch.setattr(torch.nn.ModuleList, "load_state_dict", loaded)
-    folder = train(run_dir=tmp_path, reward_update="ground-truth")
-    last = torch.load(folder / "checkpoint.pt", weights_only=True)["states"][-1]["counts"][1]
+    folder = train(run_dir=tmp_path, reward_update="ground-truth", anneal_steps=1000)
+    states = torch.load(folder / "checkpoint.pt", weights_only=True)["states"]
+    assert states[3]["param_groups"][0]["lr"].item() == pytest.approx(1e-4 * (1 - 160 / 1000))  # the optimiser's own
+    last = states[-1]["counts"][1]
     assert len(transitions) == last // 8 - 80 // 8 and all(a <= b for a, b in zip(transitions, transitions[1:]))
     assert len(counts) == last // 50 - 80 // 50
 
@@ -497,7 +499,7 @@ def test_an_ensemble_asks_where_it_disagrees(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rlhf, "draw_pairs", spy)
     folder = train(run_dir=tmp_path, reward_ensemble=3, reward_candidates=5)
-    assert seen == [6, 60, 6, 20, 6, 20]
+    assert seen == [6, 12, 6, 20, 6, 20]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert len(checkpoint["upper"][0]) == 20
     first = [checkpoint["reward"][f"{k}.network.0.weight"] for k in range(3)]
@@ -568,6 +570,7 @@ BAD = [
     (["--reward-update", "hpgd-style"], "--env-backend envpool cannot copy a game"),
     (["--implicit", "rollouts"], "--env-backend envpool cannot copy a game"),
     (["--env-id", "Nothing-v5"], "--env-id 'Nothing-v5' cannot be made"),
+    (["--env-backend", "gymnasium", "--env-kwargs", '{"max_episode_steps": 9}'], "--env-kwargs are EnvPool's"),
     (["--labels", "x.jsonl"], "--labels: sobirl needs labels of its policy's newest pairs"),
     (["--teacher", "human", "--reward-update", "hpgd-style", "--env-backend", "gymnasium"], "--teacher human has no rollouts"),
     (["--reward-candidates", "5"], "--reward-candidates: one network cannot disagree"),

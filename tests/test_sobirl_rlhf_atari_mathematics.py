@@ -5,6 +5,7 @@ import copy
 import inspect
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,7 +345,7 @@ def test_a_loaded_replay_is_the_one_that_was_saved(played):
 
 
 def test_the_room_that_is_stated_is_taken(capsys, tmp_path):
-    """A million transitions below 8 GB, said before they are allocated; refused where there is no room for two copies."""
+    """A million transitions below 8 GB, said before they are allocated."""
     args = rlhf.Args(run_dir=tmp_path, buffer_size=3000, num_steps=100, queue_size=50)
     replay = rlhf.Replay(3000, 1)
     real = sum(column.numel() * column.element_size() for column in replay.columns)
@@ -356,13 +357,18 @@ def test_the_room_that_is_stated_is_taken(capsys, tmp_path):
 
 
 def test_the_room_is_said_or_refused(capsys, tmp_path, monkeypatch):
+    """Once in memory; on disk twice, since a checkpoint is written before the last one goes."""
     args = rlhf.Args(run_dir=tmp_path / "not" / "yet")
-    needed = 2 * (1_000_004 * (84 * 84 + 8) + 3000 * 2 * 28 * 84 * 84)
-    for free, refused in ((needed - 1, True), (needed, False)):
-        monkeypatch.setattr(rlhf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**15}))
-        monkeypatch.setattr(rlhf.os, "sysconf", lambda word: free if word == "SC_PHYS_PAGES" else 1)
+    needed = 1_000_004 * (84 * 84 + 8) + 3000 * 2 * 28 * 84 * 84
+    for memory, disk, refused in (
+        (needed - 1, 10**15, "the memory"),
+        (needed, 2 * needed, ""),
+        (10**15, 2 * needed - 2, "the disk"),
+    ):
+        monkeypatch.setattr(rlhf.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+        monkeypatch.setattr(rlhf.os, "sysconf", lambda word: memory if word == "SC_PHYS_PAGES" else 1)
         if refused:
-            with pytest.raises(rlhf.BadInput, match="--buffer-size: .* the memory has"):
+            with pytest.raises(rlhf.BadInput, match=f"--buffer-size: .* {refused} .*is too small"):
                 rlhf.check_room(args)
         else:
             rlhf.check_room(args)
