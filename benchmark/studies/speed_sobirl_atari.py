@@ -187,7 +187,7 @@ def main(args: Args) -> None:
     if args.rounds < 1 or args.steps < 4 or args.steps % 4:
         sys.exit("error: --rounds must be at least 1 and --steps a multiple of 4")
     warnings.simplefilter("ignore")
-    made_by = provenance_of("studies/speed_sobirl_atari")
+    made_by = provenance_of("studies.speed_sobirl_atari") | {"script": "benchmark/studies/speed_sobirl_atari.py"}
     before, start = os.getloadavg(), time.perf_counter()
     rows = measure(args)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}
