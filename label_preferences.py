@@ -209,9 +209,9 @@ def load_run(source: Path) -> tuple:
             saved = torch.load(model, map_location="cpu", weights_only=True)
             made = {"script": saved["script"], "args": {"env_id": saved["env_id"]}}
         script = Path(__file__).with_name(Path(made["script"]).name)
-        spec = importlib.util.spec_from_file_location(script.stem, script)
+        spec = importlib.util.spec_from_file_location(f"played_{script.stem}", script)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[script.stem] = module  # where pydantic looks for the types of its arguments
+        sys.modules[spec.name] = module  # where pydantic looks for the types of its arguments
         spec.loader.exec_module(module)
         ours = {} if hasattr(module, "game_name") else {"env_backend": "sync", "num_envs": 1}  # Atari's own
         args = module.Args(**made["args"] | ours)
