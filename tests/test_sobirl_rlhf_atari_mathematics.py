@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sobirl_rlhf_atari as rlhf
 import torch
 import torch.nn as nn
 from test_sobirl_rlhf_atari import few_channels, train  # noqa: F401
+
+import sobirl_rlhf_atari as rlhf
 
 ACTIONS = 3
 
