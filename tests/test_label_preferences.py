@@ -486,11 +486,17 @@ def test_a_run_learns_from_a_file_of_labels_and_reports_the_accuracy_on_those_it
 
 
 def test_label_accuracy_is_measured_before_the_network_learns_from_the_labels(tmp_path):
-    """A random network is right on half of the pairs that a rule labels, and would not be after 200 passes over them."""
-    rows = read_csv(
-        train(run_dir=tmp_path, reward_update="drlhf", warmup_pairs=40, warmup_epochs=200, pairs_per_iteration=0) / "metrics.csv"
-    )
-    assert abs(float(rows[0]["bilevel/label_accuracy"]) - 0.5) < 0.35 and rows[1]["bilevel/label_accuracy"] == ""
+    """After 60 passes over them it is right on nearly all, with which a random network has nothing to do."""
+    changes = {"total_timesteps": 64, "warmup_pairs": 40, "warmup_epochs": 60, "reward_learning_rate": 3e-3}
+    folder = train(run_dir=tmp_path, reward_update="drlhf", **changes)
+    (row,) = read_csv(folder / "metrics.csv")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    inputs, labels = checkpoint["queue"]["columns"]
+    network = rlhf.RewardNetwork(inputs.shape[-1], TINY["reward_width"])
+    network.load_state_dict(checkpoint["reward"])
+    returns = network(inputs).sum(-1)
+    after = ((returns[:, 0] > returns[:, 1]).float() == labels).float().mean()
+    assert after > 0.85 and float(row["bilevel/label_accuracy"]) < 0.75
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -532,6 +538,7 @@ def test_a_run_asks_people_and_learns_from_their_labels(tmp_path, wait):
     assert torch.allclose(states["states"][..., 1:], states["inputs"][..., :5], atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_run_that_waits_for_people_stops_when_it_is_told_to_and_goes_on_later(tmp_path):
     """Killed while nobody answers; the pairs wait, and their labels are in the queue of the resumed run."""
     words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
