@@ -99,7 +99,8 @@ Width = Annotated[int, Field(ge=1, le=8192)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveOrInf = Annotated[float, Field(gt=0, allow_inf_nan=True)]
-LEARNED = ("sobirl", "drlhf", "pbrl-style", "hpgd-style")  # values of --reward-update that ask the teacher
+ADDS = ("sobirl", "hpgd-style", "pbrl-style")  # values of --reward-update that add to the cross-entropy
+LEARNED = ("drlhf", *ADDS)  # those that ask the teacher
 
 
 class Args(CheckedArgs):
@@ -136,6 +137,8 @@ class Args(CheckedArgs):
     """any task with a bounded Box action space; also namespace/Name-v0 and module:Name-v0"""
     env_kwargs: Annotated[str, pydantic.AfterValidator(json_object)] = "{}"
     """keyword arguments of the task, as JSON: '{"terminate_when_unhealthy": false}'"""
+    terminate: bool = True
+    """--no-terminate: a fall does not end an episode; for tasks with Gymnasium's terminate_when_unhealthy"""
     env_backend: Literal["auto", "envpool", "sync", "async"] = "sync"
     """who steps the environments: EnvPool, or Gymnasium in this process or in one for each; auto: EnvPool
     where it has the task, else sync"""
@@ -183,6 +186,12 @@ class Args(CheckedArgs):
     """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
     reward_width: Width = 128
     """units in each of the reward network's two hidden layers"""
+    reward_ensemble: PositiveInt = 1
+    """reward networks; the reward is their mean"""
+    reward_candidates: PositiveInt = 1
+    """pairs drawn for each that is asked: the one on which the ensemble disagrees most (10 in B-Pref)"""
+    reward_model: Path | None = None
+    """checkpoint.pt whose reward network is the initial one; --reward-update frozen keeps it"""
     reward_dropout: BelowOne = 0.0
     """dropout rate after these layers while the reward learns"""
     reward_learning_rate: PositiveFloat = 3e-4
@@ -205,8 +214,9 @@ class Args(CheckedArgs):
     """labels of an iteration after that; default: what is left of the budget, evenly over the run"""
     heldout_pairs: NonNegativeInt = 64
     """unlabelled pairs of an iteration for the logged accuracy and cross-entropy"""
-    teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic"] = "oracle"
-    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule"""
+    teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic", "human"] = "oracle"
+    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule; human:
+    people, through label_preferences.py, which shows them the pairs in the run folder"""
     teacher_temperature: PositiveFloat = 1.0
     """true return that makes odds of e for the stochastic teacher"""
     teacher_error: Annotated[float, Field(ge=0, le=0.5)] = 0.1
@@ -215,6 +225,11 @@ class Args(CheckedArgs):
     """what skip and equal call little, as a fraction of the shown fragments' mean return"""
     teacher_gamma: Fraction = 0.9
     """discount of the myopic teacher, away from a fragment's end"""
+    wait_for_labels: bool = True
+    """wait until people have answered all of an iteration's pairs; else go on with what is there"""
+    labels: Path | None = None
+    """labels.jsonl of people: the queue starts with its pairs, but each tenth is held out to measure the
+    accuracy; only --teacher human is asked for more"""
 
     implicit: Literal["one-step", "rollouts", "reward-to-go-style"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
@@ -254,6 +269,13 @@ class Args(CheckedArgs):
         if self.implicit_pairs == "queue" and (self.implicit == "rollouts" or self.permute_cross_entropy):
             needs = "--implicit rollouts and --permute-cross-entropy need the newest pairs"
             raise BadInput(f"--implicit-pairs queue: {needs}; leave it out")
+        if self.labels and self.teacher != "human" and method in ADDS:
+            needs = f"{method} needs labels of its policy's newest pairs, which a file does not have"
+            raise BadInput(f"--labels: {needs}; use --reward-update drlhf or --teacher human")
+        if self.reward_candidates > 1 and self.reward_ensemble == 1:
+            raise BadInput("--reward-candidates: one network cannot disagree; raise --reward-ensemble")
+        if not self.terminate:
+            self.env_kwargs = json.dumps(json.loads(self.env_kwargs) | {"terminate_when_unhealthy": False})
         return self
 
 
@@ -264,6 +286,7 @@ METRICS = (
     "bilevel/gradient_factor", "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps",
     "time/env", "time/policy", "time/update", "time/reward", "bilevel/heldout_accuracy",
     "bilevel/heldout_cross_entropy", "bilevel/reward_correlation", "bilevel/learned_reward",
+    "bilevel/label_accuracy",
 )  # fmt: skip
 
 
@@ -417,6 +440,28 @@ class RewardNetwork(nn.Module):
         """Observations and actions side by side (..., D+A) -> rewards (...)."""
         raw = self.network(inputs).squeeze(-1)
         return raw.tanh() if self.bound == "tanh" else raw.clamp(-1, 1)
+
+
+class RewardEnsemble(nn.ModuleList):
+    """Reward networks with initial weights of their own, which learn from the same minibatches."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The mean of their rewards."""
+        return torch.stack([member(inputs) for member in self]).mean(0)
+
+
+def disagreement(members: list[nn.Module], pairs: Tensor) -> Tensor:
+    """Standard deviation (P,) over the networks of sigma(R_1 - R_2): pairs (P, 2, L, D+A) (B-Pref)."""
+    returns = torch.stack([member(pairs).sum(-1) for member in members])
+    return torch.sigmoid(returns[..., 0] - returns[..., 1]).std(0)
+
+
+def body_positions(envs: gym.vector.VectorEnv) -> Tensor:
+    """MuJoCo's qpos (N, nq) of the environments, from which people's clips are drawn. Raises BadInput."""
+    try:
+        return torch.tensor(np.stack([each.unwrapped.data.qpos for each in envs.unwrapped.envs]))
+    except AttributeError:
+        raise BadInput("--teacher human needs a MuJoCo task and --env-backend sync, to draw clips") from None
 
 
 # ---- Lower level: soft actor-critic ------------------------------------------------------------------
@@ -627,7 +672,7 @@ def check_room(args: Args, obs_dim: int, action_dim: int) -> None:
             raise BadInput(f"--buffer-size: {needs}, {room}; make it or --queue-size smaller")
 
 
-# ---- Preferences -------------------------------------------------------------------------------------
+# ---- Fragments (shared) ------------------------------------------------------------------------------
 def fragment_windows(valid: Tensor, length: int) -> Tensor:
     """First step and environment (K, 2) of all fragments of `length` transitions within one episode.
 
@@ -649,6 +694,7 @@ def draw_pairs(windows: Tensor, count: int, length: int, *arrays: Tensor) -> lis
     return [array[steps, envs.unsqueeze(-1)] for array in arrays]
 
 
+# ---- Preferences (shared) ----------------------------------------------------------------------------
 def teacher_labels(
     rewards: Tensor, rule: str, temperature=1.0, error=0.1, threshold=0.1, gamma=0.9
 ) -> tuple[Tensor, Tensor]:
@@ -710,7 +756,47 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / (x.norm() * y.norm())
 
 
-# ---- Upper level: reward updates ---------------------------------------------------------------------
+# ---- Labels by people (shared) -----------------------------------------------------------------------
+def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
+    """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
+    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
+    folder.mkdir(exist_ok=True)
+    for number, pair in enumerate(zip(*columns.values()), pairs_asked(folder)):
+        saved = {"pair": number, "env_id": args.env_id, "env_kwargs": args.env_kwargs}
+        saved |= {name: each.clone() for name, each in zip(columns, pair)}  # a view is saved as a whole
+        write_atomically(folder / f"{number:07}.pt", saved)
+
+
+def pairs_asked(folder: Path) -> int:
+    """How many pairs `ask_people` has written to the folder; they are numbered from 0."""
+    return len(list(folder.glob("*.pt")))
+
+
+def read_labels(file: Path) -> dict[int, float | None]:
+    """Label y of each pair that people have answered, by its number; None: they could not tell.
+
+    A line of labels.jsonl is an answer, and the last one to a pair counts. Not so those to a pair that was
+    shown again, which measure agreement, and a line that is still being written.
+    """
+    labels = {}
+    for line in file.read_text().split("\n")[:-1] if file.exists() else ():
+        row = json.loads(line)
+        if not row["repeat"]:
+            labels.pop(row["pair"], None)
+            labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+    return labels
+
+
+def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
+    """The pairs (P,) that people have labelled, as `ask_people` wrote them beside this file, and their labels
+    (P,); but for those whose numbers are in `taken`, to which these are added."""
+    labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
+    taken.update(labels)
+    pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
+    return pairs, torch.tensor(list(labels.values()))
+
+
+# ---- Upper level: reward updates (shared) ------------------------------------------------------------
 def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
     """l (P,) in nats of each pair: rewards (P, 2, L), labels (P,). Its mean is DRLHF's loss, (12) alone.
 
@@ -742,36 +828,10 @@ def implicit_term(
     return inverse_temperature * taken * scores
 
 
-def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
-    """Q - V (...) with Prop. 5.1's sums cut after one term, as released: r(s, a) - mean r(s, a'), a' ~ pi(s).
-
-    rewards (...), resampled (..., m). It is 0 where r does not depend on the action.
-    """
-    return rewards - resampled.mean(-1)
-
-
-@torch.no_grad()
-def resample_actions(agent: Agent, inputs: Tensor, obs_dim: int, count: int) -> Tensor:
-    """The states of inputs (..., D+A) with `count` actions of the policy's own each: (..., count, D+A)."""
-    shape, action_dim = (*inputs.shape[:-1], count), inputs.shape[-1] - obs_dim
-    obs = inputs[..., None, :obs_dim].expand(*shape, obs_dim)
-    return torch.cat([obs, agent.act(obs, torch.randn(*shape, action_dim).to(inputs))], -1)
-
-
 def rollout_advantages(from_actions: Tensor, from_policy: Tensor) -> Tensor:
     """Q - V (...) by M rollouts each (eq. 79): discounted sums of r (..., M), from the visited action and
     from the policy's own."""
     return from_actions.mean(-1) - from_policy.mean(-1)
-
-
-def reward_to_go_advantages(rewards: Tensor, gamma: float) -> Tensor:
-    """Q - V (P, 2, L) by the rest of the same fragment, minus its mean over the pairs: a heuristic, no
-    estimate of (13), for the later steps are those that l scores. rewards (P, 2, L)."""
-    length = rewards.shape[-1]
-    powers = torch.arange(length).unsqueeze(1) - torch.arange(length)  # t - h
-    discounts = torch.where(powers >= 0, gamma ** powers.clamp(min=0).to(rewards.dtype), 0.0)
-    to_go = rewards @ discounts.to(rewards)  # sum_{t >= h} gamma^(t-h) r_t
-    return to_go - to_go.mean((0, 1))
 
 
 def geometric_lengths(count: int, gamma: float) -> Tensor:
@@ -818,6 +878,33 @@ def limited_sum(
     norm, other = (torch.stack(torch._foreach_norm(each)).norm() for each in (gradients, added))
     factor = (limit * norm / other).nan_to_num(1.0).clamp(max=1.0)
     return [each + factor * more for each, more in zip(gradients, added)], other / norm, factor
+
+
+# ---- Upper level: advantages without a simulator -----------------------------------------------------
+def one_step_advantages(rewards: Tensor, resampled: Tensor) -> Tensor:
+    """Q - V (...) with Prop. 5.1's sums cut after one term, as released: r(s, a) - mean r(s, a'), a' ~ pi(s).
+
+    rewards (...), resampled (..., m). It is 0 where r does not depend on the action.
+    """
+    return rewards - resampled.mean(-1)
+
+
+@torch.no_grad()
+def resample_actions(agent: Agent, inputs: Tensor, obs_dim: int, count: int) -> Tensor:
+    """The states of inputs (..., D+A) with `count` actions of the policy's own each: (..., count, D+A)."""
+    shape, action_dim = (*inputs.shape[:-1], count), inputs.shape[-1] - obs_dim
+    obs = inputs[..., None, :obs_dim].expand(*shape, obs_dim)
+    return torch.cat([obs, agent.act(obs, torch.randn(*shape, action_dim).to(inputs))], -1)
+
+
+def reward_to_go_advantages(rewards: Tensor, gamma: float) -> Tensor:
+    """Q - V (P, 2, L) by the rest of the same fragment, minus its mean over the pairs: a heuristic, no
+    estimate of (13), for the later steps are those that l scores. rewards (P, 2, L)."""
+    length = rewards.shape[-1]
+    powers = torch.arange(length).unsqueeze(1) - torch.arange(length)  # t - h
+    discounts = torch.where(powers >= 0, gamma ** powers.clamp(min=0).to(rewards.dtype), 0.0)
+    to_go = rewards @ discounts.to(rewards)  # sum_{t >= h} gamma^(t-h) r_t
+    return to_go - to_go.mean((0, 1))
 
 
 # ---- Upper level: rollouts in a simulator ------------------------------------------------------------
@@ -1184,14 +1271,31 @@ def train(args: Args) -> Path:
         for each in agents:
             nn.init.constant_(each.log_alpha, math.log(args.alpha))
         learners = [SoftActorCritic(each, args) for each in agents]
-        model = RewardNetwork(obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound)
-        model.to(device).eval()
+        reward_sizes = obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound
+        members = [RewardNetwork(*reward_sizes) for _ in range(args.reward_ensemble)]
+        model = (RewardEnsemble(members) if len(members) > 1 else members[0]).to(device).eval()
         reward_optimiser = torch.optim.AdamW(model.parameters(), args.reward_learning_rate, fused=True)
         optimisers = [reward_optimiser] + [each for learner in learners for each in learner.optimisers]
         capacity = min(args.buffer_size, args.total_timesteps)
         replay = Ring(capacity, (obs_dim + action_dim,), (obs_dim,), (), ())
         queue = Ring(args.queue_size, (2, args.fragment_length, obs_dim + action_dim), ())
         newest = torch.arange(0)  # rows of the queue: the last iteration's pairs, if they are the policy's
+        given, taken = [], set()  # labelled pairs that are held out; numbers of those that people labelled
+        named = f"--reward-model {args.reward_model}"
+        try:
+            if args.reward_model:
+                saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
+                model.load_state_dict(saved["reward"])
+            named = f"--labels {args.labels}"
+            if args.labels:
+                pairs, labels = labelled_pairs(args.labels, set())
+                inputs = torch.stack([each["inputs"] for each in pairs])
+                out = torch.tensor([each["pair"] % 10 == 9 for each in pairs])
+                queue.add(inputs[~out], labels[~out])
+                given = inputs[out], labels[out]
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"{named}: of another task, of other sizes, empty or damaged: {reason}") from error
         if checkpoint:
             try:
                 for each, state in zip(agents, checkpoint["agents"], strict=True):
@@ -1202,6 +1306,7 @@ def train(args: Args) -> Path:
                 model.load_state_dict(checkpoint["reward"])
                 replay.load_state_dict(checkpoint.pop("replay"))
                 queue.load_state_dict(checkpoint["queue"])
+                taken = set(checkpoint["taken"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU
                 newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
                 if simulator:
@@ -1297,11 +1402,16 @@ def train(args: Args) -> Path:
         shape = (args.num_steps, args.num_envs)
         inputs = torch.zeros(*shape, obs_dim + action_dim)
         true_rewards, valid = (torch.zeros(shape) for _ in range(2))
+        human = args.teacher == "human" and args.reward_update in LEARNED
+        states = torch.zeros(*shape, *body_positions(envs).shape[1:] if human else ())
         ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
         episode_returns, episode_lengths = np.zeros((2, args.num_envs))
         num_iterations = args.total_timesteps // batch_size
         warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
         run.open()
+        people = run.folder / "preferences"
+        if human:
+            say(f"label with: python label_preferences.py {run.folder}")
         obs = torch.tensor(envs.reset()[0]).float()
         logged: dict[str, Tensor] = {}
         for iteration in range(start // batch_size + 1, num_iterations + 1):
@@ -1312,6 +1422,8 @@ def train(args: Args) -> Path:
                 # ---- Training: one step of the environments ------------------------------------------
                 actions = agent.act(obs.to(device), noise[t]) if learning else 2 * noise[t] - 1
                 task_actions = agent.task_actions(actions).cpu().numpy()
+                if human:
+                    states[t] = body_positions(envs)
                 env_start = time.perf_counter()
                 raw_obs, reward, ends, cut, _ = envs.step(task_actions)
                 env_time += time.perf_counter() - env_start
@@ -1341,38 +1453,60 @@ def train(args: Args) -> Path:
                     logged |= update_of[times](*minibatch, noises)
                 update_time += time.perf_counter() - update_start
 
+            if iteration == 1 and args.reward_update != "ground-truth" and replay.columns[3].any():
+                compare = "compare with --reward-update constant and frozen, or use --no-terminate"
+                say(f"episodes end early here, so their length leaks the true reward: {compare}")
+
             # ---- Upper level: ask the teacher --------------------------------------------------------
             reward_start = time.perf_counter()
             windows = fragment_windows(valid, args.fragment_length)
-            iteration_data = args.fragment_length, inputs, true_rewards
+            iteration_data = args.fragment_length, inputs, true_rewards, states
             # Measured on pairs that nobody labels, before the network has seen any of this iteration.
-            heldout, heldout_rewards = draw_pairs(windows, args.heldout_pairs, *iteration_data)
+            heldout, heldout_rewards, _ = draw_pairs(windows, args.heldout_pairs, *iteration_data)
             rows = valid.bool()
             with torch.no_grad():
                 guess, learned_rewards = (model(each.to(device)).cpu() for each in (heldout, inputs[rows]))
             oracle, _ = teacher_labels(heldout_rewards, "oracle")
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
-            asks = args.reward_update in LEARNED
-            due = max(0, wanted - queue.added) if asks else 0
-            pairs, pair_rewards = draw_pairs(windows, due, *iteration_data)
-            settings = [args.teacher_temperature, args.teacher_error]
-            settings += [args.teacher_threshold, args.teacher_gamma]
-            labels, answered = teacher_labels(pair_rewards, args.teacher, *settings)
-            queue.add(pairs[answered], labels[answered])
-            newest = queue.rows(torch.arange(min(int(answered.sum()), args.queue_size)))
+            learns, asked = args.reward_update in LEARNED, pairs_asked(people) if human else queue.added
+            due = max(0, wanted - asked) if learns and (human or not args.labels) else 0
+            drawn = draw_pairs(windows, due * args.reward_candidates, *iteration_data)
+            if args.reward_candidates > 1:
+                with torch.no_grad():
+                    doubts = disagreement(members, drawn[0].to(device)).cpu()
+                drawn = [each[doubts.topk(min(due, len(doubts))).indices] for each in drawn]
+            pairs, pair_rewards, pair_states = drawn
+            if human:
+                ask_people(people, args, inputs=pairs, states=pair_states)
+                file, wait = people / "labels.jsonl", args.wait_for_labels
+                while wait and not run.stop_signal and len(read_labels(file)) < pairs_asked(people):
+                    time.sleep(0.2)
+                answers, labels = labelled_pairs(file, taken)
+                pairs = torch.stack([each["inputs"] for each in answers]) if answers else pairs[:0]
+            else:
+                settings = [args.teacher_temperature, args.teacher_error]
+                settings += [args.teacher_threshold, args.teacher_gamma]
+                labels, answered = teacher_labels(pair_rewards, args.teacher, *settings)
+                pairs, labels = pairs[answered], labels[answered]
+            queue.add(pairs, labels)
+            newest = queue.rows(torch.arange(min(len(pairs), args.queue_size)))
+            judged, opinions = given if args.labels else (pairs, labels)  # not learned from so far
+            with torch.no_grad():
+                judgements = model(judged.to(device)).cpu()
+            label_accuracy = accuracy(judgements, torch.stack([opinions, 1 - opinions], 1).unsqueeze(-1))
 
             # ---- Upper level: move theta -------------------------------------------------------------
             # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
             # so what is added counts there and nowhere else; as released, in every minibatch, with its pairs.
             alpha = float(agent.log_alpha.detach().exp())
             weight = args.pbrl_penalty if pbrl else min(1 / alpha, args.max_inverse_temperature)
-            adds = learning and args.reward_update in ("sobirl", "hpgd-style", "pbrl-style")
+            adds = learning and args.reward_update in ADDS
             if not pbrl:  # the permuted control needs a second pair
                 enough = len(newest) > int(args.permute_cross_entropy)
                 adds = adds and enough and global_step > args.implicit_starts
             rollouts = roll_out(newest) if adds and simulator else []
             epochs = args.reward_epochs if learning else args.warmup_epochs
-            if not asks or not len(queue) or iteration < warmup_iterations:
+            if not learns or not len(queue) or iteration < warmup_iterations:
                 epochs = 0
             minibatches = []
             for _ in range(epochs):
@@ -1382,7 +1516,8 @@ def train(args: Args) -> Path:
             model.train()
             for k, mb in enumerate(minibatches):
                 fragments, mb_labels = (column[mb].to(device) for column in queue.columns)
-                losses = cross_entropies(model(fragments), mb_labels)
+                own = [cross_entropies(member(fragments), mb_labels) for member in members]
+                losses = torch.stack(own).mean(0)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):
@@ -1418,6 +1553,7 @@ def train(args: Args) -> Path:
                     "heldout_cross_entropy": float(cross_entropies(guess, oracle).mean()),
                     "reward_correlation": float(correlation(learned_rewards, true_rewards[rows])),
                     "learned_reward": float(learned_rewards.mean()),
+                    "label_accuracy": float(label_accuracy),
                 }
             metrics |= {f"bilevel/{name}": None if math.isnan(x) else x for name, x in bilevel.items()}
             metrics |= {
@@ -1441,7 +1577,7 @@ def train(args: Args) -> Path:
                 state["agents"] = [each.state_dict() for each in agents]
                 state["optimisers"] = [each.state_dict() for each in optimisers]
                 state |= {"reward": model.state_dict(), "newest": len(newest), "queue": queue.state_dict()}
-                state |= {"replay": replay.state_dict(), "simulator_steps": steps}
+                state |= {"replay": replay.state_dict(), "simulator_steps": steps, "taken": sorted(taken)}
                 run.save_checkpoint(state)
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
