@@ -519,7 +519,8 @@ class Run:
     def start_wandb(self) -> None:
         """Send what TensorBoard gets to W&B as well; the parts of a run that was continued are one group."""
         names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
-        names |= {"group": self.folder.name, "name": f"{self.folder.name}-{self.global_step}"}
+        group = os.environ.get("WANDB_RUN_GROUP", self.folder.name)  # benchmark/ sets it: one a suite
+        names |= {"group": group, "name": f"{self.folder.name}-{self.global_step}"}
         try:
             import wandb
 

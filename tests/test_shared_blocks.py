@@ -168,7 +168,8 @@ def test_docstring_names_a_command_that_runs_this_script(script):
 
 # ---- All scripts -----------------------------------------------------------------------------------------------
 TABULAR = {"blpo_tabular.py", "sobirl_tabular.py", "stackelberg_toy.py"}
-RUNS = [script for script in EVERY if script not in TABULAR]  # those that train on environments
+RUNS = [script for script in EVERY if script not in TABULAR | {"label_preferences.py"}]  # those that train on environments
+RLHF = ["sobirl_rlhf.py", "sobirl_rlhf_atari.py"]
 REQUIRED = {
     "Checked arguments (shared)": EVERY,
     "The run: what is not the algorithm (shared)": RUNS,
@@ -176,12 +177,17 @@ REQUIRED = {
     "Entry point (shared)": RUNS,
     "Environments (shared)": [script for script in RUNS if "atari" not in script],
     "Bilevel mathematics (shared)": [*BLPO_SCRIPTS, "blpo_atari.py"],
+    "Atari games (shared)": [script for script in RUNS if "atari" in script],
+    "Fragments (shared)": [*RLHF, "label_preferences.py"],
+    "Labels by people (shared)": [*RLHF, "label_preferences.py"],
+    "Preferences (shared)": RLHF,
+    "Upper level: reward updates (shared)": RLHF,
 }
 
 
 def test_blocks_of_one_name_are_identical_in_all_scripts():
     per_script, problems = {script: blocks(script) for script in EVERY}, []
-    assert len(RUNS) == 12
+    assert len(RUNS) == 13
     for name in sorted({name for found in per_script.values() for name in found if "(shared)" in name}):
         texts = {script: found[name] for script, found in per_script.items() if name in found}
         if len(set(texts.values())) > 1:
