@@ -488,10 +488,6 @@ class CriticJacobian:
             result += (inputs[0] @ part.view(delta.shape[1], -1).T * delta).sum(1) if inputs else delta @ part
         return result
 
-    def kernel(self) -> Tensor:
-        """J J^T (n, n), parameter by parameter."""
-        return sum(math.prod(factor @ factor.T for factor in block) for block in self.blocks)
-
 
 class GaussNewton:
     """H = 2 sum_t w_t grad V_t grad V_t^T = R^T R, the Gauss-Newton matrix of L = sum_t w_t (G_t - V_t)^2.

@@ -559,10 +559,6 @@ class CriticJacobian:
             result += (inputs[0] @ part.view(delta.shape[1], -1).T * delta).sum(1) if inputs else delta @ part
         return result
 
-    def kernel(self) -> Tensor:
-        """J J^T (n, n), parameter by parameter."""
-        return sum(math.prod(factor @ factor.T for factor in block) for block in self.blocks)
-
 
 class GaussNewton:
     """H = 2 sum_t w_t grad V_t grad V_t^T = R^T R, the Gauss-Newton matrix of L = sum_t w_t (G_t - V_t)^2.
@@ -753,6 +749,11 @@ class Hessian(GaussNewton):
         return torch.cat([part.flatten() for part in tangent.values()])
 
 
+def kernel(jacobian: CriticJacobian) -> Tensor:
+    """J J^T (n, n), parameter by parameter."""
+    return sum(math.prod(factor @ factor.T for factor in block) for block in jacobian.blocks)
+
+
 def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
 
@@ -762,9 +763,9 @@ def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tenso
     """
     jacobian, root = curvature.jacobian, curvature.root
     b = jacobian.vjp(u[None])[0]
-    kernel = (jacobian.kernel() * root[:, None] * root).double()
-    kernel.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(kernel)
+    system = (kernel(jacobian) * root[:, None] * root).double()
+    system.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(system)
     inner = torch.cholesky_solve((root * jacobian.jvp(b)).double()[:, None], factor)[:, 0]
     inner = torch.where(failed == 0, inner, math.nan).to(b.dtype)
     return b, (b - jacobian.vjp((root * inner)[None])[0]) / damping

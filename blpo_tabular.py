@@ -583,7 +583,9 @@ def draw(path: Path, rows: list[Row]) -> None:
         axes.set(title=panel, **({"yscale": "log"} if logarithmic else {"ylim": (0, 1.05)}))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6)
-    figure.savefig(path)
+    new = path.with_suffix(".new")  # replaces the old one when it is complete
+    figure.savefig(new, format="png")
+    new.replace(path)
 
 
 # ---- Entry point ---------------------------------------------------------------------------------------

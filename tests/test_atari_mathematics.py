@@ -109,13 +109,12 @@ def test_products_with_the_jacobian_are_those_of_torch_func(name):
     assert torch.allclose(jacobian.values, follower(inputs).squeeze(-1), rtol=0, atol=1e-12)
     assert torch.allclose(jacobian.jvp(v), dense @ v, rtol=0, atol=1e-11)
     assert torch.allclose(jacobian.vjp(u), u @ dense, rtol=0, atol=1e-11)
-    assert torch.allclose(jacobian.kernel(), dense @ dense.T, rtol=0, atol=1e-11)
 
 
 def test_products_keep_no_graph():
     follower, inputs, dense = follower_at("full")
     jacobian = blpo.CriticJacobian(follower, inputs)
-    products = jacobian.values, jacobian.jvp(dense[0]), jacobian.vjp(dense[:, :7].T), jacobian.kernel()
+    products = jacobian.values, jacobian.jvp(dense[0]), jacobian.vjp(dense[:, :7].T)
     assert not any(x.requires_grad for x in products)
     assert all(parameter.grad is None for parameter in follower.parameters())
 

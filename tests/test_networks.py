@@ -110,7 +110,7 @@ def test_products_with_the_jacobian_are_those_of_the_dense_one(form):
     assert (dense.norm(dim=0) > 0).double().mean() > 0.6  # a unit of ReLU may be dead
     for ours, expected in (
         (jacobian.values, critic(obs).squeeze(-1).detach()), (jacobian.jvp(v), dense @ v), (jacobian.vjp(u), u @ dense),
-        (jacobian.kernel(), dense @ dense.T),
+        (laboratory.kernel(jacobian), dense @ dense.T),
     ):  # fmt: skip
         assert ours.shape == expected.shape and not ours.requires_grad
         assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-12 * float(expected.norm()))

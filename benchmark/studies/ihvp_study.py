@@ -81,7 +81,7 @@ def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     for env_id in args.env_ids:
         words = f"--env-id {env_id} --seed {args.seed} --total-timesteps {args.total_timesteps}".split()
         for iteration, curvature, u in captured_systems(words, args.iterations):
-            kernel = curvature.jacobian.kernel() * curvature.root[:, None] * curvature.root
+            kernel = laboratory.kernel(curvature.jacobian) * curvature.root[:, None] * curvature.root
             labels = {"env_id": env_id, "iteration": iteration}
             labels["top_eigenvalue"] = float(torch.linalg.eigvalsh(kernel.double())[-1])
             for damping in DAMPINGS:

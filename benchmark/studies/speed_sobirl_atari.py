@@ -37,7 +37,16 @@ import tyro
 from torch import Tensor
 
 import sobirl_rlhf_atari as script
-from benchmark.turns import Row, loops_in_turns, provenance_of, ratios, script_loop, show, with_processor_time, write_csv
+from benchmark.turns import (
+    Row,
+    loops_in_turns,
+    provenance_of,
+    ratios,
+    script_loop,
+    show,
+    with_processor_time,
+    write_csv,
+)
 
 TARGET = 1.3  # times the reference's steps per second
 
@@ -118,7 +127,9 @@ def reference_loop(args: Args, rollout_done: Callable[[dict[str, float]], None])
             if step % 4 == 0:
                 rows = np.random.randint(0, min(added, capacity), size=64)
                 b_obs, b_next_obs = torch.Tensor(observations[rows]), torch.Tensor(next_observations[rows])
-                b_actions, b_rewards, b_dones = (torch.as_tensor(array[rows]) for array in (stored, rewards, dones))
+                b_actions, b_rewards, b_dones = (
+                    torch.as_tensor(array[rows]) for array in (stored, rewards, dones)
+                )
                 with torch.no_grad():
                     _, next_logprobs, next_probabilities = sample(b_next_obs)
                     following = torch.min(target1(b_next_obs), target2(b_next_obs))
@@ -156,14 +167,16 @@ def reference_loop(args: Args, rollout_done: Callable[[dict[str, float]], None])
 def measure(args: Args) -> list[Row]:
     """Steps per second of every competitor, and its ratio to the reference, turn by turn."""
     with tempfile.TemporaryDirectory() as folder:
-        words = (
-            f"--env-id {args.env_id} --device cpu --torch-threads 1 --env-threads 1 --run-dir {folder} --num-steps {args.steps}"
+        words = f"--env-id {args.env_id} --device cpu --torch-threads 1 --env-threads 1 --run-dir {folder} --num-steps {args.steps}"
+        words += (
+            f" --learning-starts {args.steps} --buffer-size 20000 --heldout-pairs 1 --checkpoint-every 100000"
         )
-        words += f" --learning-starts {args.steps} --buffer-size 20000 --heldout-pairs 1 --checkpoint-every 100000"
         loops = {"reference SAC": partial(reference_loop, args)}
         for method in args.methods:
             loops[method] = partial(script_loop, script, [*words.split(), "--reward-update", method])
-        samples = loops_in_turns({name: with_processor_time(loop) for name, loop in loops.items()}, args.rounds, 1, 2)
+        samples = loops_in_turns(
+            {name: with_processor_time(loop) for name, loop in loops.items()}, args.rounds, 1, 2
+        )
     reference = samples["reference SAC"]
 
     def faster(turns: list[dict[str, float]], name: str) -> list[float]:
@@ -178,7 +191,10 @@ def measure(args: Args) -> list[Row]:
             "cpu_vs_reference": faster(turns, "cpu"),
             "target": str(TARGET) if name == "ground-truth" else "-",
         }
-        | {f"{part}_ms_per_step": [1e3 * turn[part] / args.steps for turn in turns] for part in ("env", "policy", "update")}
+        | {
+            f"{part}_ms_per_step": [1e3 * turn[part] / args.steps for turn in turns]
+            for part in ("env", "policy", "update")
+        }
         for name, turns in samples.items()
     ]
 
@@ -187,13 +203,19 @@ def main(args: Args) -> None:
     if args.rounds < 1 or args.steps < 4 or args.steps % 4:
         sys.exit("error: --rounds must be at least 1 and --steps a multiple of 4")
     warnings.simplefilter("ignore")
-    made_by = provenance_of("studies.speed_sobirl_atari") | {"script": "benchmark/studies/speed_sobirl_atari.py"}
+    made_by = provenance_of("studies.speed_sobirl_atari") | {
+        "script": "benchmark/studies/speed_sobirl_atari.py"
+    }
     before, start = os.getloadavg(), time.perf_counter()
     rows = measure(args)
     load = {"before": before, "after": os.getloadavg(), "cores": os.cpu_count()}
     changes = " with changes" if made_by["dirty"] else ""
-    print(f"{made_by['cpu']}, {os.cpu_count()} cores, commit {str(made_by['commit'])[:7]}{changes}: {made_by['command']}")
-    print(f"load average {before[0]:.1f} before, {load['after'][0]:.1f} after; {time.perf_counter() - start:.0f} s")
+    print(
+        f"{made_by['cpu']}, {os.cpu_count()} cores, commit {str(made_by['commit'])[:7]}{changes}: {made_by['command']}"
+    )
+    print(
+        f"load average {before[0]:.1f} before, {load['after'][0]:.1f} after; {time.perf_counter() - start:.0f} s"
+    )
     show("Steps per second, one torch thread; median (lowest..highest) of the turns", rows)
     if args.results_dir:
         args.results_dir.mkdir(parents=True, exist_ok=True)
