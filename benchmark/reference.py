@@ -19,7 +19,8 @@ import numpy as np
 import pydantic
 import tyro
 
-from benchmark.machine import write_atomically
+from benchmark.machine import read_as, write_atomically
+from benchmark.suites import BadSuite
 
 REFERENCE = Path(__file__).parent / "reference.json"
 MEASURED = "uniform actions, measured by `python -m benchmark.reference`"
@@ -36,10 +37,21 @@ class Args(pydantic.BaseModel):
     """put the means into reference.json"""
 
 
+class Levels(pydantic.BaseModel):
+    """reference.json."""
+
+    scale: str
+    environments: dict[str, dict[str, float | str | dict]]
+
+
 @functools.cache
 def load_reference() -> dict[str, dict]:
-    """Environment -> its entry: `random` and `reference`, the returns of 0 and 1, and their sources."""
-    return json.loads(REFERENCE.read_text())["environments"]
+    """Environment -> its entry: `random` and `reference`, the returns of 0 and 1, and their sources. Raises
+    BadSuite for a file that is damaged or not there."""
+    content = read_as(Levels, REFERENCE)
+    if content is None:
+        raise BadSuite(f"{REFERENCE} is missing; it holds the levels that returns are normalised with")
+    return content.environments
 
 
 def normalise(returns: np.ndarray, zero: float, one: float) -> np.ndarray:

@@ -235,12 +235,12 @@ def same_run(one: list[str], other: list[str], restated: Iterable[str] = ()) -> 
 
 
 def without(arguments: Iterable[str], command: list[str]) -> str:
-    """A command in one line, without these arguments and their values."""
-    kept, words = [], iter(command)
-    for word in words:
-        if word.removeprefix("--") in arguments:
-            next(words, None)
-        else:
+    """A command in one line, without these arguments and their values; a flag, --x or --no-x, has none."""
+    flags = {f"--{each}" for each in arguments} | {f"--no-{each}" for each in arguments}
+    kept, dropped = [], False
+    for word in command:
+        dropped = word in flags or (dropped and not word.startswith("--"))
+        if not dropped:
             kept.append(word)
     return " ".join(kept)
 

@@ -17,7 +17,7 @@ from conftest import REPO, environment, read_csv, wait_for
 from benchmark import __main__ as command_line
 from benchmark import data, launch, suites, tune
 from benchmark.collect import blob, collect, describe, diverged
-from benchmark.suites import BadSuite, known_suites, load_suite
+from benchmark.suites import BadSuite, known_suites, load_suite, without
 
 SUITE = """
 description = "tiny runs"
@@ -760,6 +760,24 @@ def test_collect_refuses_mixed_commits_arguments_and_uncommitted_code(copied, tm
     (run,) = launch.run_folders(first)
     edit_json(run / "args.json", lambda made: made["args"].update(gamma=0.9))
     refused("runs of ppo on toy_envs:Walk-v0 with different gamma")
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"scale": "s", "environments": {"Hopper-v4": 3}}', '{"scale": "s"}'])
+def test_levels_that_are_damaged_or_missing_are_one_sentence(text, tmp_path, monkeypatch):
+    from benchmark import reference
+
+    path = tmp_path / "reference.json"
+    monkeypatch.setattr(reference, "REFERENCE", path)
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(BadSuite, match="reference.json"):
+        reference.load_reference.__wrapped__()
+
+
+def test_an_argument_left_out_of_a_command_takes_its_value_along_and_a_flag_has_none():
+    command = "python ppo.py --no-clip-vloss --seed 3 --gamma -0.5 --norm-adv --damping 2".split()
+    assert without(["clip-vloss", "gamma"], command) == "python ppo.py --seed 3 --norm-adv --damping 2"
+    assert without(["norm-adv", "damping"], command) == "python ppo.py --no-clip-vloss --seed 3 --gamma -0.5"
 
 
 def test_commands_are_compared_without_restated_arguments(copied, tmp_path):

@@ -66,7 +66,10 @@ def worktree(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         words = ["git", "worktree", "add", "--detach", tree, commit]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise study.BadInput(f"--against {commit}: git is needed, and is not installed") from None
         if done.returncode != 0:
             raise study.BadInput(f"--against {commit}: {done.stderr.strip().splitlines()[-1]}")
         try:
