@@ -8,8 +8,7 @@ The rule, written before the numbers: among the dampings 100, 30, 10, 3, 1, 0.3,
 which the cheapest kind of directions leaves a relative residual |(H + damping I) v - b| / |b| below 0.3 in
 every captured system (the median of 5 draws of its random directions; v = 0 scores 1). A smaller damping is
 nearer to the hypergradient of the undamped follower. The runs train with 50 steps of conjugate gradients;
-their seed is used nowhere else. Systems are those of a whole rollout. The committed results are of the former
-form of BLPO, whose systems were those of a minibatch.
+their seed is used nowhere else. Systems are those of a whole rollout.
 """
 
 import statistics
