@@ -198,6 +198,10 @@ class Args(CheckedArgs):
         if self.follower == "full" and rows > 20_000:
             needs = "the response of all layers takes 1.1 MB for each, at most 20,000 rows"
             raise BadInput(f"--follower full with a rollout of {rows} rows: {needs}")
+        numbers = rows * 512 * (self.nystrom_rank + 1)  # in the largest array of the response
+        if self.follower != "head" and self.ihvp == "nystrom" and numbers > 2_000_000_000:
+            product = f"--follower {self.follower}: 512 x --num-envs x --num-steps x (--nystrom-rank + 1)"
+            raise BadInput(f"{product} is {numbers}, it may be 2,000,000,000")
         return self
 
 

@@ -196,9 +196,11 @@ class Args(CheckedArgs):
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
         if rows % self.num_minibatches:
             raise BadInput(f"--num-minibatches {self.num_minibatches} must divide a rollout of {rows}")
-        numbers = rows * self.critic_width * (self.nystrom_rank + 1)  # in the largest array of the response
+        vectors = 1 if self.ihvp in ("cg", "none") else self.nystrom_rank + 1  # that are in one product
+        numbers = max(rows, self.critic_width) * self.critic_width * vectors  # in its largest array
         if numbers > 2_000_000_000:
-            product = "--num-envs x --num-steps x --critic-width x (--nystrom-rank + 1)"
+            product = "the larger of --num-envs x --num-steps and --critic-width, x --critic-width"
+            product += " x (--nystrom-rank + 1)" if vectors > 1 else ""
             raise BadInput(f"{product} is {numbers}, it may be 2,000,000,000")
         return self
 

@@ -516,6 +516,7 @@ BAD = [
 BAD_BLPO = [
     ({"damping": 0.0}, "--damping is"), ({"mixed_discount": 1.1}, "--mixed-discount is"), ({"nystrom_rank": 10_000}, "--nystrom-rank is"),
     ({"follower": "full", "num_steps": 10_001, "total_timesteps": 20_002}, "at most 20,000 rows"),
+    ({"follower": "last-two", "num_steps": 16_384, "total_timesteps": 32_768, "nystrom_rank": 256}, "may be 2,000,000,000"),
 ]  # fmt: skip
 
 

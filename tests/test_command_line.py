@@ -127,6 +127,7 @@ def test_words_that_cannot_be_parsed_are_named(command_line, tmp_path, words):
         (ONE, {"num_minibatches": 3}, ["--num-minibatches 3", "64"]),
         (ONE, {"total_timesteps": 63}, ["--total-timesteps 63", "64"]),
         ("blpo_continuous.py", {"num_steps": 10**6, "critic_width": 8192, "total_timesteps": 10**8}, ["--critic-width", "2,000,000,000"]),
+        ("blpo_continuous.py", {"critic_width": 8192, "nystrom_rank": 4096}, ["--nystrom-rank", "2,000,000,000"]),
         (ONE, {"env_kwargs": '{"a": 3'}, ["--env-kwargs is", "Expecting"]),
         (ONE, {"env_kwargs": "[3]"}, ["--env-kwargs is '[3]'", "JSON object"]),
         (LAB, {"nest": "minibatch", "chunk_length": 24}, ["--chunk-length 24", "--num-steps 32"]),
@@ -145,6 +146,14 @@ def test_what_cannot_be_is_one_sentence_on_the_command_line_and_in_python(comman
     module = load(script)
     with pytest.raises(module.BadInput):
         module.Args(**changes)
+
+
+@pytest.mark.parametrize("script", ["blpo_continuous.py", "blpo_discrete.py", LAB])
+def test_the_rank_counts_towards_memory_only_where_there_is_one(script):
+    module, wide = load(script), {"critic_width": 1024, "num_steps": 65536, "total_timesteps": 10**6}
+    assert module.Args(**wide, ihvp="cg").critic_width == 1024
+    with pytest.raises(module.BadInput, match="nystrom-rank"):
+        module.Args(**wide)
 
 
 @pytest.mark.parametrize("script", BLPO_SCRIPTS)
