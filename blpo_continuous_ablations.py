@@ -1283,7 +1283,8 @@ def train(args: Args) -> Path:
                 blocks, parts = [whole], num_minibatches
                 if args.nest == "minibatch":
                     order, parts = torch.randperm(chunks[0].shape[1]).to(device), 1
-                    blocks = zip(*([x[:, part] for part in order.chunk(num_minibatches)] for x in chunks))
+                    pieces = order.tensor_split(num_minibatches)
+                    blocks = zip(*([x[:, part] for part in pieces] for x in chunks))
                 for block in blocks:  # what the critic answers: (T + 1, N, D) and (T, N, ...)
                     p_obs, p_actions, p_logprobs, p_rewards, p_returns, p_advantages = block[:6]
                     p_discounts, p_ended, p_valid = block[6:]

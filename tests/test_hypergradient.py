@@ -711,3 +711,11 @@ def test_the_laboratory_at_its_defaults_follows_the_method(tmp_path, monkeypatch
             weights_of(run(script, tmp_path, monkeypatch, ihvp=solver, save_model=True)) for script in (blpo, laboratory)
         )
         assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_each_rollout_of_few_transitions_in_chunks_has_its_own_diagnostics(tmp_path, monkeypatch):
+    """With resets among its 8 rows a rollout may have 3 minibatches of 4 chunks; each rollout's diagnostics are its own."""
+    shape = {"num_steps": 2, "chunk_length": 2, "total_timesteps": 30 * 8, "nest": "minibatch"}
+    laboratory = importlib.import_module("blpo_continuous_ablations")
+    norms = [row["bilevel/direct_norm"] for row in metrics_of(run(laboratory, tmp_path, monkeypatch, **shape))]
+    assert len(set(norms)) == len(norms) == 30
