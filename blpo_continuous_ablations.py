@@ -277,6 +277,13 @@ class Args(CheckedArgs):
         if self.nest == "minibatch" and chunks % self.num_minibatches:
             wrong = f"must divide the {chunks} chunks of a rollout"
             raise BadInput(f"--num-minibatches {self.num_minibatches} {wrong}")
+        if self.nest == "rollout" and self.chunk_length != 64:
+            raise BadInput(f"--chunk-length {self.chunk_length} does nothing alone; add --nest minibatch")
+        if self.ihvp == "none" and self.correction_control != "none":
+            wrong = "there is no correction to replace with --ihvp none; leave one out"
+            raise BadInput(f"--correction-control {self.correction_control}: {wrong}")
+        if self.leader != "released" and (self.ihvp_bound, self.clip_f) != (1.0, 0.5):
+            raise BadInput("--ihvp-bound and --clip-f belong to --leader released; add it or leave them out")
         if self.ihvp == "exact" and self.curvature == "hessian":
             raise BadInput("--ihvp exact needs --curvature gauss-newton; for the Hessian use --ihvp cg")
         rows = self.num_envs * self.num_steps if self.nest == "rollout" else chunks // self.num_minibatches
