@@ -1261,6 +1261,9 @@ def train(args: Args) -> Path:
                 model.load_state_dict(saved["reward"])
             if args.labels:
                 for each, label in zip(*labelled_pairs(args.labels, set())):
+                    game, length = game_name(each["env_id"]), each["actions"].shape[1]
+                    if (game, length) != (game_name(args.env_id), args.fragment_length):
+                        raise ValueError(f"a pair of {game} and {length} steps")  # all images have one shape
                     pair = each["frames"], each["actions"], label
                     (given if each["pair"] % 10 == 9 else queue).append(pair)
                 torch.stack([frames[0, 0] for frames, *_ in queue])
