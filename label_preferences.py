@@ -548,6 +548,7 @@ const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal", s: "sk
 const tab = sessionStorage.tab ||= Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-");
 let shown = null;  // the question on the screen, until it is answered
 let bytes = null, since = 0, asked = 0;
+let trouble = "";  // why the last key did nothing, said until the next
 let line = Promise.resolve(), waiting = 0;  // requests, one after the other, and how many are not done
 
 function hide() {
@@ -556,7 +557,7 @@ function hide() {
 }
 
 function replay() {  // an animation starts again when it gets an address that the browser has not seen
-  if (!bytes) return hide(), act("next");
+  if (!bytes) return hide(), trouble = "", act("next");
   URL.revokeObjectURL(clip.src);
   clip.src = URL.createObjectURL(bytes);
 }
@@ -589,26 +590,29 @@ async function ask(what, body) {
     replay();
     await clip.decode();
     clip.hidden = false;
-    find("note").textContent = "";
+    find("note").textContent = trouble;
     since = performance.now();
   }
 }
 
 function act(what, body = {}) {
   waiting += 1;
-  line = line.then(() => ask(what, body)).catch(error => { find("note").textContent = error.message; });
+  line = line.then(() => ask(what, body)).catch(error => {
+    find("note").textContent = error.message;
+    if (what !== "next") trouble = error.message;
+  });
   line = line.then(() => { waiting -= 1; });
 }
 
 function answer(word) {
   if (!shown || clip.hidden && word !== "skip") return;
   const {pair, repeat} = shown;
-  shown = null;
+  shown = null, trouble = "";
   act("answer", {pair, repeat, answer: word, seconds: (performance.now() - since) / 1000});
 }
 
 function undo() {
-  shown = null;
+  shown = null, trouble = "";
   act("undo");
 }
 

@@ -611,6 +611,11 @@ def test_a_persons_round_in_the_browser(browser, servers, scene, tmp_path):
     file = folder / "preferences/labels.jsonl"
     process, address = servers(folder, "--repeat-every", "0", "--clip-size", "48")
     browser.get(address)
+    shown(browser)
+    press(browser, "u")
+    time.sleep(2)  # the question comes again, and what was wrong stays to be read
+    assert browser.find_element("id", "note").text == "There is nothing to undo."
+    assert [entry for entry in browser.get_log("browser") if "409" not in entry["message"]] == []
     given = {}
     for key in ("left", "right", "down", "s", "left", "right", "left", "left", "right"):
         question = shown(browser)
