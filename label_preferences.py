@@ -180,7 +180,7 @@ def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
     labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
     taken.update(labels)
     pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
-    return pairs, torch.tensor(list(labels.values()))
+    return pairs, torch.tensor(list(labels.values())).float()
 
 
 # ---- Label first: fragments of a policy --------------------------------------------------------------
@@ -548,6 +548,7 @@ const keys = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal", s: "sk
 const tab = sessionStorage.tab ||= Array.from(crypto.getRandomValues(new Uint32Array(4))).join("-");
 let shown = null;  // the question on the screen, until it is answered
 let bytes = null, since = 0, asked = 0;
+let trouble = "";  // why the last key did nothing, said until the next
 let line = Promise.resolve(), waiting = 0;  // requests, one after the other, and how many are not done
 
 function hide() {
@@ -556,7 +557,7 @@ function hide() {
 }
 
 function replay() {  // an animation starts again when it gets an address that the browser has not seen
-  if (!bytes) return hide(), act("next");
+  if (!bytes) return hide(), trouble = "", act("next");
   URL.revokeObjectURL(clip.src);
   clip.src = URL.createObjectURL(bytes);
 }
@@ -589,26 +590,29 @@ async function ask(what, body) {
     replay();
     await clip.decode();
     clip.hidden = false;
-    find("note").textContent = "";
+    find("note").textContent = trouble;
     since = performance.now();
   }
 }
 
 function act(what, body = {}) {
   waiting += 1;
-  line = line.then(() => ask(what, body)).catch(error => { find("note").textContent = error.message; });
+  line = line.then(() => ask(what, body)).catch(error => {
+    find("note").textContent = error.message;
+    if (what !== "next") trouble = error.message;
+  });
   line = line.then(() => { waiting -= 1; });
 }
 
 function answer(word) {
   if (!shown || clip.hidden && word !== "skip") return;
   const {pair, repeat} = shown;
-  shown = null;
+  shown = null, trouble = "";
   act("answer", {pair, repeat, answer: word, seconds: (performance.now() - since) / 1000});
 }
 
 function undo() {
-  shown = null;
+  shown = null, trouble = "";
   act("undo");
 }
 
@@ -749,20 +753,21 @@ def main(args: Args) -> None:
         ) from error
     folder = play(args) if args.pairs else args.source
     preferences, made = folder / "preferences", folder / "args.json"
-    run_args = json.loads(made.read_text())["args"] if made.exists() else {}
-    if not preferences.is_dir() and run_args.get("teacher") != "human":
-        raise BadInput(f"{folder} has no pairs: it needs --teacher human, or use --pairs here")
-    preferences.mkdir(exist_ok=True)
     try:
+        run_args = json.loads(made.read_text())["args"] if made.exists() else {}
+        if not preferences.is_dir() and run_args.get("teacher") != "human":
+            raise BadInput(f"{folder} has no pairs: it needs --teacher human, or use --pairs here")
+        budget = run_args.get("label_budget")
+        preferences.mkdir(exist_ok=True)
         lock = filelock.FileLock(preferences / ".lock").acquire(timeout=0)
         labels = Labels(preferences, args.labeller, args.repeat_every)
     except filelock.Timeout:
         raise BadInput(f"{folder} is being labelled through another server") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{preferences / 'labels.jsonl'} cannot be used: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{made} or {preferences / 'labels.jsonl'} cannot be used: {error}") from error
     drawer = Drawer(preferences, args.clip_seconds, args.clip_size)
     token = secrets.token_urlsafe(24)
-    app = make_app(labels, drawer, token, run_args.get("label_budget"), args)
+    app = make_app(labels, drawer, token, budget, args)
     how = {"threaded": True, "request_handler": Handler, "fd": listening.fileno()}
     server = make_server(args.host, args.port, app, **how)
     if args.host != "127.0.0.1":

@@ -793,7 +793,7 @@ def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
     labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
     taken.update(labels)
     pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
-    return pairs, torch.tensor(list(labels.values()))
+    return pairs, torch.tensor(list(labels.values())).float()
 
 
 # ---- Upper level: reward updates (shared) ------------------------------------------------------------
@@ -1284,12 +1284,15 @@ def train(args: Args) -> Path:
         given, taken = [], set()  # labelled pairs that are held out; numbers of those that people labelled
         named = f"--reward-model {args.reward_model}"
         try:
-            if args.reward_model:
+            if args.reward_model and not checkpoint:
                 saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
                 model.load_state_dict(saved["reward"])
             named = f"--labels {args.labels}"
             if args.labels:
                 pairs, labels = labelled_pairs(args.labels, set())
+                found = {(each["env_id"], *each["inputs"].shape) for each in pairs}
+                if found != {(args.env_id, *queue.columns[0].shape[1:])}:  # a shape alone tells no task
+                    raise ValueError(f"pairs of {found or 'nothing'}")
                 inputs = torch.stack([each["inputs"] for each in pairs])
                 out = torch.tensor([each["pair"] % 10 == 9 for each in pairs])
                 queue.add(inputs[~out], labels[~out])

@@ -825,7 +825,7 @@ def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
     labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
     taken.update(labels)
     pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
-    return pairs, torch.tensor(list(labels.values()))
+    return pairs, torch.tensor(list(labels.values())).float()
 
 
 # ---- Upper level: reward updates (shared) ------------------------------------------------------------
@@ -1256,11 +1256,14 @@ def train(args: Args) -> Path:
         asked = fresh = simulated = 0  # labels; those of the last iteration, if the policy's; rollouts' steps
         given, taken_up = [], set()  # people's pairs that are held out; the numbers of those in the queue
         try:
-            if args.reward_model:
+            if args.reward_model and not checkpoint:
                 saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
                 model.load_state_dict(saved["reward"])
             if args.labels:
                 for each, label in zip(*labelled_pairs(args.labels, set())):
+                    game, length = game_name(each["env_id"]), each["actions"].shape[1]
+                    if (game, length) != (game_name(args.env_id), args.fragment_length):
+                        raise ValueError(f"a pair of {game} and {length} steps")  # all images have one shape
                     pair = each["frames"], each["actions"], label
                     (given if each["pair"] % 10 == 9 else queue).append(pair)
                 torch.stack([frames[0, 0] for frames, *_ in queue])

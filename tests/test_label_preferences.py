@@ -485,6 +485,23 @@ def test_a_run_learns_from_a_file_of_labels_and_reports_the_accuracy_on_those_it
         assert y == 1 - leans({"inputs": inputs})
 
 
+@pytest.mark.parametrize("env_id, length", [("HopperLookalike-v0", LENGTH), ("Hopper-v4", 1), ("Hopper-v4", LENGTH + 1)])
+def test_labels_of_another_task_or_length_are_refused(tmp_path, env_id, length):
+    """Also where the shapes fit, as HalfCheetah's and Walker2d's do, or one would be stretched to the other."""
+    folder, task = tmp_path / "first", SimpleNamespace(env_id=env_id, env_kwargs="{}")
+    folder.mkdir()
+    page.ask_people(folder / "preferences", task, inputs=torch.randn(3, 2, length, 14), states=torch.zeros(3, 2, length, 6))
+    label(folder, 3, leans)
+    with pytest.raises(rlhf.BadInput, match=f"--labels .*pairs of .*{env_id}"):
+        train(run_dir=tmp_path / "runs", labels=folder / "preferences/labels.jsonl", reward_update="drlhf")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_labels_may_be_whole_numbers(folder):
+    (folder / "labels.jsonl").write_text('{"pair": 3, "answer": "left", "label": 1, "repeat": false}\n')
+    assert rlhf.labelled_pairs(folder / "labels.jsonl", set())[1].dtype == torch.float32
+
+
 def test_label_accuracy_is_measured_before_the_network_learns_from_the_labels(tmp_path):
     """After 60 passes over them it is right on nearly all, with which a random network has nothing to do."""
     changes = {"total_timesteps": 64, "warmup_pairs": 40, "warmup_epochs": 60, "reward_learning_rate": 3e-3}
@@ -594,6 +611,11 @@ def test_a_persons_round_in_the_browser(browser, servers, scene, tmp_path):
     file = folder / "preferences/labels.jsonl"
     process, address = servers(folder, "--repeat-every", "0", "--clip-size", "48")
     browser.get(address)
+    shown(browser)
+    press(browser, "u")
+    time.sleep(2)  # the question comes again, and what was wrong stays to be read
+    assert browser.find_element("id", "note").text == "There is nothing to undo."
+    assert [entry for entry in browser.get_log("browser") if "409" not in entry["message"]] == []
     given = {}
     for key in ("left", "right", "down", "s", "left", "right", "left", "left", "right"):
         question = shown(browser)
@@ -655,6 +677,18 @@ def test_a_persons_round_in_the_browser(browser, servers, scene, tmp_path):
     accuracy = rows[-1]["bilevel/label_accuracy"]
     assert math.isfinite(float(accuracy)) if held else accuracy == ""
     assert float(rows[-1]["bilevel/labels"]) == sum(y is not None for pair, y in page.read_labels(file).items() if pair % 10 != 9)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [("args.json", "{"), ("args.json", "[]"), ("args.json", '{"args": 3}'), ("preferences/labels.jsonl", "3\n"),
+     ("preferences/labels.jsonl", '{"pair": 1}\n'), ("preferences/labels.jsonl", "\0\n")],
+)  # fmt: skip
+def test_a_damaged_file_is_bad_input_and_stays_as_it_is(folder, name, text):
+    (folder.parent / name).write_text(text)
+    with pytest.raises(page.BadInput, match=f"{name}.* cannot be used"):
+        page.main(page.Args(source=folder.parent, port=0))
+    assert (folder.parent / name).read_text() == text
 
 
 @pytest.mark.full

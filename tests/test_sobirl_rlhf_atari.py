@@ -469,6 +469,9 @@ def test_people_label_and_their_labels_and_the_network_serve_other_runs(tmp_path
     assert len(checkpoint["upper"][0]) == 18  # pairs 9 and 19 are held out
     rows = read_csv(other / "metrics.csv")
     assert all(0 <= float(row["bilevel/label_accuracy"]) <= 1 and float(row["bilevel/labels"]) == 0 for row in rows)
+    for wrong in ({"env_id": "Breakout-v5"}, {"fragment_length": 5}):  # whose images are of the same shape
+        with pytest.raises(rlhf.BadInput, match="--labels .*: not of this game and these sizes"):
+            train(run_dir=tmp_path / "wrong", reward_update="drlhf", labels=file, **wrong)
     frozen = train(run_dir=tmp_path / "frozen", reward_update="frozen", reward_model=other / "checkpoint.pt", total_timesteps=80)
     assert same(*(flat(torch.load(each / "checkpoint.pt", weights_only=True)["reward"]) for each in (other, frozen)))
     for wrong in ({"reward_model": file}, {"reward_model": other / "checkpoint.pt", "env_id": "Seaquest-v5"}):

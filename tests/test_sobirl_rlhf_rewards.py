@@ -1,6 +1,8 @@
 """sobirl_rlhf.py: a given reward network, ensembles and the choice of pairs by their disagreement, episodes that end early."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import sobirl_rlhf as rlhf
@@ -36,6 +38,13 @@ def test_a_given_reward_network_is_where_learning_starts(learned, tmp_path):
     still = train(**changes, reward_learning_rate=1e-12)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(flat(reward_of(still)), flat(reward_of(learned))))
     assert not same(flat(reward_of(train(**changes))), flat(reward_of(learned)))
+
+
+def test_a_run_is_resumed_without_the_reward_network_that_it_started_from(learned, tmp_path):
+    model = shutil.copy(learned / "checkpoint.pt", tmp_path / "model.pt")
+    folder = train(run_dir=tmp_path / "runs", reward_update="drlhf", reward_model=Path(model))
+    Path(model).unlink()
+    rlhf.train(rlhf.parse_args(["--resume", str(folder)]))
 
 
 def test_the_reward_of_an_ensemble_is_the_mean_and_its_disagreement_the_spread_of_the_probabilities():
