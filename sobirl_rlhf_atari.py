@@ -228,7 +228,8 @@ class Args(CheckedArgs):
     implicit: Literal["one-step", "rollouts"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, or by Stoc-SoBiRL's rollouts"""
     implicit_pairs: Literal["newest", "queue"] = "newest"
-    """pairs of sobirl's implicit term: the newest, once an iteration; or every minibatch's, as released"""
+    """pairs of sobirl's implicit term: the newest, at most reward_batch_size, once an iteration; or every
+    minibatch's, as released"""
     implicit_starts: NonNegativeInt = 0
     """environment steps before the implicit term counts (100,000 as released)"""
     max_inverse_temperature: PositiveOrInf = 10.0
@@ -1485,7 +1486,9 @@ def train(args: Args) -> Path:
                 labels, answered = teacher_labels(pair_rewards, args.teacher)
                 new = [*zip(frames[answered], chosen[answered], labels[answered])]
             queue, asked = [*queue, *new][-args.queue_size :], asked + len(new)
-            fresh, label_accuracy = min(len(new), args.queue_size) if learning else 0, math.nan
+            # At most a minibatch: the gradient of thousands of pairs at once takes tens of GB.
+            fresh = min(len(new), args.queue_size, args.reward_batch_size) if learning else 0
+            label_accuracy = math.nan
             if given or new:  # not learned from so far
                 judged_obs, judged_actions, said = columns_of((given or new)[-64:])
                 with torch.no_grad():

@@ -505,6 +505,19 @@ def test_an_ensemble_asks_where_it_disagrees(tmp_path, monkeypatch):
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
 
 
+def test_the_added_term_takes_no_more_pairs_than_a_minibatch(tmp_path, monkeypatch):
+    """A short run spends its labels in few iterations, and all pairs of one would not fit into memory."""
+    counts, original = [], rlhf.implicit_term
+
+    def spy(losses, *rest):
+        counts.append(len(losses))
+        return original(losses, *rest)
+
+    monkeypatch.setattr(rlhf, "implicit_term", spy)
+    train(run_dir=tmp_path, pairs_per_iteration=20, reward_batch_size=6)
+    assert counts == [6, 6]
+
+
 # ---- Checkpoint and resume --------------------------------------------------------------------------------------
 def copy_of(states):
     """Their tensors, but for the step sizes, which follow the arguments."""
