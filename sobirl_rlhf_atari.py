@@ -228,7 +228,8 @@ class Args(CheckedArgs):
     implicit: Literal["one-step", "rollouts"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, or by Stoc-SoBiRL's rollouts"""
     implicit_pairs: Literal["newest", "queue"] = "newest"
-    """pairs of sobirl's implicit term: the newest, once an iteration; or every minibatch's, as released"""
+    """pairs of sobirl's implicit term: the newest, at most reward_batch_size, once an iteration; or every
+    minibatch's, as released"""
     implicit_starts: NonNegativeInt = 0
     """environment steps before the implicit term counts (100,000 as released)"""
     max_inverse_temperature: PositiveOrInf = 10.0
@@ -683,7 +684,7 @@ class Replay:
         rows = len(state["columns"][0])
         for steps in torch.arange(max(0, self.added + 1 - min(rows, self.size)), self.added + 1).split(1000):
             for column, saved in zip(self.columns, state["columns"], strict=True):
-                column[steps % self.size] = saved[steps % rows]
+                column.index_copy_(0, steps % self.size, saved[steps % rows])  # never spreads one game
 
 
 def check_room(args: Args) -> None:
@@ -1254,6 +1255,7 @@ def train(args: Args) -> Path:
         replay = Replay(min(args.buffer_size, args.total_timesteps) // args.num_envs, args.num_envs)
         queue: list[tuple[Tensor, ...]] = []  # frames (2, L + 3, 84, 84), actions (2, L) and label of a pair
         asked = fresh = simulated = 0  # labels; those of the last iteration, if the policy's; rollouts' steps
+        fragments = 2, length + 3, 84, 84
         given, taken_up = [], set()  # people's pairs that are held out; the numbers of those in the queue
         try:
             if args.reward_model and not checkpoint:
@@ -1261,12 +1263,12 @@ def train(args: Args) -> Path:
                 model.load_state_dict(saved["reward"])
             if args.labels:
                 for each, label in zip(*labelled_pairs(args.labels, set())):
-                    game, length = game_name(each["env_id"]), each["actions"].shape[1]
-                    if (game, length) != (game_name(args.env_id), args.fragment_length):
-                        raise ValueError(f"a pair of {game} and {length} steps")  # all images have one shape
-                    pair = each["frames"], each["actions"], label
+                    if game_name(each["env_id"]) != game_name(args.env_id):
+                        raise ValueError(f"pair {each['pair']} is of {each['env_id']}")
+                    pair = each["frames"].view(fragments), each["actions"], label
                     (given if each["pair"] % 10 == 9 else queue).append(pair)
-                torch.stack([frames[0, 0] for frames, *_ in queue])
+                if not queue:
+                    raise ValueError("no label is there")
         except Exception as error:  # a damaged archive raises errors of many kinds
             files = f"--labels {args.labels}, --reward-model {args.reward_model}"
             raise BadInput(f"{files}: not of this game and these sizes, or damaged: {error}") from error
@@ -1277,7 +1279,9 @@ def train(args: Args) -> Path:
                     each.load_state_dict(state)
                 (queue, asked, fresh, simulated), taken_up = checkpoint["upper"], set(checkpoint["taken"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU, but dropout
+                queue = [(frames.view(fragments), *others) for frames, *others in queue]
                 states.clear()
+                del state  # the last one is the replay's: as large as the replay
             except (RuntimeError, ValueError, KeyError, IndexError) as error:
                 wrong = "another version made it, or other networks or games; leave out what shapes them"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
@@ -1482,7 +1486,9 @@ def train(args: Args) -> Path:
                 labels, answered = teacher_labels(pair_rewards, args.teacher)
                 new = [*zip(frames[answered], chosen[answered], labels[answered])]
             queue, asked = [*queue, *new][-args.queue_size :], asked + len(new)
-            fresh, label_accuracy = min(len(new), args.queue_size) if learning else 0, math.nan
+            # At most a minibatch: the gradient of thousands of pairs at once takes tens of GB.
+            fresh = min(len(new), args.queue_size, args.reward_batch_size) if learning else 0
+            label_accuracy = math.nan
             if given or new:  # not learned from so far
                 judged_obs, judged_actions, said = columns_of((given or new)[-64:])
                 with torch.no_grad():

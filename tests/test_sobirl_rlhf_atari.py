@@ -477,6 +477,11 @@ def test_people_label_and_their_labels_and_the_network_serve_other_runs(tmp_path
     for wrong in ({"reward_model": file}, {"reward_model": other / "checkpoint.pt", "env_id": "Seaquest-v5"}):
         with pytest.raises(rlhf.BadInput, match="--reward-model .*: not of this game and these sizes, or damaged"):
             train(run_dir=tmp_path / "wrong", reward_update="frozen", **wrong)
+    wrongs = {"is of SpaceInvaders-v5": {"env_id": "Pong-v5"}, "shape": {"fragment_length": 5}}
+    wrongs |= {"no label": {"labels": tmp_path / "none.jsonl"}}
+    for sentence, wrong in wrongs.items():
+        with pytest.raises(rlhf.BadInput, match=f"--labels .*: not of this game and these sizes, or damaged: .*{sentence}"):
+            train(run_dir=tmp_path / "wrong", reward_update="drlhf", **{"labels": file} | wrong)
     assert not (tmp_path / "wrong").exists()
 
 
@@ -501,6 +506,19 @@ def test_an_ensemble_asks_where_it_disagrees(tmp_path, monkeypatch):
     assert len(checkpoint["upper"][0]) == 20
     first = [checkpoint["reward"][f"{k}.network.0.weight"] for k in range(3)]
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+
+
+def test_the_added_term_takes_no_more_pairs_than_a_minibatch(tmp_path, monkeypatch):
+    """A short run spends its labels in few iterations, and all pairs of one would not fit into memory."""
+    counts, original = [], rlhf.implicit_term
+
+    def spy(losses, *rest):
+        counts.append(len(losses))
+        return original(losses, *rest)
+
+    monkeypatch.setattr(rlhf, "implicit_term", spy)
+    train(run_dir=tmp_path, pairs_per_iteration=20, reward_batch_size=6)
+    assert counts == [6, 6]
 
 
 # ---- Checkpoint and resume --------------------------------------------------------------------------------------
@@ -529,6 +547,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, way):
         names = inspect.currentframe().f_back.f_locals
         kept = *names["agents"], names["model"], *names["optimisers"], names["replay"]
         seen.extend(copy_of([each.state_dict() for each in kept]))
+        assert "state" not in names and not run.checkpoint["states"]  # the replay is in memory once
         opened(run)
 
     monkeypatch.setattr(rlhf.Run, "open", look)
@@ -545,7 +564,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     kept = (folder / "metrics.csv").read_bytes()
     with pytest.raises(rlhf.BadInput, match="--resume .*: another version made it, or other networks or games"):
         resume(folder, "--env-id", "Seaquest-v5", "--total-timesteps", "160")
+    for changes in (["--fragment-length", "5"], ["--num-envs", "1", "--num-steps", "80"]):
+        with pytest.raises(rlhf.BadInput, match="--resume .*: another version made it, or other networks or games"):
+            resume(folder, *changes, "--total-timesteps", "160")
     assert (folder / "metrics.csv").read_bytes() == kept
+    folder = train(run_dir=tmp_path, total_timesteps=80, num_envs=1, num_steps=80)
+    with pytest.raises(rlhf.BadInput, match="--resume .*: another version made it, or other networks or games"):
+        resume(folder, "--num-envs", "2", "--num-steps", "40", "--total-timesteps", "160")
     shutil.rmtree(folder)
 
 
