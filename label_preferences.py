@@ -148,36 +148,42 @@ def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
     and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
     folder.mkdir(exist_ok=True)
-    for number, pair in enumerate(zip(*columns.values()), pairs_asked(folder)):
+    used = [*pairs_asked(folder), *read_labels(folder / "labels.jsonl")]
+    for number, pair in enumerate(zip(*columns.values()), max(used, default=-1) + 1):
         saved = {"pair": number, "env_id": args.env_id, "env_kwargs": args.env_kwargs}
         saved |= {name: each.clone() for name, each in zip(columns, pair)}  # a view is saved as a whole
         write_atomically(folder / f"{number:07}.pt", saved)
 
 
-def pairs_asked(folder: Path) -> int:
-    """How many pairs `ask_people` has written to the folder; they are numbered from 0."""
-    return len(list(folder.glob("*.pt")))
+def pairs_asked(folder: Path) -> list[int]:
+    """The numbers of the pairs that `ask_people` has written to the folder, but for deleted ones, in order."""
+    return sorted(int(file.stem) for file in folder.glob("*.pt"))
 
 
 def read_labels(file: Path) -> dict[int, float | None]:
     """Label y of each pair that people have answered, by its number; None: they could not tell.
 
     A line of labels.jsonl is an answer, and the last one to a pair counts. Not so those to a pair that was
-    shown again, which measure agreement, and a line that is still being written.
+    shown again, which measure agreement, and a line without an end, as while it is written or after a crash.
+    Raises BadInput if another line is no answer.
     """
     labels = {}
-    for line in file.read_text().split("\n")[:-1] if file.exists() else ():
-        row = json.loads(line)
-        if not row["repeat"]:
-            labels.pop(row["pair"], None)
-            labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+    for line in file.read_text(errors="replace").split("\n")[:-1] if file.exists() else ():
+        try:
+            row = json.loads(line)
+            if not row["repeat"]:
+                labels.pop(row["pair"], None)
+                labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{file} is damaged: {line[:80]!r} is no answer; mend or remove it") from error
     return labels
 
 
 def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
     """The pairs (P,) that people have labelled, as `ask_people` wrote them beside this file, and their labels
-    (P,); but for those whose numbers are in `taken`, to which these are added."""
-    labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
+    (P,); but for deleted ones and those whose numbers are in `taken`, to which these are added."""
+    new = {*pairs_asked(file.parent)} - taken
+    labels = {n: y for n, y in read_labels(file).items() if y is not None and n in new}
     taken.update(labels)
     pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
     return pairs, torch.tensor(list(labels.values())).float()
@@ -457,7 +463,7 @@ class Labels:
         repeats = sum(repeat for _, repeat in {*self.answers, *self.leases})
         due = self.repeat_every and len(first) // self.repeat_every > repeats
         again = [(pair, True) for pair in first if self.answers[pair, False]["answer"] != "skip"]
-        new = [(pair, False) for pair in reversed(range(pairs_asked(self.folder)))]
+        new = [(pair, False) for pair in reversed(pairs_asked(self.folder))]
         return [key for key in (*mine, *(again[:-2] if due else ()), *new) if key not in taken]
 
     def next(self, tab: str) -> dict | None:
@@ -684,7 +690,7 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
         question = labels.next(tab)
         for pair in labels.coming(tab):
             threading.Thread(target=draw_in_advance, args=pair, daemon=True).start()
-        asked = pairs_asked(labels.folder)
+        asked = len(pairs_asked(labels.folder))
         found = labels.progress() | {"next": question, "budget": budget or asked, "question": args.question}
         return flask.jsonify(found)
 
@@ -703,7 +709,7 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
 
     @app.get("/<token>/clip/<int:pair>/<int(max=1):left>")
     def clip(pair: int, left: int):
-        if pair >= pairs_asked(labels.folder):
+        if pair not in pairs_asked(labels.folder):
             flask.abort(404)
         try:
             return flask.Response(drawer.clip(pair, left), mimetype="image/webp")
@@ -717,7 +723,7 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
     @app.post("/<token>/answer")
     def answer():
         sent = body()
-        if sent.answer not in Labels.ANSWERS or sent.pair >= pairs_asked(labels.folder):
+        if sent.answer not in Labels.ANSWERS or sent.pair not in pairs_asked(labels.folder):
             flask.abort(400)
         if not labels.answer(sent.tab, sent.pair, sent.repeat, sent.answer, round(sent.seconds, 3)):
             return flask.Response("Another tab has this pair; here is a new one.", 409, mimetype="text/plain")

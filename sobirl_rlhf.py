@@ -16,13 +16,13 @@ alone; the next three add to it. sobirl adds (13); hpgd-style (Thoma et al. 2024
 geometric length; pbrl-style (Shen et al. 2024) adds a value penalty and has a second actor. ground-truth is
 SAC on the true reward. Controls are constant, frozen (a random network) and --permute-cross-entropy.
 `--implicit` names the estimate of Prop. 5.1: one-step, as released -> one_step_advantages; rollouts, those
-of Stoc-SoBiRL (79), where MuJoCo can be put into a fragment's states -> rollout_advantages;
-reward-to-go-style, a biased heuristic -> reward_to_go_advantages. SAC is CleanRL's.
+of Stoc-SoBiRL (79), where MuJoCo can be put into a fragment's states -> rollout_advantages. SAC is CleanRL's.
 
 Departures from the released code, which has no MuJoCo: (13) is over the policy's own newest pairs, with a
-baseline; it is taken once for each theta that the policy answers, not in every minibatch; 1 / alpha and the
-norm of (13)'s gradient are limited; both levels see the same bounded reward; accuracy is measured on pairs
-that nobody labels. docs/sobirl.md numbers the details.
+baseline; it is in one reward step for each theta that the policy answers, and in all of them, as in the
+paper, with --implicit-pairs newest-every-step; 1 / alpha and the norm of (13)'s gradient are limited; both
+levels see the same bounded reward; accuracy is measured on pairs that nobody labels. docs/sobirl.md numbers
+the details.
 
     python sobirl_rlhf.py --env-id Hopper-v4 --reward-update sobirl
 """
@@ -58,7 +58,7 @@ import pydantic
 import torch
 import torch.nn as nn
 import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -177,11 +177,9 @@ class Args(CheckedArgs):
     """units in each of a critic's two hidden layers"""
 
     reward_update: Literal[*LEARNED, "ground-truth", "constant", "frozen"] = "sobirl"
-    """how the reward is learned; or the true one; or a control: the same everywhere, a random network"""
+    """how the reward is learned; or the true one; or a control: 1 everywhere, a random network"""
     permute_cross_entropy: bool = False
     """a control for sobirl and hpgd-style: the implicit term gets another pair's cross-entropy"""
-    constant_reward: Annotated[float, Field(ge=-1, le=1)] = 1.0
-    """the reward of --reward-update constant"""
     reward_bound: Literal["tanh", "clip"] = "tanh"
     """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
     reward_width: Width = 128
@@ -219,22 +217,18 @@ class Args(CheckedArgs):
     people, through label_preferences.py, which shows them the pairs in the run folder"""
     teacher_temperature: PositiveFloat = 1.0
     """true return that makes odds of e for the stochastic teacher"""
-    teacher_error: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """how often the teacher of --teacher mistake errs"""
-    teacher_threshold: NonNegativeFloat = 0.1
-    """what skip and equal call little, as a fraction of the shown fragments' mean return"""
-    teacher_gamma: Fraction = 0.9
-    """discount of the myopic teacher, away from a fragment's end"""
+
     wait_for_labels: bool = True
     """wait until people have answered all of an iteration's pairs; else go on with what is there"""
     labels: Path | None = None
     """labels.jsonl of people: the queue starts with its pairs, but each tenth is held out to measure the
     accuracy; only --teacher human is asked for more"""
 
-    implicit: Literal["one-step", "rollouts", "reward-to-go-style"] = "one-step"
-    """how sobirl estimates grad Q and grad V: as released, Stoc-SoBiRL's rollouts, or a biased heuristic"""
-    implicit_pairs: Literal["newest", "queue"] = "newest"
-    """pairs of sobirl's implicit term: the newest, once an iteration; or every minibatch's, as released"""
+    implicit: Literal["one-step", "rollouts"] = "one-step"
+    """how sobirl estimates grad Q and grad V: as released, or by Stoc-SoBiRL's rollouts"""
+    implicit_pairs: Literal["newest", "newest-every-step", "queue"] = "newest"
+    """pairs of what is added: the newest, in the first reward step of an iteration; the newest, in every
+    step, as in the paper; for sobirl also those of each step's own minibatch, as released"""
     implicit_actions: PositiveInt = 2
     """actions drawn for the one-step grad V"""
     implicit_starts: NonNegativeInt = 0
@@ -256,23 +250,24 @@ class Args(CheckedArgs):
     def check_shapes(self):
         """Raise BadInput unless the sizes fit together, and the flags of one method stand with it."""
         method, rows = self.reward_update, self.num_envs * self.num_steps
-        if self.total_timesteps < rows:
-            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one iteration of {rows}")
+        random = max(1, math.ceil(self.learning_starts / rows)) * rows
+        if self.total_timesteps < random + rows:
+            needs = f"must be at least {random + rows}: {random} random steps and an iteration that learns"
+            raise BadInput(f"--total-timesteps {self.total_timesteps} {needs}")
         if self.fragment_length > self.num_steps:
             raise BadInput(f"--fragment-length {self.fragment_length} must be at most --num-steps")
         if self.permute_cross_entropy and method not in ("sobirl", "hpgd-style"):
             raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd-style, not for {method}")
         if (self.implicit != "one-step" or self.implicit_pairs == "queue") and method != "sobirl":
-            raise BadInput(
-                f"--implicit and --implicit-pairs are for sobirl, not for {method}; leave them out"
-            )
+            raise BadInput(f"--implicit and --implicit-pairs queue are for sobirl, not for {method}")
+        if self.implicit_pairs != "newest" and method not in ADDS:
+            raise BadInput(f"--implicit-pairs is for {', '.join(ADDS)}, not for {method}")
         if self.implicit_pairs == "queue" and (self.implicit == "rollouts" or self.permute_cross_entropy):
-            needs = "--implicit rollouts and --permute-cross-entropy need the newest pairs"
-            raise BadInput(f"--implicit-pairs queue: {needs}; leave it out")
+            raise BadInput("--implicit-pairs queue has no rollouts and no --permute-cross-entropy")
         if self.labels and self.teacher != "human" and method in ADDS:
             needs = f"{method} needs labels of its policy's newest pairs, which a file does not have"
             raise BadInput(f"--labels: {needs}; use --reward-update drlhf or --teacher human")
-        if self.reward_candidates > 1 and self.reward_ensemble == 1:
+        if self.reward_candidates > self.reward_ensemble == 1:
             raise BadInput("--reward-candidates: one network cannot disagree; raise --reward-ensemble")
         if not self.terminate:
             self.env_kwargs = json.dumps(json.loads(self.env_kwargs) | {"terminate_when_unhealthy": False})
@@ -283,10 +278,9 @@ METRICS = (
     "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
     "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/logprobs", "losses/alpha",
     "losses/cross_entropy", "bilevel/labels", "bilevel/true_reward", "bilevel/implicit_weight",
-    "bilevel/gradient_factor", "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps",
-    "time/env", "time/policy", "time/update", "time/reward", "bilevel/heldout_accuracy",
+    "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps", "bilevel/heldout_accuracy",
     "bilevel/heldout_cross_entropy", "bilevel/reward_correlation", "bilevel/learned_reward",
-    "bilevel/label_accuracy",
+    "bilevel/label_accuracy", "time/env", "time/policy", "time/update", "time/reward",
 )  # fmt: skip
 
 
@@ -375,30 +369,18 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
-class TwinCritics(nn.Module):
-    """Q_1 and Q_2, which may be any modules from observation and action (..., D+A) to one value (..., 1)."""
-
-    def __init__(self, inputs: int, width: int):
-        super().__init__()
-        self.critics = nn.ModuleList(mlp(inputs, width, 1) for _ in range(2))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Observations and actions side by side (..., D+A) -> both values (2, ...)."""
-        return torch.stack([critic(inputs).squeeze(-1) for critic in self.critics])
-
-
 class Agent(nn.Module):
     """SAC's networks: a squashed Gaussian actor, two critics, their slow copies, the log temperature.
 
-    The actor may be any module from observations (..., D) to (..., 2A), see `gaussian_parameters`. Actions
-    are in [-1, 1] everywhere but in the task. Called with raw observations, the agent is the policy as it
-    is played.
+    The actor may be any module from observations (..., D) to (..., 2A), see `gaussian_parameters`, a critic
+    any from observation and action (..., D+A) to one value (..., 1). Actions are in [-1, 1] everywhere but in
+    the task. Called with raw observations, the agent is the policy as it is played.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, actor_width: int = 256, critic_width: int = 256):
         super().__init__()
         self.actor = mlp(obs_dim, actor_width, 2 * action_dim)
-        self.critics = TwinCritics(obs_dim + action_dim, critic_width)
+        self.critics = nn.ModuleList(mlp(obs_dim + action_dim, critic_width, 1) for _ in range(2))
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.register_buffer("action_low", -torch.ones(action_dim))
@@ -443,17 +425,12 @@ class RewardNetwork(nn.Module):
 
 
 class RewardEnsemble(nn.ModuleList):
-    """Reward networks with initial weights of their own, which learn from the same minibatches."""
+    """Reward networks with initial weights of their own, which learn from the same minibatches, each by its
+    own cross-entropy."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The mean of their rewards."""
         return torch.stack([member(inputs) for member in self]).mean(0)
-
-
-def disagreement(members: list[nn.Module], pairs: Tensor) -> Tensor:
-    """Standard deviation (P,) over the networks of sigma(R_1 - R_2): pairs (P, 2, L, D+A) (B-Pref)."""
-    returns = torch.stack([member(pairs).sum(-1) for member in members])
-    return torch.sigmoid(returns[..., 0] - returns[..., 1]).std(0)
 
 
 def body_positions(envs: gym.vector.VectorEnv) -> Tensor:
@@ -490,20 +467,20 @@ def squashed_logprob(output: Tensor, actions: Tensor) -> Tensor:
     return squashed_sample(output, (u - mean) * (-logstd).exp())[1]
 
 
-def critic_targets(
-    rewards: Tensor,
-    terminated: Tensor,
-    next_values: Tensor,
-    next_logprobs: Tensor,
-    alpha: Tensor,
-    gamma: float,
-) -> Tensor:
-    """r + gamma (1 - terminated) (min_j Q_j(s', a') - alpha log pi(a'|s')) (B,), a' ~ pi.
+def action_values(critics: nn.ModuleList, inputs: Tensor) -> Tensor:
+    """Q_j(s, a) of both critics (2, ...): observations and actions side by side (..., D+A)."""
+    return torch.stack([critic(inputs).squeeze(-1) for critic in critics])
 
-    next_values are (2, B). A time limit is no termination: there the value of s' counts (Haarnoja et al.
-    2018b, eq. 5 and 6).
-    """
-    return rewards + gamma * (1 - terminated) * (next_values.amin(0) - alpha * next_logprobs)
+
+def soft_values(values: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
+    """min_j Q_j(s, a) - alpha log pi(a|s) (B,), a ~ pi, whose mean is V(s): values (2, B), logprobs (B,)."""
+    return values.amin(0) - alpha * logprobs
+
+
+def critic_targets(rewards: Tensor, terminated: Tensor, next_soft_values: Tensor, gamma: float) -> Tensor:
+    """r + gamma (1 - terminated) V(s') (B,). A time limit is no termination (Haarnoja et al. 2018b, eq. 5
+    and 6)."""
+    return rewards + gamma * (1 - terminated) * next_soft_values
 
 
 def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
@@ -513,7 +490,7 @@ def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
 
 def actor_loss(values: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
     """Mean of alpha log pi(a|s) - min_j Q_j(s, a), a ~ pi (Haarnoja et al. 2018b, eq. 9): values (2, B)."""
-    return (alpha * logprobs - values.amin(0)).mean()
+    return -soft_values(values, logprobs, alpha).mean()
 
 
 def temperature_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> Tensor:
@@ -528,58 +505,49 @@ def descend(optimiser: torch.optim.Optimizer, gradients: tuple[Tensor, ...]) -> 
     optimiser.step()
 
 
-class SoftActorCritic:
-    """The updates of one agent: its optimisers, and the lines that put the functions above together.
+def make_optimisers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
+    """Adam of the actor, of both critics and of the temperature. Capturable: a CUDA graph may hold its steps."""
+    parts = agent.actor.parameters(), agent.critics.parameters(), [agent.log_alpha]
+    sizes = args.learning_rate, args.critic_learning_rate, args.critic_learning_rate
+    return [torch.optim.Adam(part, size, fused=True, capturable=True) for part, size in zip(parts, sizes)]
 
-    Each gradient is that of its own parameters alone: the actor's passes through the critics.
+
+def update_agent(
+    agent: Agent, optimisers: list, args: Args, minibatch: list[Tensor], noises: Tensor, extra_loss=None
+) -> dict[str, Tensor]:
+    """One step of both critics, one of the target critics towards them, then one of the actor and of the
+    temperature for each set of noise but the first. Each gradient is that of its own parameters alone: the
+    actor's passes through the critics.
+
+    minibatch: inputs (B, D+A), next_obs (B, D), rewards and terminated (B,); standard normal noises
+    (1 + actor steps, B, A), the first for the next actions. `extra_loss(actor)` is added to the actor's loss.
+    Returns what is logged.
     """
-
-    def __init__(self, agent: Agent, args: Args):
-        self.agent, self.args = agent, args
-        parameters = agent.actor.parameters(), agent.critics.parameters(), [agent.log_alpha]
-        step_sizes = args.learning_rate, args.critic_learning_rate, args.critic_learning_rate
-        # capturable: a CUDA graph may hold the steps
-        self.optimisers = [
-            torch.optim.Adam(each, lr, fused=True, capturable=True)
-            for each, lr in zip(parameters, step_sizes)
-        ]
-
-    def update_critics(
-        self, inputs: Tensor, next_obs: Tensor, rewards: Tensor, terminated: Tensor, noise: Tensor
-    ) -> dict[str, Tensor]:
-        """One step of both critics, then one of the target critics towards them.
-
-        inputs (B, D+A), next_obs (B, D), rewards and terminated (B,), standard normal noise (B, A) of the
-        next actions. Returns what is logged.
-        """
-        agent, args = self.agent, self.args
-        with torch.no_grad():
-            next_actions, next_logprobs = squashed_sample(agent.actor(next_obs), noise)
-            next_values = agent.targets(torch.cat([next_obs, next_actions], -1))
-            alpha = agent.log_alpha.exp()
-            targets = critic_targets(rewards, terminated, next_values, next_logprobs, alpha, args.gamma)
-        values, parameters = agent.critics(inputs), list(agent.critics.parameters())
-        loss = critic_loss(values, targets)
-        descend(self.optimisers[1], torch.autograd.grad(loss, parameters))
-        with torch.no_grad():
-            for target, parameter in zip(agent.targets.parameters(), parameters):
-                target.lerp_(parameter, args.target_rate)
-        return {"losses/qf_loss": loss.detach(), "losses/qf_values": values.detach()}
-
-    def update_actor(
-        self, obs: Tensor, noise: Tensor, extra_loss: Callable | None = None
-    ) -> dict[str, Tensor]:
-        """One step of the actor, and of the temperature: obs (B, D), standard normal noise (B, A) of the
-        actions. `extra_loss(actor)` is added to the actor's loss. Returns what is logged."""
-        agent, alpha = self.agent, self.agent.log_alpha.detach().exp()
+    inputs, next_obs, rewards, terminated = minibatch
+    obs, critics = inputs[:, : next_obs.shape[1]], list(agent.critics.parameters())
+    with torch.no_grad():
+        next_actions, next_logprobs = squashed_sample(agent.actor(next_obs), noises[0])
+        next_values = action_values(agent.targets, torch.cat([next_obs, next_actions], -1))
+        following = soft_values(next_values, next_logprobs, agent.log_alpha.exp())
+        targets = critic_targets(rewards, terminated, following, args.gamma)
+    values = action_values(agent.critics, inputs)
+    errors = critic_loss(values, targets)
+    descend(optimisers[1], torch.autograd.grad(errors, critics))
+    with torch.no_grad():
+        for target, parameter in zip(agent.targets.parameters(), critics):
+            target.lerp_(parameter, args.target_rate)
+    found = {"qf_loss": errors, "qf_values": values}
+    for noise in noises[1:]:
         actions, logprobs = squashed_sample(agent.actor(obs), noise)
-        loss = actor_loss(agent.critics(torch.cat([obs, actions], -1)), logprobs, alpha)
+        values = action_values(agent.critics, torch.cat([obs, actions], -1))
+        loss = actor_loss(values, logprobs, agent.log_alpha.detach().exp())
         total = loss + extra_loss(agent.actor) if extra_loss else loss
-        descend(self.optimisers[0], torch.autograd.grad(total, list(agent.actor.parameters())))
-        if self.args.autotune:
+        descend(optimisers[0], torch.autograd.grad(total, list(agent.actor.parameters())))
+        if args.autotune:
             own = temperature_loss(agent.log_alpha, logprobs, -float(noise.shape[-1]))
-            descend(self.optimisers[2], torch.autograd.grad(own, [agent.log_alpha]))
-        return {"losses/actor_loss": loss.detach(), "losses/logprobs": logprobs.detach()}
+            descend(optimisers[2], torch.autograd.grad(own, [agent.log_alpha]))
+        found |= {"actor_loss": loss, "logprobs": logprobs}
+    return {f"losses/{name}": value.detach() for name, value in found.items()}
 
 
 # ---- CUDA graph (shared) -----------------------------------------------------------------------------
@@ -655,21 +623,15 @@ class Ring:
 
 
 def check_room(args: Args, obs_dim: int, action_dim: int) -> None:
-    """Raise BadInput unless memory and disk can hold replay and queue, and a copy while one is saved."""
-    rows = min(args.buffer_size, args.total_timesteps) + args.num_envs * args.num_steps
-    numbers = rows * (2 * obs_dim + action_dim + 2)
+    """Raise BadInput unless the memory can hold replay and queue, and a copy while one is saved."""
+    numbers = min(args.buffer_size, args.total_timesteps) * (2 * obs_dim + action_dim + 2)
     numbers += args.queue_size * 2 * args.fragment_length * (obs_dim + action_dim)
-    places = {}
+    memory = math.inf
     if hasattr(os, "sysconf"):
-        places["the memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if args.resume is None:
-        there = next(each for each in (args.run_dir / "run").absolute().parents if os.path.exists(each))
-        places[f"the disk of --run-dir {args.run_dir}"] = shutil.disk_usage(there).free
-    for place, size in places.items():
-        if 8 * numbers > size:
-            needs = f"replay and labelled pairs take {8e-9 * numbers:,.1f} GB with their checkpoint"
-            room = f"{place} has {1e-9 * size:,.1f} GB"
-            raise BadInput(f"--buffer-size: {needs}, {room}; make it or --queue-size smaller")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 8 * numbers > memory:
+        needs = f"replay and labelled pairs take {8e-9 * numbers:,.1f} GB with their checkpoint"
+        raise BadInput(f"--buffer-size: {needs}, more than the memory; make it or --queue-size smaller")
 
 
 # ---- Fragments (shared) ------------------------------------------------------------------------------
@@ -750,10 +712,9 @@ def accuracy(rewards: Tensor, truth: Tensor) -> Tensor:
     return (0.5 * (learned.sign() * true.sign() + 1))[true != 0].mean()
 
 
-def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of two vectors; NaN if one of them is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    return (x * y).sum() / (x.norm() * y.norm())
+def disagreement(returns: list[Tensor]) -> Tensor:
+    """Standard deviation (P,) over the networks of sigma(R_1 - R_2), from the R (P, 2) of each (B-Pref)."""
+    return torch.sigmoid(torch.stack(returns).diff(dim=-1).squeeze(-1)).std(0)
 
 
 # ---- Labels by people (shared) -----------------------------------------------------------------------
@@ -761,36 +722,42 @@ def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
     and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
     folder.mkdir(exist_ok=True)
-    for number, pair in enumerate(zip(*columns.values()), pairs_asked(folder)):
+    used = [*pairs_asked(folder), *read_labels(folder / "labels.jsonl")]
+    for number, pair in enumerate(zip(*columns.values()), max(used, default=-1) + 1):
         saved = {"pair": number, "env_id": args.env_id, "env_kwargs": args.env_kwargs}
         saved |= {name: each.clone() for name, each in zip(columns, pair)}  # a view is saved as a whole
         write_atomically(folder / f"{number:07}.pt", saved)
 
 
-def pairs_asked(folder: Path) -> int:
-    """How many pairs `ask_people` has written to the folder; they are numbered from 0."""
-    return len(list(folder.glob("*.pt")))
+def pairs_asked(folder: Path) -> list[int]:
+    """The numbers of the pairs that `ask_people` has written to the folder, but for deleted ones, in order."""
+    return sorted(int(file.stem) for file in folder.glob("*.pt"))
 
 
 def read_labels(file: Path) -> dict[int, float | None]:
     """Label y of each pair that people have answered, by its number; None: they could not tell.
 
     A line of labels.jsonl is an answer, and the last one to a pair counts. Not so those to a pair that was
-    shown again, which measure agreement, and a line that is still being written.
+    shown again, which measure agreement, and a line without an end, as while it is written or after a crash.
+    Raises BadInput if another line is no answer.
     """
     labels = {}
-    for line in file.read_text().split("\n")[:-1] if file.exists() else ():
-        row = json.loads(line)
-        if not row["repeat"]:
-            labels.pop(row["pair"], None)
-            labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+    for line in file.read_text(errors="replace").split("\n")[:-1] if file.exists() else ():
+        try:
+            row = json.loads(line)
+            if not row["repeat"]:
+                labels.pop(row["pair"], None)
+                labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{file} is damaged: {line[:80]!r} is no answer; mend or remove it") from error
     return labels
 
 
 def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
     """The pairs (P,) that people have labelled, as `ask_people` wrote them beside this file, and their labels
-    (P,); but for those whose numbers are in `taken`, to which these are added."""
-    labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
+    (P,); but for deleted ones and those whose numbers are in `taken`, to which these are added."""
+    new = {*pairs_asked(file.parent)} - taken
+    labels = {n: y for n, y in read_labels(file).items() if y is not None and n in new}
     taken.update(labels)
     pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
     return pairs, torch.tensor(list(labels.values())).float()
@@ -840,10 +807,8 @@ def geometric_lengths(count: int, gamma: float) -> Tensor:
     HPGD (Thoma et al. 2024): with weights gamma^(t/2), sums over rollouts of these lengths are unbiased:
     E[sum_{t < T} gamma^(t/2) g_t] = sum_t gamma^t g_t.
     """
-    if gamma == 0:
-        return torch.ones(count, dtype=torch.long)
     uniform = torch.rand(count, dtype=torch.float64).clamp(min=1e-300)
-    return 1 + (uniform.log() / (0.5 * math.log(gamma))).long()
+    return 1 + (uniform.log() / (0.5 * math.log(max(gamma, 1e-300)))).long()
 
 
 def pbrl_term(tracker_returns: Tensor, policy_returns: Tensor, penalty: float) -> Tensor:
@@ -897,16 +862,6 @@ def resample_actions(agent: Agent, inputs: Tensor, obs_dim: int, count: int) -> 
     return torch.cat([obs, agent.act(obs, torch.randn(*shape, action_dim).to(inputs))], -1)
 
 
-def reward_to_go_advantages(rewards: Tensor, gamma: float) -> Tensor:
-    """Q - V (P, 2, L) by the rest of the same fragment, minus its mean over the pairs: a heuristic, no
-    estimate of (13), for the later steps are those that l scores. rewards (P, 2, L)."""
-    length = rewards.shape[-1]
-    powers = torch.arange(length).unsqueeze(1) - torch.arange(length)  # t - h
-    discounts = torch.where(powers >= 0, gamma ** powers.clamp(min=0).to(rewards.dtype), 0.0)
-    to_go = rewards @ discounts.to(rewards)  # sum_{t >= h} gamma^(t-h) r_t
-    return to_go - to_go.mean((0, 1))
-
-
 # ---- Upper level: rollouts in a simulator ------------------------------------------------------------
 class Simulator:
     """The task once more, for rollouts. For all methods but pbrl-style it can be put into the state of an
@@ -920,15 +875,14 @@ class Simulator:
     def __init__(self, args: Args, seed: int):
         with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
             env = gym.make(args.env_id, disable_env_checker=True, **json.loads(args.env_kwargs))
-        self.steps = 0
+        self.env = gym.wrappers.FlattenObservation(env)
+        self.env.reset(seed=seed)
         if args.reward_update == "pbrl-style":  # from start states
-            self.env = gym.wrappers.FlattenObservation(env)
-            self.env.reset(seed=seed)
             return
-        self.env = env.unwrapped
+        self.env = env.unwrapped  # no time limit
         try:
-            self.hidden = self.env.model.nq + self.env.model.nv - len(self.env.reset(seed=seed)[0])
             obs, *_ = self.env.step(np.zeros(env.action_space.shape, np.float32))
+            self.hidden = self.env.model.nq + self.env.model.nv - len(obs)
             self.set(obs)
             known = 0 <= self.hidden <= 2 and np.allclose(self.env._get_obs(), obs, atol=1e-8)
         except (AttributeError, IndexError, TypeError, ValueError, AssertionError):
@@ -938,11 +892,12 @@ class Simulator:
             needs = "needs a MuJoCo task whose state is its observation, such as Hopper-v4"
             raise BadInput(f"{way} {needs}, which --env-id {args.env_id!r} is not")
 
-    def set(self, obs: np.ndarray) -> None:
-        """Put the task into the state of an observation (D,)."""
+    def set(self, obs: np.ndarray) -> np.ndarray:
+        """Put the task into the state of an observation (D,), which is returned."""
         seen = self.env.model.nq - self.hidden
         qpos = np.concatenate([np.zeros(self.hidden), obs[:seen]])
         self.env.set_state(qpos, np.asarray(obs[seen:], dtype=np.float64))
+        return obs
 
     def roll_out(
         self, policy: Agent, lengths: Tensor, decay: float, obs=None, actions=None, seed: int | None = None
@@ -953,26 +908,22 @@ class Simulator:
 
         Returns the inputs of the reward (R, T, D+A) and their weights (R, T): decay^t, 0 after the end.
         """
-        rows: list[list[Tensor]] = []
+        paths, weights = [], []
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         noises = torch.randn(int(lengths.sum()), *self.env.action_space.shape, generator=generator)
         for i, noise in enumerate(noises.split(lengths.tolist())):
-            if obs is None:
-                state, _ = self.env.reset(seed=None if seed is None else seed + i)
-            else:
-                state = obs[i].numpy()
-                self.set(state)
-            rows.append([])
+            start = None if seed is None else seed + i
+            state = self.env.reset(seed=start)[0] if obs is None else self.set(obs[i].numpy())
+            path: list[Tensor] = []
             for t in range(len(noise)):
                 state = torch.from_numpy(state).float()
                 action = policy.act(state, noise[t]) if t or actions is None else actions[i]
-                rows[i].append(torch.cat([state, action]))
+                path.append(torch.cat([state, action]))
                 state, _, terminated, truncated, _ = self.env.step(policy.task_actions(action).numpy())
                 if terminated or truncated:
                     break
-        self.steps += sum(map(len, rows))
-        weights = [decay ** torch.arange(len(path)) for path in rows]
-        paths = [torch.stack(path) for path in rows]
+            paths.append(torch.stack(path))
+            weights.append(decay ** torch.arange(len(path)))
         return [nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (paths, weights)]
 
 
@@ -1262,32 +1213,31 @@ def train(args: Args) -> Path:
         obs_dim, action_dim = (gym.spaces.flatdim(space) for space in (observation_space, action_space))
         check_room(args, obs_dim, action_dim)
         simulator, pbrl = None, args.reward_update == "pbrl-style"
-        if args.implicit == "rollouts" or args.reward_update in ("hpgd-style", "pbrl-style"):
+        if pbrl or args.implicit == "rollouts" or args.reward_update == "hpgd-style":
             simulator = Simulator(args, derived_seed(args.seed, 2**41 + start))
 
         # ---- Training: agents, reward, replay --------------------------------------------------------
         agent_sizes = obs_dim, action_dim, args.actor_width, args.critic_width
         agents = [Agent(*agent_sizes).to(device).eval() for _ in range(2 if pbrl else 1)]
         agent = agents[0]  # the second one tracks pi*
-        for each in agents:
-            nn.init.constant_(each.log_alpha, math.log(args.alpha))
-        learners = [SoftActorCritic(each, args) for each in agents]
         reward_sizes = obs_dim + action_dim, args.reward_width, args.reward_dropout, args.reward_bound
-        members = [RewardNetwork(*reward_sizes) for _ in range(args.reward_ensemble)]
-        model = (RewardEnsemble(members) if len(members) > 1 else members[0]).to(device).eval()
-        reward_optimiser = torch.optim.AdamW(model.parameters(), args.reward_learning_rate, fused=True)
-        optimisers = [reward_optimiser] + [each for learner in learners for each in learner.optimisers]
-        capacity = min(args.buffer_size, args.total_timesteps)
-        replay = Ring(capacity, (obs_dim + action_dim,), (obs_dim,), (), ())
-        queue = Ring(args.queue_size, (2, args.fragment_length, obs_dim + action_dim), ())
+        model = RewardEnsemble(RewardNetwork(*reward_sizes) for _ in range(args.reward_ensemble))
+        model.to(device).eval()
+        optimisers = [torch.optim.AdamW(model.parameters(), args.reward_learning_rate, fused=True)]
+        for each in agents:
+            optimisers += make_optimisers(each, args)
+        capacity, inputs_dim = min(args.buffer_size, args.total_timesteps), obs_dim + action_dim
+        replay = Ring(capacity, (inputs_dim,), (obs_dim,), (), ())
+        queue = Ring(args.queue_size, (2, args.fragment_length, inputs_dim), ())
+        kept = {"reward": model, "replay": replay, "queue": queue}
         newest = torch.arange(0)  # rows of the queue: the last iteration's pairs, if they are the policy's
-        given, taken = [], set()  # labelled pairs that are held out; numbers of those that people labelled
-        named = f"--reward-model {args.reward_model}"
+        simulated, given, taken_up = 0, [], set()  # rollouts' steps; people's: held out; those in the queue
         try:
             if args.reward_model and not checkpoint:
                 saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
+                if saved["env_id"] != args.env_id:
+                    raise ValueError(f"the network is of {saved['env_id']}")
                 model.load_state_dict(saved["reward"])
-            named = f"--labels {args.labels}"
             if args.labels:
                 pairs, labels = labelled_pairs(args.labels, set())
                 found = {(each["env_id"], *each["inputs"].shape) for each in pairs}
@@ -1298,29 +1248,27 @@ def train(args: Args) -> Path:
                 queue.add(inputs[~out], labels[~out])
                 given = inputs[out], labels[out]
         except Exception as error:  # a damaged archive raises errors of many kinds
+            files = f"--labels {args.labels}, --reward-model {args.reward_model}"
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BadInput(f"{named}: of another task, of other sizes, empty or damaged: {reason}") from error
+            raise BadInput(f"{files}: not of this task and these sizes, or damaged: {reason}") from error
         if checkpoint:
             try:
-                for each, state in zip(agents, checkpoint["agents"], strict=True):
+                states = checkpoint["agents"] + checkpoint["optimisers"]
+                for each, state in zip((*agents, *optimisers), states, strict=True):
                     each.load_state_dict(state)
-                for each, state in zip(optimisers, checkpoint["optimisers"]):
-                    each.load_state_dict(state)
-                    each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
-                model.load_state_dict(checkpoint["reward"])
-                replay.load_state_dict(checkpoint.pop("replay"))
-                queue.load_state_dict(checkpoint["queue"])
-                taken = set(checkpoint["taken"])
+                for name, each in kept.items():
+                    each.load_state_dict(checkpoint.pop(name))
+                simulated, taken_up = checkpoint["simulated"], set(checkpoint["taken"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU
                 newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
-                if simulator:
-                    simulator.steps = checkpoint["simulator_steps"]
             except (RuntimeError, ValueError, KeyError, IndexError) as error:
                 wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
+            for each in optimisers:
+                each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
         for each in agents:
             each.set_action_space(action_space)
-            if not args.autotune:  # it may have been given again
+            if not (checkpoint and args.autotune):
                 nn.init.constant_(each.log_alpha, math.log(args.alpha))
 
         # ---- Training: the updates -------------------------------------------------------------------
@@ -1332,16 +1280,15 @@ def train(args: Args) -> Path:
             """
             inputs, next_obs, rewards, terminated, noises = (column.to(device) for column in columns)
             if args.reward_update == "constant":
-                rewards = torch.full_like(rewards, args.constant_reward)
+                rewards = torch.ones_like(rewards)
             elif args.reward_update != "ground-truth":
                 with torch.no_grad():
                     rewards = model(inputs)  # by the newest theta, without dropout
-            found = []
-            for learner, noise in zip(learners, noises.unbind(1)):
-                found.append(learner.update_critics(inputs, next_obs, rewards, terminated, noise[0]))
-                extra = policy_term if pbrl and len(newest) and learner is learners[0] else None
-                for actor_noise in noise[1:]:
-                    found[-1] |= learner.update_actor(inputs[:, :obs_dim], actor_noise, extra)
+            minibatch, found = [inputs, next_obs, rewards, terminated], []
+            for k, each in enumerate(agents):
+                extra = policy_term if pbrl and len(newest) and each is agent else None
+                own = optimisers[1 + 3 * k : 4 + 3 * k]
+                found.append(update_agent(each, own, args, minibatch, noises[:, k], extra))
             return found[0]
 
         def policy_term(actor: nn.Module) -> Tensor:
@@ -1372,24 +1319,20 @@ def train(args: Args) -> Path:
                 found.append(simulator.roll_out(policy, lengths, decay, visited[:, :obs_dim], actions))
             return found
 
-        def added_term(pairs: Tensor, rollouts: list[list[Tensor]], weight: float) -> tuple[Tensor, Tensor]:
+        def added_term(pairs: Tensor, rollouts: list[list[Tensor]], shift: int) -> tuple[Tensor, Tensor]:
             """What sobirl, hpgd-style or pbrl-style add to the mean cross-entropy, from these pairs of the
             queue and these rollouts; and the mean of the pairs' scores."""
-            paths = [(path.to(device), discounts.to(device)) for path, discounts in rollouts]
-            sums = [(model(path) * discounts).sum(-1) for path, discounts in paths]
+            sums = [(model(path.to(device)) * each.to(device)).sum(-1) for path, each in rollouts]
             if pbrl:
                 return pbrl_term(*sums, weight), torch.tensor(math.nan)
             inputs, labels = (column[pairs].to(device) for column in queue.columns)
             rewards = model(inputs)
-            shift = int(torch.randint(1, len(pairs), ())) if args.permute_cross_entropy else 0
             if rollouts:
                 shape = len(pairs), 2, -1, args.rollouts or 1
                 advantages = rollout_advantages(*(each.view(shape) for each in sums))
-            elif args.implicit == "one-step":
+            else:
                 resampled = resample_actions(agent, inputs, obs_dim, args.implicit_actions)
                 advantages = one_step_advantages(rewards, model(resampled))
-            else:
-                advantages = reward_to_go_advantages(rewards, args.gamma)
             # The sum over both fragments; hpgd-style has one step of each, which stands for all.
             scores = 2 * args.fragment_length * advantages.mean((1, 2))
             losses = cross_entropies(rewards, labels)
@@ -1406,7 +1349,9 @@ def train(args: Args) -> Path:
         shape = (args.num_steps, args.num_envs)
         inputs = torch.zeros(*shape, obs_dim + action_dim)
         true_rewards, valid = (torch.zeros(shape) for _ in range(2))
-        human = args.teacher == "human" and args.reward_update in LEARNED
+        learns, opinion = (args.reward_update in methods for methods in (LEARNED, (*LEARNED, "frozen")))
+        human = learns and args.teacher == "human"
+        asks = learns and (human or not args.labels)
         states = torch.zeros(*shape, *body_positions(envs).shape[1:] if human else ())
         ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
         episode_returns, episode_lengths = np.zeros((2, args.num_envs))
@@ -1470,27 +1415,23 @@ def train(args: Args) -> Path:
             rows = valid.bool()
             with torch.no_grad():
                 guess, learned_rewards = (model(each.to(device)).cpu() for each in (heldout, inputs[rows]))
-            oracle, _ = teacher_labels(heldout_rewards, "oracle")
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
-            learns, asked = args.reward_update in LEARNED, pairs_asked(people) if human else queue.added
-            due = max(0, wanted - asked) if learns and (human or not args.labels) else 0
+            due = max(0, wanted - (len(pairs_asked(people)) if human else queue.added)) if asks else 0
             drawn = draw_pairs(windows, due * args.reward_candidates, *iteration_data)
             if args.reward_candidates > 1:
                 with torch.no_grad():
-                    doubts = disagreement(members, drawn[0].to(device)).cpu()
+                    doubts = disagreement([member(drawn[0].to(device)).sum(-1) for member in model]).cpu()
                 drawn = [each[doubts.topk(min(due, len(doubts))).indices] for each in drawn]
             pairs, pair_rewards, pair_states = drawn
             if human:
                 ask_people(people, args, inputs=pairs, states=pair_states)
-                file, wait = people / "labels.jsonl", args.wait_for_labels
-                while wait and not run.stop_signal and len(read_labels(file)) < pairs_asked(people):
+                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else ()
+                while {*due} - read_labels(file).keys() and not run.stop_signal:
                     time.sleep(0.2)
-                answers, labels = labelled_pairs(file, taken)
+                answers, labels = labelled_pairs(file, taken_up)
                 pairs = torch.stack([each["inputs"] for each in answers]) if answers else pairs[:0]
             else:
-                settings = [args.teacher_temperature, args.teacher_error]
-                settings += [args.teacher_threshold, args.teacher_gamma]
-                labels, answered = teacher_labels(pair_rewards, args.teacher, *settings)
+                labels, answered = teacher_labels(pair_rewards, args.teacher, args.teacher_temperature)
                 pairs, labels = pairs[answered], labels[answered]
             queue.add(pairs, labels)
             newest = queue.rows(torch.arange(min(len(pairs), args.queue_size)))
@@ -1509,29 +1450,32 @@ def train(args: Args) -> Path:
                 enough = len(newest) > int(args.permute_cross_entropy)
                 adds = adds and enough and global_step > args.implicit_starts
             rollouts = roll_out(newest) if adds and simulator else []
+            simulated += sum(int((weights > 0).sum()) for _, weights in rollouts)
             epochs = args.reward_epochs if learning else args.warmup_epochs
             if not learns or not len(queue) or iteration < warmup_iterations:
                 epochs = 0
             minibatches = []
             for _ in range(epochs):
                 minibatches += torch.randperm(len(queue)).split(args.reward_batch_size)
-            carriers = (minibatches if args.implicit_pairs == "queue" else [newest]) if adds else []
+            steps = {"newest": [newest], "newest-every-step": [newest] * len(minibatches)}
+            carriers = (steps | {"queue": minibatches})[args.implicit_pairs] if adds else []
+            shift = int(torch.randint(1, len(newest), ())) if adds and args.permute_cross_entropy else 0
             epoch_losses, terms = [], []
             model.train()
             for k, mb in enumerate(minibatches):
                 fragments, mb_labels = (column[mb].to(device) for column in queue.columns)
-                own = [cross_entropies(member(fragments), mb_labels) for member in members]
+                own = [cross_entropies(member(fragments), mb_labels) for member in model]
                 losses = torch.stack(own).mean(0)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):
                     model.eval()  # the policy answers the reward without dropout
-                    term, score = added_term(carriers[k], rollouts, weight)
+                    term, score = added_term(carriers[k], rollouts, shift)
                     model.train()
                     added = torch.autograd.grad(term, list(model.parameters()))
                     gradients, ratio, factor = limited_sum(gradients, added, args.max_gradient_ratio)
                     terms.append(torch.tensor([ratio, factor, score]))
-                descend(reward_optimiser, gradients)
+                descend(optimisers[0], gradients)
             model.eval()
 
             # ---- Training: log and checkpoint --------------------------------------------------------
@@ -1540,48 +1484,34 @@ def train(args: Args) -> Path:
             logged = {}  # an iteration without an update of the actor has none
             if epoch_losses:
                 metrics["losses/cross_entropy"] = float(torch.cat(epoch_losses)[-len(queue) :].mean())
-            steps = simulator.steps if simulator else 0
             ratio, factor, score = torch.stack(terms).nanmean(0).tolist() if terms else (math.nan,) * 3
-            bilevel = {
-                "labels": float(queue.added),
-                "true_reward": float(true_rewards[rows].mean()),
-                "implicit_weight": weight * factor if terms else 0.0,
-                "gradient_factor": factor,
-                "implicit_ratio": ratio,
-                "score_mean": score,
-                "simulator_steps": float(steps),
-            }
-            if args.reward_update not in ("ground-truth", "constant"):  # which do not ask the network
-                bilevel |= {
-                    "heldout_accuracy": float(accuracy(guess, heldout_rewards)),
-                    "heldout_cross_entropy": float(cross_entropies(guess, oracle).mean()),
-                    "reward_correlation": float(correlation(learned_rewards, true_rewards[rows])),
-                    "learned_reward": float(learned_rewards.mean()),
-                    "label_accuracy": float(label_accuracy),
-                }
-            metrics |= {f"bilevel/{name}": None if math.isnan(x) else x for name, x in bilevel.items()}
-            metrics |= {
-                "losses/alpha": alpha,
-                "time/env": env_time,
-                "time/policy": reward_start - iteration_start - env_time - update_time,
-                "time/update": now - reward_start + update_time,
-                "time/reward": now - reward_start,
-            }
+            bilevel = {"labels": queue.added, "simulator_steps": simulated, "implicit_ratio": ratio}
+            bilevel |= {"implicit_weight": weight * factor if terms else 0.0, "score_mean": score}
+            bilevel["true_reward"] = true_rewards[rows].mean()
+            if opinion:
+                oracle, _ = teacher_labels(heldout_rewards, "oracle")
+                alike = torch.corrcoef(torch.stack([learned_rewards, true_rewards[rows]]))[0, 1]
+                bilevel |= {"heldout_accuracy": accuracy(guess, heldout_rewards), "reward_correlation": alike}
+                bilevel |= {"heldout_cross_entropy": cross_entropies(guess, oracle).mean()}
+                bilevel |= {"learned_reward": learned_rewards.mean(), "label_accuracy": label_accuracy}
+            metrics |= {f"bilevel/{name}": None if math.isnan(x) else float(x) for name, x in bilevel.items()}
+            metrics |= {"losses/alpha": alpha, "time/env": env_time, "time/reward": now - reward_start}
+            metrics["time/policy"] = reward_start - iteration_start - env_time - update_time
+            metrics["time/update"] = now - reward_start + update_time
             run.log(global_step, metrics, episodes)
-            parameters = [each.flatten() for network in (*agents, model) for each in network.parameters()]
             losses = [value for name, value in metrics.items() if name.startswith("losses/")]
-            watched = {"observations": inputs[..., :obs_dim], "rewards": true_rewards}
-            watched |= {"losses": torch.tensor(losses), "weights": torch.cat(parameters)}
-            for name, numbers in watched.items():
+            weights = torch.stack([weight.sum() for each in (*agents, model) for weight in each.parameters()])
+            watched = {"observations": inputs[..., :obs_dim], "rewards": true_rewards, "weights": weights}
+            for name, numbers in (watched | {"losses": torch.tensor(losses)}).items():
                 if not numbers.isfinite().all():
                     raise Diverged(f"the {name} stopped being finite by step {global_step:,}")
             newest = newest if learning else newest[:0]
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
+                state = {"env_id": args.env_id, "agent_sizes": agent_sizes, "agent": agent.state_dict()}
                 state["agents"] = [each.state_dict() for each in agents]
                 state["optimisers"] = [each.state_dict() for each in optimisers]
-                state |= {"reward": model.state_dict(), "newest": len(newest), "queue": queue.state_dict()}
-                state |= {"replay": replay.state_dict(), "simulator_steps": steps, "taken": sorted(taken)}
+                state |= {name: each.state_dict() for name, each in kept.items()}
+                state |= {"newest": len(newest), "simulated": simulated, "taken": sorted(taken_up)}
                 run.save_checkpoint(state)
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)

@@ -783,10 +783,10 @@ def accuracy(rewards: Tensor, truth: Tensor) -> Tensor:
     return (0.5 * (learned.sign() * true.sign() + 1))[true != 0].mean()
 
 
-def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of two vectors; NaN if one of them is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    return (x * y).sum() / (x.norm() * y.norm())
+def disagreement(returns: list[Tensor]) -> Tensor:
+    """Standard deviation (P,) over the networks of sigma(R_1 - R_2), from the R (P, 2) of each (B-Pref)."""
+    return torch.sigmoid(torch.stack(returns).diff(dim=-1).squeeze(-1)).std(0)
+
 
 
 # ---- Labels by people (shared) -----------------------------------------------------------------------
@@ -794,36 +794,42 @@ def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
     and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
     folder.mkdir(exist_ok=True)
-    for number, pair in enumerate(zip(*columns.values()), pairs_asked(folder)):
+    used = [*pairs_asked(folder), *read_labels(folder / "labels.jsonl")]
+    for number, pair in enumerate(zip(*columns.values()), max(used, default=-1) + 1):
         saved = {"pair": number, "env_id": args.env_id, "env_kwargs": args.env_kwargs}
         saved |= {name: each.clone() for name, each in zip(columns, pair)}  # a view is saved as a whole
         write_atomically(folder / f"{number:07}.pt", saved)
 
 
-def pairs_asked(folder: Path) -> int:
-    """How many pairs `ask_people` has written to the folder; they are numbered from 0."""
-    return len(list(folder.glob("*.pt")))
+def pairs_asked(folder: Path) -> list[int]:
+    """The numbers of the pairs that `ask_people` has written to the folder, but for deleted ones, in order."""
+    return sorted(int(file.stem) for file in folder.glob("*.pt"))
 
 
 def read_labels(file: Path) -> dict[int, float | None]:
     """Label y of each pair that people have answered, by its number; None: they could not tell.
 
     A line of labels.jsonl is an answer, and the last one to a pair counts. Not so those to a pair that was
-    shown again, which measure agreement, and a line that is still being written.
+    shown again, which measure agreement, and a line without an end, as while it is written or after a crash.
+    Raises BadInput if another line is no answer.
     """
     labels = {}
-    for line in file.read_text().split("\n")[:-1] if file.exists() else ():
-        row = json.loads(line)
-        if not row["repeat"]:
-            labels.pop(row["pair"], None)
-            labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+    for line in file.read_text(errors="replace").split("\n")[:-1] if file.exists() else ():
+        try:
+            row = json.loads(line)
+            if not row["repeat"]:
+                labels.pop(row["pair"], None)
+                labels |= {} if row["answer"] == "undo" else {row["pair"]: row["label"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{file} is damaged: {line[:80]!r} is no answer; mend or remove it") from error
     return labels
 
 
 def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
     """The pairs (P,) that people have labelled, as `ask_people` wrote them beside this file, and their labels
-    (P,); but for those whose numbers are in `taken`, to which these are added."""
-    labels = {n: y for n, y in read_labels(file).items() if y is not None and n not in taken}
+    (P,); but for deleted ones and those whose numbers are in `taken`, to which these are added."""
+    new = {*pairs_asked(file.parent)} - taken
+    labels = {n: y for n, y in read_labels(file).items() if y is not None and n in new}
     taken.update(labels)
     pairs = [torch.load(file.parent / f"{n:07}.pt", weights_only=True) for n in labels]
     return pairs, torch.tensor(list(labels.values())).float()
@@ -873,10 +879,8 @@ def geometric_lengths(count: int, gamma: float) -> Tensor:
     HPGD (Thoma et al. 2024): with weights gamma^(t/2), sums over rollouts of these lengths are unbiased:
     E[sum_{t < T} gamma^(t/2) g_t] = sum_t gamma^t g_t.
     """
-    if gamma == 0:
-        return torch.ones(count, dtype=torch.long)
     uniform = torch.rand(count, dtype=torch.float64).clamp(min=1e-300)
-    return 1 + (uniform.log() / (0.5 * math.log(gamma))).long()
+    return 1 + (uniform.log() / (0.5 * math.log(max(gamma, 1e-300)))).long()
 
 
 def pbrl_term(tracker_returns: Tensor, policy_returns: Tensor, penalty: float) -> Tensor:
