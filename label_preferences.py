@@ -156,7 +156,7 @@ def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
 
 
 def pairs_asked(folder: Path) -> list[int]:
-    """The numbers of the pairs that `ask_people` has written to the folder, but for deleted ones, in order."""
+    """The numbers of the pairs that `ask_people` has written to the folder and that are there, in order."""
     return sorted(int(file.stem) for file in folder.glob("*.pt"))
 
 

@@ -265,8 +265,9 @@ class Args(CheckedArgs):
         if self.implicit_pairs == "queue" and (self.implicit == "rollouts" or self.permute_cross_entropy):
             raise BadInput("--implicit-pairs queue has no rollouts and no --permute-cross-entropy")
         if self.labels and self.teacher != "human" and method in ADDS:
-            needs = f"{method} needs labels of its policy's newest pairs, which a file does not have"
-            raise BadInput(f"--labels: {needs}; use --reward-update drlhf or --teacher human")
+            raise BadInput(
+                f"--labels: a file has no newest pairs, as {method} needs; use drlhf or a human teacher"
+            )
         if self.reward_candidates > self.reward_ensemble == 1:
             raise BadInput("--reward-candidates: one network cannot disagree; raise --reward-ensemble")
         if not self.terminate:
@@ -506,7 +507,7 @@ def descend(optimiser: torch.optim.Optimizer, gradients: tuple[Tensor, ...]) -> 
 
 
 def make_optimisers(agent: Agent, args: Args) -> list[torch.optim.Optimizer]:
-    """Adam of the actor, of both critics and of the temperature. Capturable: a CUDA graph may hold its steps."""
+    """Adam of the actor, of both critics, of the temperature; capturable: a CUDA graph may hold its steps."""
     parts = agent.actor.parameters(), agent.critics.parameters(), [agent.log_alpha]
     sizes = args.learning_rate, args.critic_learning_rate, args.critic_learning_rate
     return [torch.optim.Adam(part, size, fused=True, capturable=True) for part, size in zip(parts, sizes)]
@@ -730,7 +731,7 @@ def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
 
 
 def pairs_asked(folder: Path) -> list[int]:
-    """The numbers of the pairs that `ask_people` has written to the folder, but for deleted ones, in order."""
+    """The numbers of the pairs that `ask_people` has written to the folder and that are there, in order."""
     return sorted(int(file.stem) for file in folder.glob("*.pt"))
 
 
@@ -1229,7 +1230,8 @@ def train(args: Args) -> Path:
         capacity, inputs_dim = min(args.buffer_size, args.total_timesteps), obs_dim + action_dim
         replay = Ring(capacity, (inputs_dim,), (obs_dim,), (), ())
         queue = Ring(args.queue_size, (2, args.fragment_length, inputs_dim), ())
-        kept = {"reward": model, "replay": replay, "queue": queue}
+        kept = {"agent": agent, "tracker": agents[-1], "reward": model, "replay": replay, "queue": queue}
+        kept |= {f"optimiser_{k}": each for k, each in enumerate(optimisers)}
         newest = torch.arange(0)  # rows of the queue: the last iteration's pairs, if they are the policy's
         simulated, given, taken_up = 0, [], set()  # rollouts' steps; people's: held out; those in the queue
         try:
@@ -1247,25 +1249,18 @@ def train(args: Args) -> Path:
                 out = torch.tensor([each["pair"] % 10 == 9 for each in pairs])
                 queue.add(inputs[~out], labels[~out])
                 given = inputs[out], labels[out]
-        except Exception as error:  # a damaged archive raises errors of many kinds
-            files = f"--labels {args.labels}, --reward-model {args.reward_model}"
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise BadInput(f"{files}: not of this task and these sizes, or damaged: {reason}") from error
-        if checkpoint:
-            try:
-                states = checkpoint["agents"] + checkpoint["optimisers"]
-                for each, state in zip((*agents, *optimisers), states, strict=True):
-                    each.load_state_dict(state)
+            if checkpoint:
                 for name, each in kept.items():
                     each.load_state_dict(checkpoint.pop(name))
                 simulated, taken_up = checkpoint["simulated"], set(checkpoint["taken"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU
                 newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
-            except (RuntimeError, ValueError, KeyError, IndexError) as error:
-                wrong = "another version made it, or networks of another shape; leave out widths and task"
-                raise BadInput(f"--resume {args.resume}: {wrong}") from error
-            for each in optimisers:
-                each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            files = f"--labels {args.labels}, --reward-model {args.reward_model}, --resume {args.resume}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"{files}: of another task, sizes or version, or damaged: {reason}") from error
+        for each in optimisers:
+            each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
         for each in agents:
             each.set_action_space(action_space)
             if not (checkpoint and args.autotune):
@@ -1351,7 +1346,6 @@ def train(args: Args) -> Path:
         true_rewards, valid = (torch.zeros(shape) for _ in range(2))
         learns, opinion = (args.reward_update in methods for methods in (LEARNED, (*LEARNED, "frozen")))
         human = learns and args.teacher == "human"
-        asks = learns and (human or not args.labels)
         states = torch.zeros(*shape, *body_positions(envs).shape[1:] if human else ())
         ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
         episode_returns, episode_lengths = np.zeros((2, args.num_envs))
@@ -1416,7 +1410,8 @@ def train(args: Args) -> Path:
             with torch.no_grad():
                 guess, learned_rewards = (model(each.to(device)).cpu() for each in (heldout, inputs[rows]))
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
-            due = max(0, wanted - (len(pairs_asked(people)) if human else queue.added)) if asks else 0
+            due = max(0, wanted - (len(pairs_asked(people)) if human else queue.added))
+            due = due if learns and (human or not args.labels) else 0
             drawn = draw_pairs(windows, due * args.reward_candidates, *iteration_data)
             if args.reward_candidates > 1:
                 with torch.no_grad():
@@ -1507,12 +1502,9 @@ def train(args: Args) -> Path:
                     raise Diverged(f"the {name} stopped being finite by step {global_step:,}")
             newest = newest if learning else newest[:0]
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                state = {"env_id": args.env_id, "agent_sizes": agent_sizes, "agent": agent.state_dict()}
-                state["agents"] = [each.state_dict() for each in agents]
-                state["optimisers"] = [each.state_dict() for each in optimisers]
-                state |= {name: each.state_dict() for name, each in kept.items()}
-                state |= {"newest": len(newest), "simulated": simulated, "taken": sorted(taken_up)}
-                run.save_checkpoint(state)
+                state = {"env_id": args.env_id, "agent_sizes": agent_sizes, "newest": len(newest)}
+                state |= {"simulated": simulated, "taken": sorted(taken_up)}
+                run.save_checkpoint(state | {name: each.state_dict() for name, each in kept.items()})
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
 

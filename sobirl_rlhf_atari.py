@@ -18,8 +18,9 @@ one_step_advantages; rollouts, those of Stoc-SoBiRL (79), start from copies of t
 EnvPool plays the games; a lost life is a termination for both levels, returns are the points of whole games.
 A replay of 1,000,000 frames takes 7.1 GB: each is kept once. Departures from the released code: pixels are
 scaled once; the reward network is in evaluation mode outside its own training; (13) is over the policy's
-newest pairs, with a baseline, once for each theta that the policy answers; 1 / alpha and the norm of (13)'s
-gradient are limited; both levels see the same bounded reward. docs/sobirl.md numbers the details.
+newest pairs, with a baseline, in one reward step for each theta that the policy answers, and in all of them
+with --implicit-pairs newest-every-step; 1 / alpha and the norm of (13)'s gradient are limited; both levels
+see the same bounded reward. docs/sobirl.md numbers the details.
 
     python sobirl_rlhf_atari.py --env-id BeamRider-v5 --reward-update sobirl
 """
@@ -227,9 +228,9 @@ class Args(CheckedArgs):
 
     implicit: Literal["one-step", "rollouts"] = "one-step"
     """how sobirl estimates grad Q and grad V: as released, or by Stoc-SoBiRL's rollouts"""
-    implicit_pairs: Literal["newest", "queue"] = "newest"
-    """pairs of sobirl's implicit term: the newest, at most reward_batch_size, once an iteration; or every
-    minibatch's, as released"""
+    implicit_pairs: Literal["newest", "newest-every-step", "queue"] = "newest"
+    """pairs of what is added: the newest, at most reward_batch_size, in an iteration's first reward step;
+    these in every step, as in the paper; for sobirl also those of each step's own minibatch, as released"""
     implicit_starts: NonNegativeInt = 0
     """environment steps before the implicit term counts (100,000 as released)"""
     max_inverse_temperature: PositiveOrInf = 10.0
@@ -249,8 +250,10 @@ class Args(CheckedArgs):
     def check_shapes(self):
         """Raise BadInput unless the sizes fit together, and the flags of one method stand with it."""
         method, rows = self.reward_update, self.num_envs * self.num_steps
-        if rows > self.total_timesteps:
-            raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one iteration of {rows}")
+        random = max(1, math.ceil(self.learning_starts / rows)) * rows
+        if self.total_timesteps < random + rows:
+            needs = f"must be at least {random + rows}: {random} random steps and an iteration that learns"
+            raise BadInput(f"--total-timesteps {self.total_timesteps} {needs}")
         if self.buffer_size < rows:
             raise BadInput(f"--buffer-size {self.buffer_size} is less than one iteration of {rows}")
         if self.fragment_length > self.num_steps:
@@ -258,7 +261,9 @@ class Args(CheckedArgs):
         if self.permute_cross_entropy and method not in ("sobirl", "hpgd-style"):
             raise BadInput(f"--permute-cross-entropy is for sobirl and hpgd-style, not for {method}")
         if (self.implicit != "one-step" or self.implicit_pairs == "queue") and method != "sobirl":
-            raise BadInput(f"--implicit and --implicit-pairs are for sobirl, not for {method}")
+            raise BadInput(f"--implicit and --implicit-pairs queue are for sobirl, not for {method}")
+        if self.implicit_pairs != "newest" and method not in ADDS:
+            raise BadInput(f"--implicit-pairs is for {', '.join(ADDS)}, not for {method}")
         if self.implicit_pairs == "queue" and (self.implicit == "rollouts" or self.permute_cross_entropy):
             raise BadInput("--implicit-pairs queue has no rollouts and no --permute-cross-entropy")
         if (self.implicit == "rollouts" or method == "hpgd-style") and self.env_backend == "envpool":
@@ -266,8 +271,9 @@ class Args(CheckedArgs):
         if self.env_backend == "gymnasium" and json.loads(self.env_kwargs):
             raise BadInput("--env-kwargs are EnvPool's: leave them out with --env-backend gymnasium")
         if self.labels and self.teacher != "human" and method in ADDS:
-            needs = f"{method} needs labels of its policy's newest pairs, which a file does not have"
-            raise BadInput(f"--labels: {needs}; use --reward-update drlhf or --teacher human")
+            raise BadInput(
+                f"--labels: a file has no newest pairs, as {method} needs; use drlhf or a human teacher"
+            )
         if self.teacher == "human" and (self.implicit == "rollouts" or method == "hpgd-style"):
             raise BadInput("--teacher human has no rollouts: the games of its pairs are not kept")
         if self.reward_candidates > self.reward_ensemble == 1:
@@ -279,10 +285,9 @@ METRICS = (
     "global_step", "wall_time_s", "charts/episodic_return", "charts/episodic_length", "charts/SPS",
     "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/entropy", "losses/alpha",
     "losses/cross_entropy", "bilevel/labels", "bilevel/true_reward", "bilevel/implicit_weight",
-    "bilevel/gradient_factor", "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps",
-    "time/env", "time/policy", "time/update", "time/reward", "bilevel/heldout_accuracy",
+    "bilevel/implicit_ratio", "bilevel/score_mean", "bilevel/simulator_steps", "bilevel/heldout_accuracy",
     "bilevel/heldout_cross_entropy", "bilevel/reward_correlation", "bilevel/learned_reward",
-    "bilevel/label_accuracy",
+    "bilevel/label_accuracy", "time/env", "time/policy", "time/update", "time/reward",
 )  # fmt: skip
 
 
@@ -459,12 +464,9 @@ class CloneableGames(gym.vector.VectorEnv):
 def nature_cnn(outputs: int, channels: tuple[int, ...] = (32, 64, 64), width: int = 512) -> nn.Sequential:
     """The network of Mnih et al. 2015: images (n, 4, 84, 84) in [0, 1] -> (n, outputs). As in CleanRL and as
     released: no ReLU after the last convolution, weights by Kaiming He's rule, zero biases."""
-    layers, inputs = [], 4
-    for each, kernel, stride in zip(channels, (8, 4, 3), (4, 2, 1)):
-        layers += [nn.Conv2d(inputs, each, kernel, stride), nn.ReLU()]
-        inputs = each
-    layers = [*layers[:-1], nn.Flatten(), nn.Linear(inputs * 7 * 7, width), nn.ReLU()]
-    layers += [nn.Linear(width, outputs)]
+    a, b, c = channels
+    layers = [nn.Conv2d(4, a, 8, 4), nn.ReLU(), nn.Conv2d(a, b, 4, 2), nn.ReLU(), nn.Conv2d(b, c, 3)]
+    layers += [nn.Flatten(), nn.Linear(c * 7 * 7, width), nn.ReLU(), nn.Linear(width, outputs)]
     for layer in layers:
         if hasattr(layer, "weight"):
             nn.init.kaiming_normal_(layer.weight)
@@ -688,21 +690,14 @@ class Replay:
 
 
 def check_room(args: Args) -> None:
-    """Say how much memory replay and queue take. Raises BadInput unless the memory holds them, and the disk
-    two of their checkpoints, since one is written before the other goes."""
+    """Say how much memory replay and queue take, and raise BadInput unless the memory holds them."""
     rows = min(args.buffer_size, args.total_timesteps) + 4 * args.num_envs
     sizes = rows * (84 * 84 + 8), args.queue_size * 2 * (args.fragment_length + 3) * 84 * 84
     replay, pairs = (f"{1e-9 * size:,.1f} GB" for size in sizes)
-    say(f"memory: {replay} for the replay, up to {pairs} for labelled pairs; as much in checkpoint.pt")
-    there = next(each for each in (args.run_dir / "run").absolute().parents if os.path.exists(each))
-    half_free = shutil.disk_usage(there).free / 2
-    places = {} if args.resume else {f"the disk of --run-dir {args.run_dir}": half_free}
-    if hasattr(os, "sysconf"):
-        places["the memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for place, size in places.items():
-        if sum(sizes) > size:
-            needs = f"replay and labelled pairs need {1e-9 * sum(sizes):,.1f} GB, on disk twice"
-            raise BadInput(f"--buffer-size: {needs}, and {place} is too small; make it smaller")
+    needs = f"{replay} for the replay, up to {pairs} for labelled pairs"
+    say(f"memory: {needs}; as much in checkpoint.pt, which a new one lies beside while it is written")
+    if sum(sizes) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise BadInput(f"--buffer-size: {needs}, more than the memory; make it or --queue-size smaller")
 
 
 # ---- Fragments (shared) ------------------------------------------------------------------------------
@@ -788,7 +783,6 @@ def disagreement(returns: list[Tensor]) -> Tensor:
     return torch.sigmoid(torch.stack(returns).diff(dim=-1).squeeze(-1)).std(0)
 
 
-
 # ---- Labels by people (shared) -----------------------------------------------------------------------
 def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
@@ -802,7 +796,7 @@ def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
 
 
 def pairs_asked(folder: Path) -> list[int]:
-    """The numbers of the pairs that `ask_people` has written to the folder, but for deleted ones, in order."""
+    """The numbers of the pairs that `ask_people` has written to the folder and that are there, in order."""
     return sorted(int(file.stem) for file in folder.glob("*.pt"))
 
 
@@ -1257,6 +1251,8 @@ def train(args: Args) -> Path:
             trained += [each.log_alpha] * args.autotune
             optimisers.append(torch.optim.Adam(trained, step_size, eps=1e-4, fused=True, capturable=True))
         replay = Replay(min(args.buffer_size, args.total_timesteps) // args.num_envs, args.num_envs)
+        kept = {"agent": agent, "tracker": agents[-1], "reward": model, "replay": replay}
+        kept |= {f"optimiser_{k}": each for k, each in enumerate(optimisers)}
         queue: list[tuple[Tensor, ...]] = []  # frames (2, L + 3, 84, 84), actions (2, L) and label of a pair
         asked = fresh = simulated = 0  # labels; those of the last iteration, if the policy's; rollouts' steps
         fragments = 2, length + 3, 84, 84
@@ -1264,6 +1260,8 @@ def train(args: Args) -> Path:
         try:
             if args.reward_model and not checkpoint:
                 saved = torch.load(args.reward_model, map_location="cpu", weights_only=True)
+                if game_name(saved["env_id"]) != game_name(args.env_id):
+                    raise ValueError(f"the network is of {saved['env_id']}")
                 model.load_state_dict(saved["reward"])
             if args.labels:
                 for each, label in zip(*labelled_pairs(args.labels, set())):
@@ -1273,24 +1271,18 @@ def train(args: Args) -> Path:
                     (given if each["pair"] % 10 == 9 else queue).append(pair)
                 if not queue:
                     raise ValueError("no label is there")
-        except Exception as error:  # a damaged archive raises errors of many kinds
-            files = f"--labels {args.labels}, --reward-model {args.reward_model}"
-            raise BadInput(f"{files}: not of this game and these sizes, or damaged: {error}") from error
-        if checkpoint:
-            try:
-                states = checkpoint["states"]
-                for each, state in zip((*agents, model, *optimisers, replay), states, strict=True):
-                    each.load_state_dict(state)
+            if checkpoint:
+                for name, each in kept.items():
+                    each.load_state_dict(checkpoint.pop(name))  # the replay is in memory once
                 (queue, asked, fresh, simulated), taken_up = checkpoint["upper"], set(checkpoint["taken"])
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU, but dropout
                 queue = [(frames.view(fragments), *others) for frames, *others in queue]
-                states.clear()
-                del state  # the last one is the replay's: as large as the replay
-            except (RuntimeError, ValueError, KeyError, IndexError) as error:
-                wrong = "another version made it, or other networks or games; leave out what shapes them"
-                raise BadInput(f"--resume {args.resume}: {wrong}") from error
-            for each in optimisers:
-                each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
+        except Exception as error:  # a damaged archive raises errors of many kinds
+            files = f"--labels {args.labels}, --reward-model {args.reward_model}, --resume {args.resume}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"{files}: of another game, sizes or version, or damaged: {reason}") from error
+        for each in optimisers:
+            each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
         for each in agents:
             if not (checkpoint and args.autotune):
                 nn.init.constant_(each.log_alpha, math.log(args.alpha))
@@ -1368,7 +1360,7 @@ def train(args: Args) -> Path:
             envs.games = kept
             return found
 
-        def added_term(pairs: list, rollouts: list[list[Tensor]], weight: float) -> tuple[Tensor, Tensor]:
+        def added_term(pairs: list, rollouts: list[list[Tensor]], shift: int) -> tuple[Tensor, Tensor]:
             """What sobirl, hpgd-style or pbrl-style add to the mean cross-entropy, from these pairs and these
             rollouts; and the mean of the pairs' scores."""
             sums = []
@@ -1378,7 +1370,6 @@ def train(args: Args) -> Path:
                 return pbrl_term(*sums, weight), torch.tensor(math.nan)
             obs, actions, labels = columns_of(pairs)
             rewards = outputs(model, obs)
-            shift = int(torch.randint(1, len(pairs), ())) if args.permute_cross_entropy else 0
             if rollouts:
                 shape = len(pairs), 2, -1, args.rollouts or 1
                 advantages = rollout_advantages(*(each.view(shape) for each in sums))
@@ -1405,7 +1396,6 @@ def train(args: Args) -> Path:
         warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
         learns, opinion = (args.reward_update in methods for methods in (LEARNED, (*LEARNED, "frozen")))
         human = learns and args.teacher == "human"
-        asks = learns and (human or not args.labels)
         run.open()
         people = run.folder / "preferences"
         if human:
@@ -1470,19 +1460,20 @@ def train(args: Args) -> Path:
             with torch.no_grad():
                 guess = rewards_of(model, stacks(frames), chosen).cpu()
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
-            due = max(0, wanted - (pairs_asked(people) if human else asked)) if asks else 0
+            due = max(0, wanted - (len(pairs_asked(people)) if human else asked))
+            due = due if learns and (human or not args.labels) else 0
             candidates = args.reward_candidates if learning else 1  # fresh networks disagree by chance
             drawn = cut_pairs(due * candidates)
             if candidates > 1:
-                with torch.no_grad():  # the standard deviation over the networks of sigma(R_1 - R_2)
+                with torch.no_grad():
                     said = [rewards_of(member, stacks(drawn[0]), drawn[1]).sum(-1) for member in model]
-                doubts = torch.sigmoid(torch.stack(said).diff(dim=-1).squeeze(-1)).std(0).cpu()
+                doubts = disagreement(said).cpu()
                 drawn = [each[doubts.topk(min(due, len(doubts))).indices] for each in drawn]
             frames, chosen, pair_rewards, times, games = drawn
             if human:
                 ask_people(people, args, frames=frames, actions=chosen)
-                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else 0
-                while len(read_labels(file)) < due and not run.stop_signal:
+                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else ()
+                while {*due} - read_labels(file).keys() and not run.stop_signal:
                     time.sleep(0.2)
                 answers, answered = zip(*labelled_pairs(file, taken_up)), slice(0)
                 new = [(pair["frames"], pair["actions"], label) for pair, label in answers]
@@ -1518,7 +1509,10 @@ def train(args: Args) -> Path:
             for _ in range(epochs):
                 minibatches += torch.randperm(len(queue)).split(args.reward_batch_size)
             minibatches = [[queue[row] for row in each] for each in minibatches]
-            carriers = (minibatches if args.implicit_pairs == "queue" else [queue[-fresh:]]) if adds else []
+            newest = queue[-fresh:]
+            steps = {"newest": [newest], "newest-every-step": [newest] * len(minibatches)}
+            carriers = (steps | {"queue": minibatches})[args.implicit_pairs] if adds else []
+            shift = int(torch.randint(1, fresh, ())) if adds and args.permute_cross_entropy else 0
             epoch_losses, terms = [], []
             model.train()
             for k, mb in enumerate(minibatches):
@@ -1529,7 +1523,7 @@ def train(args: Args) -> Path:
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):
                     model.eval()  # the policy answers the reward without dropout
-                    term, score = added_term(carriers[k], rollouts, weight)
+                    term, score = added_term(carriers[k], rollouts, shift)
                     model.train()
                     added = torch.autograd.grad(term, list(model.parameters()))
                     gradients, ratio, factor = limited_sum(gradients, added, args.max_gradient_ratio)
@@ -1544,12 +1538,12 @@ def train(args: Args) -> Path:
             if epoch_losses:
                 metrics["losses/cross_entropy"] = float(torch.cat(epoch_losses)[-len(queue) :].mean())
             ratio, factor, score = torch.stack(terms).nanmean(0).tolist() if terms else (math.nan,) * 3
-            bilevel = {"labels": asked, "simulator_steps": simulated, "gradient_factor": factor}
-            bilevel |= {"implicit_weight": weight * factor if terms else 0.0, "implicit_ratio": ratio}
-            bilevel |= {"score_mean": score, "true_reward": true_rewards[valid].mean()}
+            bilevel = {"labels": asked, "simulator_steps": simulated, "implicit_ratio": ratio}
+            bilevel |= {"implicit_weight": weight * factor if terms else 0.0, "score_mean": score}
+            bilevel["true_reward"] = true_rewards[valid].mean()
             if opinion:
                 oracle, _ = teacher_labels(heldout_rewards, "oracle")
-                alike = correlation(guess.flatten(), heldout_rewards.flatten())
+                alike = torch.corrcoef(torch.stack([guess.flatten(), heldout_rewards.flatten()]))[0, 1]
                 bilevel |= {"heldout_accuracy": accuracy(guess, heldout_rewards), "reward_correlation": alike}
                 bilevel |= {"heldout_cross_entropy": cross_entropies(guess, oracle).mean()}
                 bilevel |= {"learned_reward": guess.mean(), "label_accuracy": label_accuracy}
@@ -1565,11 +1559,9 @@ def train(args: Args) -> Path:
                 if not values.isfinite().all():
                     raise Diverged(f"the {name} stopped being finite by step {global_step:,}")
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
-                kept = *agents, model, *optimisers, replay
-                state |= {"states": [each.state_dict() for each in kept]}
-                state |= {"upper": (queue, asked, fresh, simulated), "taken": sorted(taken_up)}
-                run.save_checkpoint(state | {"reward": model.state_dict()})
+                state = {"env_id": args.env_id, "agent_sizes": agent_sizes, "taken": sorted(taken_up)}
+                state["upper"] = queue, asked, fresh, simulated
+                run.save_checkpoint(state | {name: each.state_dict() for name, each in kept.items()})
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
 
