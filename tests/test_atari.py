@@ -508,7 +508,7 @@ def test_two_resumes_agree_and_play_other_games_than_the_start(script, tmp_path,
 # ---- Bad input -------------------------------------------------------------------------------------------------
 BAD = [
     ({"env_id": "Pongg-v5"}, "--env-id 'Pongg-v5' cannot be made"), ({"env_id": "Hopper-v4"}, "Hopper-v4"), ({"env_id": ""}, "--env-id"),
-    ({"env_kwargs": '{"what": 1}'}, "'what'"), ({"env_kwargs": '{"stack_num": 3}'}, "this script needs (4, 84, 84)"),
+    ({"env_kwargs": '{"what": 1}'}, "'what'"), ({"env_kwargs": '{"batch_size": 1}'}, "'batch_size'"), ({"env_kwargs": '{"stack_num": 3}'}, "this script needs (4, 84, 84)"),
     ({"env_kwargs": "[]"}, "--env-kwargs"), ({"total_timesteps": 10}, "less than one rollout of 32"),
     ({"num_minibatches": 7}, "--num-minibatches 7"), ({"num_steps": 2**30, "total_timesteps": 2**40}, "a rollout may have 500,000"),
     ({"repeat_action_probability": 1.5}, "--repeat-action-probability is"),

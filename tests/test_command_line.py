@@ -117,6 +117,14 @@ def test_words_that_cannot_be_parsed_are_named(command_line, tmp_path, words):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("key", ["batch_size", "num_envs"])
+def test_env_kwargs_cannot_hold_what_the_script_sets(command_line, tmp_path, key):
+    """With fewer rows a step than environments, EnvPool would never return."""
+    changes = {"env_id": "Hopper-v4", "env_backend": "envpool", "env_kwargs": json.dumps({key: 1})}
+    status, _, err = command_line(ONE, *command(ONE, run_dir=tmp_path / "runs", **changes))
+    assert_one_sentence(status, err, repr(key))
+
+
 @pytest.mark.parametrize(
     "script, changes, fragments",
     [

@@ -203,7 +203,39 @@ def test_new_pairs_of_a_running_run_are_found_and_come_first(folder):
     labels = labels_of(folder)
     labels.answer("1", labels.next("1")["pair"], False, "left", 0.0)
     page.ask_people(folder, HOPPER, inputs=torch.zeros(2, 2, LENGTH, 14), states=torch.zeros(2, 2, LENGTH, 6))
-    assert page.pairs_asked(folder) == 14 and labels.next("1")["pair"] == 13
+    assert page.pairs_asked(folder) == [*range(14)] and labels.next("1")["pair"] == 13
+
+
+def test_the_number_of_a_deleted_pair_is_not_used_again(folder):
+    """Neither where there are fewer files than the last number says, nor where only its answer is left."""
+    labels = labels_of(folder)
+    for _ in range(3):
+        labels.answer("1", labels.next("1")["pair"], False, "left", 0.0)  # 11, 10, 9
+    for number in (4, 11):
+        (folder / f"{number:07}.pt").unlink()
+    page.ask_people(folder, HOPPER, inputs=torch.zeros(1, 2, LENGTH, 14), states=torch.zeros(1, 2, LENGTH, 6))
+    assert page.pairs_asked(folder) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 12] and labels.next("1")["pair"] == 12
+    assert [pair["pair"] for pair in rlhf.labelled_pairs(folder / "labels.jsonl", set())[0]] == [10, 9]
+
+
+@pytest.mark.parametrize("line", ["3", '{"pair": 1}', "\0", '{"pair": [], "answer": "left", "label": 1, "repeat": false}'])
+def test_a_damaged_line_is_bad_input_for_a_run_and_half_a_last_one_is_skipped(folder, line):
+    good = '{"pair": 3, "answer": "left", "label": 1, "repeat": false}\n'
+    (folder / "labels.jsonl").write_text(f"{good}{line}\n{good}")
+    with pytest.raises(rlhf.BadInput, match="labels.jsonl is damaged: .* is no answer"):
+        rlhf.read_labels(folder / "labels.jsonl")
+    (folder / "labels.jsonl").write_text(good + line)
+    assert rlhf.read_labels(folder / "labels.jsonl") == {3: 1}
+
+
+def test_a_run_that_waits_ends_with_one_sentence_when_the_labels_are_damaged(tmp_path, monkeypatch):
+    def damage(seconds):  # while it waits
+        (folder,) = tmp_path.glob("*/preferences")
+        (folder / "labels.jsonl").write_text("no answer\n")
+
+    monkeypatch.setattr(rlhf.time, "sleep", damage)
+    with pytest.raises(rlhf.BadInput, match="'no answer' is no answer; mend or remove it"):
+        train(run_dir=tmp_path, teacher="human", label_budget=4)
 
 
 def test_a_pair_comes_back_as_it_was_written(folder):
@@ -504,12 +536,12 @@ def test_labels_may_be_whole_numbers(folder):
 
 def test_label_accuracy_is_measured_before_the_network_learns_from_the_labels(tmp_path):
     """After 60 passes over them it is right on nearly all, with which a random network has nothing to do."""
-    changes = {"total_timesteps": 64, "warmup_pairs": 40, "warmup_epochs": 60, "reward_learning_rate": 3e-3}
+    changes = {"total_timesteps": 128, "warmup_pairs": 40, "warmup_epochs": 60, "reward_learning_rate": 3e-3}
     folder = train(run_dir=tmp_path, reward_update="drlhf", **changes)
-    (row,) = read_csv(folder / "metrics.csv")
+    row = read_csv(folder / "metrics.csv")[0]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     inputs, labels = checkpoint["queue"]["columns"]
-    network = rlhf.RewardNetwork(inputs.shape[-1], TINY["reward_width"])
+    network = rlhf.RewardEnsemble([rlhf.RewardNetwork(inputs.shape[-1], TINY["reward_width"])])
     network.load_state_dict(checkpoint["reward"])
     returns = network(inputs).sum(-1)
     after = ((returns[:, 0] > returns[:, 1]).float() == labels).float().mean()
@@ -544,7 +576,7 @@ def test_a_run_asks_people_and_learns_from_their_labels(tmp_path, wait):
     thread.join(30)
     assert not problems
     rows = read_csv(run / "metrics.csv")
-    assert page.pairs_asked(run / "preferences") == 8
+    assert page.pairs_asked(run / "preferences") == [*range(8)]
     labels = [float(row["bilevel/labels"]) for row in rows]
     assert labels == [4, 6, 8] if wait else labels == sorted(labels)
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)

@@ -78,9 +78,16 @@ def flat(state) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in flat(part)]
 
 
+def states_of(folder) -> list[dict]:
+    """Agent, tracker, reward networks, replay and optimisers of the last checkpoint."""
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    names = ["agent", "tracker", "reward", "replay", *sorted(name for name in checkpoint if name.startswith("optimiser"))]
+    return [checkpoint[name] for name in names]
+
+
 def learned(folder) -> list[torch.Tensor]:
     """All networks of the last checkpoint, optimisers and replay."""
-    return flat(torch.load(folder / "checkpoint.pt", weights_only=True)["states"])
+    return flat(states_of(folder))
 
 
 def same(first, second) -> bool:
@@ -224,9 +231,9 @@ class Recorder:
 LONG = {
     "env_id": "Breakout-v5",
     "num_steps": 300,
-    "total_timesteps": 600,
+    "total_timesteps": 1200,
     "learning_starts": 600,
-    "buffer_size": 600,
+    "buffer_size": 1200,
     "warmup_epochs": 1,
 }
 
@@ -240,9 +247,9 @@ def test_a_lost_life_terminates_and_a_game_is_logged_whole(tmp_path, monkeypatch
     over = np.array([row["info"]["terminated"] != 0 for row in recorder.rows])
     ends = np.array([row["terminated"] for row in recorder.rows])
     assert over.sum() >= 1 and (ends.sum() > 3 * over.sum() if lives else (ends == over).all())
-    replay = torch.load(folder / "checkpoint.pt", weights_only=True)["states"][-1]["columns"]
-    assert np.array_equal(replay[4][1:301], ends)  # row 0 is no step
-    assert np.array_equal(replay[5][1:301], [~row["reset"] for row in recorder.rows])
+    replay = torch.load(folder / "checkpoint.pt", weights_only=True)["replay"]["columns"]
+    assert np.array_equal(replay[4][1:601], ends)  # row 0 is no step
+    assert np.array_equal(replay[5][1:601], [~row["reset"] for row in recorder.rows])
     expected, points, steps = [], np.zeros(2), np.zeros(2, int)
     for t, row in enumerate(recorder.rows):
         points, steps = points + row["info"]["reward"], steps + ~row["reset"]
@@ -275,8 +282,7 @@ def test_a_reset_influences_nothing_and_a_cut_is_bootstrapped(tmp_path, monkeypa
             changes = {"env_id": "Breakout-v5", "env_kwargs": kwargs, "reward_update": "ground-truth"}
             folder = train(run_dir=tmp_path / str(tampered), **changes)
         assert sum(row["reset"].sum() for row in recorder.rows) >= 2
-        networks = torch.load(folder / "checkpoint.pt", weights_only=True)["states"][0]
-        found.append(flat(networks))
+        found.append(flat(states_of(folder)[0]))
     assert same(*found) == ("cut" not in what)
 
 
@@ -296,7 +302,7 @@ def test_the_true_reward_reaches_only_the_teacher_and_ground_truth(tmp_path, mon
             with monkeypatch.context() as patch:
                 Recorder(patch, *tampering)
                 folder = train(run_dir=tmp_path / f"{method}{len(tampering)}", reward_update=method)
-            found.append(flat(torch.load(folder / "checkpoint.pt", weights_only=True)["states"][:2]))
+            found.append(flat(states_of(folder)[:3]))
         assert same(*found) == (method == "sobirl")
 
 
@@ -315,9 +321,9 @@ def test_targets_are_copied_updates_made_and_step_sizes_lowered_as_said(tmp_path
     monkeypatch.setattr(rlhf.Replay, "sample", spy)
     monkeypatch.setattr(torch.nn.ModuleList, "load_state_dict", loaded)
     folder = train(run_dir=tmp_path, reward_update="ground-truth", anneal_steps=1000)
-    states = torch.load(folder / "checkpoint.pt", weights_only=True)["states"]
-    assert states[3]["param_groups"][0]["lr"].item() == pytest.approx(1e-4 * (1 - 160 / 1000))  # the optimiser's own
-    last = states[-1]["counts"][1]
+    states = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert states["optimiser_1"]["param_groups"][0]["lr"].item() == pytest.approx(1e-4 * (1 - 160 / 1000))  # the optimiser's own
+    last = states["replay"]["counts"][1]
     assert len(transitions) == last // 8 - 80 // 8 and all(a <= b for a, b in zip(transitions, transitions[1:]))
     assert len(counts) == last // 50 - 80 // 50
 
@@ -470,17 +476,17 @@ def test_people_label_and_their_labels_and_the_network_serve_other_runs(tmp_path
     rows = read_csv(other / "metrics.csv")
     assert all(0 <= float(row["bilevel/label_accuracy"]) <= 1 and float(row["bilevel/labels"]) == 0 for row in rows)
     for wrong in ({"env_id": "Breakout-v5"}, {"fragment_length": 5}):  # whose images are of the same shape
-        with pytest.raises(rlhf.BadInput, match="--labels .*: not of this game and these sizes"):
+        with pytest.raises(rlhf.BadInput, match="--labels .*: of another game, sizes or version"):
             train(run_dir=tmp_path / "wrong", reward_update="drlhf", labels=file, **wrong)
-    frozen = train(run_dir=tmp_path / "frozen", reward_update="frozen", reward_model=other / "checkpoint.pt", total_timesteps=80)
+    frozen = train(run_dir=tmp_path / "frozen", reward_update="frozen", reward_model=other / "checkpoint.pt", total_timesteps=160)
     assert same(*(flat(torch.load(each / "checkpoint.pt", weights_only=True)["reward"]) for each in (other, frozen)))
-    for wrong in ({"reward_model": file}, {"reward_model": other / "checkpoint.pt", "env_id": "Seaquest-v5"}):
-        with pytest.raises(rlhf.BadInput, match="--reward-model .*: not of this game and these sizes, or damaged"):
+    for wrong in ({"reward_model": file}, {"reward_model": other / "checkpoint.pt", "env_id": "Breakout-v5"}, {"reward_model": other / "checkpoint.pt", "env_id": "Seaquest-v5"}):
+        with pytest.raises(rlhf.BadInput, match="--reward-model .*: of another game, sizes or version, or damaged"):
             train(run_dir=tmp_path / "wrong", reward_update="frozen", **wrong)
     wrongs = {"is of SpaceInvaders-v5": {"env_id": "Pong-v5"}, "shape": {"fragment_length": 5}}
     wrongs |= {"no label": {"labels": tmp_path / "none.jsonl"}}
     for sentence, wrong in wrongs.items():
-        with pytest.raises(rlhf.BadInput, match=f"--labels .*: not of this game and these sizes, or damaged: .*{sentence}"):
+        with pytest.raises(rlhf.BadInput, match=f"--labels .*: of another game, sizes or version, or damaged: .*{sentence}"):
             train(run_dir=tmp_path / "wrong", reward_update="drlhf", **{"labels": file} | wrong)
     assert not (tmp_path / "wrong").exists()
 
@@ -540,37 +546,36 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, way):
         with pytest.raises(RuntimeError, match="pulled the plug"):
             train(run_dir=tmp_path, checkpoint_every=2, **WAYS[way])
     (folder,) = tmp_path.iterdir()
-    before, seen = copy_of(torch.load(folder / "checkpoint.pt", weights_only=True)["states"]), []
+    before, seen = copy_of(states_of(folder)), []
     opened = rlhf.Run.open
 
     def look(run):
         names = inspect.currentframe().f_back.f_locals
-        kept = *names["agents"], names["model"], *names["optimisers"], names["replay"]
-        seen.extend(copy_of([each.state_dict() for each in kept]))
-        assert "state" not in names and not run.checkpoint["states"]  # the replay is in memory once
+        seen.extend(copy_of([each.state_dict() for each in names["kept"].values()]))
+        assert "state" not in names and "replay" not in run.checkpoint  # the replay is in memory once
         opened(run)
 
     monkeypatch.setattr(rlhf.Run, "open", look)
     resume(folder)
     assert same(seen, before) and len(before) > 50
     assert [int(row["global_step"]) for row in read_csv(folder / "metrics.csv")] == [80, 160, 240]
-    replay = torch.load(folder / "checkpoint.pt", weights_only=True)["states"][-1]
+    replay = torch.load(folder / "checkpoint.pt", weights_only=True)["replay"]
     assert replay["counts"][0] == 3 * 40 + 2 and not replay["columns"][5][(2 * 40 + 1) % 79].any()
     assert len(torch.load(folder / "checkpoint.pt", weights_only=True)["upper"][0]) == 20
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    folder = train(run_dir=tmp_path, total_timesteps=80)
+    folder = train(run_dir=tmp_path, total_timesteps=160)
     kept = (folder / "metrics.csv").read_bytes()
-    with pytest.raises(rlhf.BadInput, match="--resume .*: another version made it, or other networks or games"):
-        resume(folder, "--env-id", "Seaquest-v5", "--total-timesteps", "160")
+    with pytest.raises(rlhf.BadInput, match="--resume .*: of another game, sizes or version"):
+        resume(folder, "--env-id", "Seaquest-v5", "--total-timesteps", "240")
     for changes in (["--fragment-length", "5"], ["--num-envs", "1", "--num-steps", "80"]):
-        with pytest.raises(rlhf.BadInput, match="--resume .*: another version made it, or other networks or games"):
-            resume(folder, *changes, "--total-timesteps", "160")
+        with pytest.raises(rlhf.BadInput, match="--resume .*: of another game, sizes or version"):
+            resume(folder, *changes, "--total-timesteps", "240")
     assert (folder / "metrics.csv").read_bytes() == kept
-    folder = train(run_dir=tmp_path, total_timesteps=80, num_envs=1, num_steps=80)
-    with pytest.raises(rlhf.BadInput, match="--resume .*: another version made it, or other networks or games"):
-        resume(folder, "--num-envs", "2", "--num-steps", "40", "--total-timesteps", "160")
+    folder = train(run_dir=tmp_path, total_timesteps=160, num_envs=1, num_steps=80)
+    with pytest.raises(rlhf.BadInput, match="--resume .*: of another game, sizes or version"):
+        resume(folder, "--num-envs", "2", "--num-steps", "40", "--total-timesteps", "240")
     shutil.rmtree(folder)
 
 
@@ -584,8 +589,9 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
 
 # ---- Bad input -------------------------------------------------------------------------------------------------
 BAD = [
-    (["--num-steps", "100", "--total-timesteps", "50"], "--total-timesteps 50 is less than one iteration of 100"),
+    (["--num-steps", "100", "--total-timesteps", "50"], "--total-timesteps 50 must be at least 20100: 20000 random steps"),
     (["--buffer-size", "5000"], "--buffer-size 5000 is less than one iteration of 10000"),
+    (["--total-timesteps", "20000"], "must be at least 30000: 20000 random steps and an iteration that learns"),
     (["--num-steps", "20", "--fragment-length", "21"], "--fragment-length 21 must be at most --num-steps"),
     (["--reward-update", "drlhf", "--permute-cross-entropy"], "--permute-cross-entropy is for sobirl and hpgd-style"),
     (["--reward-update", "drlhf", "--implicit-pairs", "queue"], "--implicit and --implicit-pairs are for sobirl, not for drlhf"),
@@ -593,7 +599,7 @@ BAD = [
     (["--implicit", "rollouts"], "--env-backend envpool cannot copy a game"),
     (["--env-id", "Nothing-v5"], "--env-id 'Nothing-v5' cannot be made"),
     (["--env-backend", "gymnasium", "--env-kwargs", '{"max_episode_steps": 9}'], "--env-kwargs are EnvPool's"),
-    (["--labels", "x.jsonl"], "--labels: sobirl needs labels of its policy's newest pairs"),
+    (["--labels", "x.jsonl"], "--labels: a file has no newest pairs, as sobirl needs"),
     (["--teacher", "human", "--reward-update", "hpgd-style", "--env-backend", "gymnasium"], "--teacher human has no rollouts"),
     (["--reward-candidates", "5"], "--reward-candidates: one network cannot disagree"),
     (["--target-entropy", "1.5"], "--target-entropy is 1.5"),

@@ -1,11 +1,11 @@
 """The mathematics of sobirl_rlhf.py in float64: the squashed Gaussian, targets, one update against a slow one, each reward
 update against its formula, the practical forms of the implicit term on a tabular MDP, teacher, fragments, replay."""
 
+import contextlib
 import copy
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -80,17 +80,18 @@ def test_the_agent_acts_as_it_learns():
 
 # ---- Critics and targets ---------------------------------------------------------------------------------------
 def test_twin_critics_are_two_networks():
-    critics, inputs = rlhf.TwinCritics(OBS + ACTIONS, 16), torch.randn(9, OBS + ACTIONS)
-    values = critics(inputs)
+    critics, inputs = rlhf.Agent(OBS, ACTIONS, 16, 16).critics, torch.randn(9, OBS + ACTIONS)
+    values = rlhf.action_values(critics, inputs)
     assert values.shape == (2, 9) and not torch.allclose(values[0], values[1])
-    for value, critic in zip(values, critics.critics):
+    for value, critic in zip(values, critics):
         close(value, critic(inputs).squeeze(-1))
 
 
 def test_targets_bootstrap_unless_terminated():
     rewards, terminated = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])
     values, logprobs = torch.tensor([[3.0, 5.0], [4.0, 1.0]]), torch.tensor([0.5, 0.7])
-    found = rlhf.critic_targets(rewards, terminated, values, logprobs, torch.tensor(0.2), 0.9)
+    following = rlhf.soft_values(values, logprobs, torch.tensor(0.2))
+    found = rlhf.critic_targets(rewards, terminated, following, 0.9)
     assert found.tolist() == pytest.approx([1 + 0.9 * (3 - 0.2 * 0.5), 2.0], rel=1e-12)
 
 
@@ -108,9 +109,9 @@ def random_batch(rows: int = 12) -> tuple[torch.Tensor, ...]:
     return torch.randn(rows, OBS + ACTIONS), torch.randn(rows, OBS), torch.randn(rows), (torch.rand(rows) < 0.3).double()
 
 
-def slow_update(learner: rlhf.SoftActorCritic, batch: tuple[torch.Tensor, ...], noises) -> dict[str, torch.Tensor]:
+def slow_update(agent: rlhf.Agent, args: rlhf.Args, batch: tuple[torch.Tensor, ...], noises) -> dict[str, torch.Tensor]:
     """One critic and one actor update, line by line, with torch.distributions, backward() and torch.optim.Adam."""
-    agent, args, (inputs, next_obs, rewards, terminated) = copy.deepcopy(learner.agent), learner.args, batch
+    agent, (inputs, next_obs, rewards, terminated) = copy.deepcopy(agent), batch
     obs = inputs[:, :OBS]
     alpha = agent.log_alpha.detach().exp()
 
@@ -123,18 +124,18 @@ def slow_update(learner: rlhf.SoftActorCritic, batch: tuple[torch.Tensor, ...], 
 
     with torch.no_grad():
         actions, logprobs = sample(next_obs, noises[0])
-        following = [target(torch.cat([next_obs, actions], -1)).squeeze(-1) for target in agent.targets.critics]
+        following = [target(torch.cat([next_obs, actions], -1)).squeeze(-1) for target in agent.targets]
         going = 1 - terminated
         targets = rewards + args.gamma * going * (torch.minimum(*following) - alpha * logprobs)
     old = {name: value.clone() for name, value in agent.critics.state_dict().items()}
     optimiser = torch.optim.Adam(agent.critics.parameters(), args.critic_learning_rate)
-    sum(nn.functional.mse_loss(value, targets) for value in agent.critics(inputs)).backward()
+    sum(nn.functional.mse_loss(critic(inputs).squeeze(-1), targets) for critic in agent.critics).backward()
     optimiser.step()
     for name, value in agent.targets.state_dict().items():
         value.copy_((1 - args.target_rate) * value + args.target_rate * agent.critics.state_dict()[name])
     assert any(not torch.equal(old[name], value) for name, value in agent.critics.state_dict().items())
     actions, logprobs = sample(obs, noises[1])
-    values = agent.critics(torch.cat([obs, actions], -1))
+    values = [critic(torch.cat([obs, actions], -1)).squeeze(-1) for critic in agent.critics]
     optimiser = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)
     (alpha * logprobs - torch.minimum(*values)).mean().backward()
     optimiser.step()
@@ -151,11 +152,9 @@ def test_one_update_is_the_slow_one():
         agent.log_alpha.fill_(math.log(0.7))
         for target in agent.targets.parameters():
             target += 0.1 * torch.randn_like(target)
-    learner = rlhf.SoftActorCritic(agent, rlhf.Args(learning_rate=1e-2, critic_learning_rate=2e-2, target_rate=0.1))
-    noises = [torch.randn(12, ACTIONS) for _ in range(2)]
-    expected = slow_update(learner, batch, noises)
-    learner.update_critics(*batch, noises[0])
-    learner.update_actor(batch[0][:, :OBS], noises[1])
+    args, noises = rlhf.Args(learning_rate=1e-2, critic_learning_rate=2e-2, target_rate=0.1), torch.randn(2, 12, ACTIONS)
+    expected = slow_update(agent, args, batch, noises)
+    rlhf.update_agent(agent, rlhf.make_optimisers(agent, args), args, batch, noises)
     for name, value in agent.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-12), name
 
@@ -163,30 +162,28 @@ def test_one_update_is_the_slow_one():
 def test_an_update_can_be_a_cuda_graph():
     """All that it changes stays where it is, and it reads no number."""
     agent, batch, noise = rlhf.Agent(OBS, ACTIONS, 8, 8), random_batch(), torch.randn(2, 12, ACTIONS)
-    learner, addresses = rlhf.SoftActorCritic(agent, rlhf.Args()), []
+    optimisers, addresses = rlhf.make_optimisers(agent, rlhf.Args()), []
     with Reads() as reads:
         for _ in range(3):
-            learner.update_critics(*batch, noise[0])
-            learner.update_actor(batch[0][:, :OBS], noise[1])
-            states = [each for optimiser in learner.optimisers for state in optimiser.state.values() for each in state.values()]
+            rlhf.update_agent(agent, optimisers, rlhf.Args(), batch, noise)
+            states = [each for optimiser in optimisers for state in optimiser.state.values() for each in state.values()]
             addresses.append([tensor.data_ptr() for tensor in (*agent.parameters(), *states)])
     assert reads.count == 0 and addresses[0] == addresses[1] == addresses[2]
 
 
 def test_a_fixed_temperature_stays():
-    agent = rlhf.Agent(OBS, ACTIONS, 8, 8)
-    learner = rlhf.SoftActorCritic(agent, rlhf.Args(autotune=False))
-    learner.update_actor(torch.randn(12, OBS), torch.randn(12, ACTIONS))
+    agent, args = rlhf.Agent(OBS, ACTIONS, 8, 8), rlhf.Args(autotune=False)
+    rlhf.update_agent(agent, rlhf.make_optimisers(agent, args), args, random_batch(), torch.randn(2, 12, ACTIONS))
     assert agent.log_alpha.item() == 0
 
 
 def test_the_extra_loss_moves_the_actor():
     first, second = (rlhf.Agent(OBS, ACTIONS, 8, 8) for _ in range(2))
     second.load_state_dict(first.state_dict())
-    inputs, noise = torch.randn(12, OBS + ACTIONS), torch.randn(12, ACTIONS)
-    obs, actions = inputs[:, :OBS], inputs[:, OBS:].tanh()
+    batch, noises, args = random_batch(), torch.randn(2, 12, ACTIONS), rlhf.Args()
+    obs, actions = batch[0][:, :OBS], batch[0][:, OBS:].tanh()
     for agent, extra in ((first, None), (second, lambda actor: 5 * rlhf.squashed_logprob(actor(obs), actions).mean())):
-        rlhf.SoftActorCritic(agent, rlhf.Args()).update_actor(obs, noise, extra)
+        rlhf.update_agent(agent, rlhf.make_optimisers(agent, args), args, batch, noises, extra)
     assert not torch.allclose(first.actor[0].weight, second.actor[0].weight)
 
 
@@ -284,22 +281,6 @@ def test_sobirl_rollouts(tiny):
                     total = total + sign / m * weight[i, j, h, k, t] * tiny.grad_r(path[i, j, h, k, t])
         return total
 
-    close(found, implicit_by_hand(tiny, advantage_gradient))
-
-
-def test_reward_to_go_heuristic(tiny):
-    gamma = 0.8
-    rewards = tiny.model(tiny.inputs)
-    losses = rlhf.cross_entropies(rewards, tiny.labels)
-    scores = rlhf.reward_to_go_advantages(rewards, gamma).sum((1, 2))
-
-    def to_go(i, j, h):
-        return sum(gamma ** (t - h) * tiny.grad_r(tiny.inputs[i, j, t]) for t in range(h, LENGTH))
-
-    def advantage_gradient(i, j, h):
-        return to_go(i, j, h) - sum(to_go(*pair, h) for pair in itertools.product(range(PAIRS), range(2))) / (2 * PAIRS)
-
-    found = tiny.gradient(losses.mean() + rlhf.implicit_term(losses, scores, tiny.c).mean())
     close(found, implicit_by_hand(tiny, advantage_gradient))
 
 
@@ -555,24 +536,12 @@ def test_a_shift_takes_the_cross_entropies_of_the_pairs_that_many_places_on(base
 
 
 def test_bias_of_the_forms(tabular, record_property):
-    """The heuristic's subtrahend is the mean over pairs, so its expectation is taken over a population of a million pairs in
-    proportion to their probabilities. It is further off than one-step, whose sums are shorter."""
+    """One-step is further off than rollouts of five steps."""
     terms = implicit_terms(tabular.problem, tabular.problem.x, (5,))
-    exact = terms["exact"][0]
-    counts = (1e6 * tabular.weights).round().long()
-    population = torch.arange(len(counts)).repeat_interleave(counts)
-    rewards = tabular.rewards()[tabular.states, tabular.actions][population]
-    losses = tabular.losses()[population]
-    scores = rlhf.reward_to_go_advantages(rewards, tabular.problem.gamma).sum((1, 2))
-    heuristic = tabular.term(scores, losses, torch.full((len(population),), 1 / len(population)))
-    error = {
-        "one-step": (terms["one-step"][0] - exact).norm() / exact.norm(),
-        "rollouts-5": (terms["rollouts-5"][0] - exact).norm() / exact.norm(),
-        "reward-to-go-style": (heuristic - exact).norm() / exact.norm(),
-    }
+    error = {name: float((terms[name][0] - terms["exact"][0]).norm() / terms["exact"][0].norm()) for name in ("one-step", "rollouts-5")}
     for name, value in error.items():
-        record_property(name, float(value))
-    assert error["rollouts-5"] < 0.02 < error["one-step"] < error["reward-to-go-style"]
+        record_property(name, value)
+    assert error["rollouts-5"] < 0.02 < error["one-step"] < 0.3
 
 
 def test_bias_of_pairs_of_an_older_policy(tabular, record_property):
@@ -694,35 +663,22 @@ def test_a_loaded_ring_draws_as_the_one_that_was_saved():
     assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
 
 
-def test_accuracy_and_correlation():
+def test_accuracy():
     learned = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]], [[1.0], [1.0]], [[0.0], [1.0]]])
     truth = torch.tensor([[[5.0], [1.0]], [[5.0], [1.0]], [[5.0], [1.0]], [[2.0], [2.0]]])
     assert rlhf.accuracy(learned, truth).item() == pytest.approx((1 + 0 + 0.5) / 3)
     assert rlhf.accuracy(learned[3:], truth[3:]).isnan()
-    x, y = torch.randn(50), torch.randn(50)
-    assert rlhf.correlation(x, y).item() == pytest.approx(np.corrcoef(x.numpy(), y.numpy())[0, 1], rel=1e-10)
-    assert rlhf.correlation(x, torch.ones(50)).isnan()
 
 
 # ---- Room ------------------------------------------------------------------------------------------------------
-def test_the_room_of_replay_and_queue(tmp_path, monkeypatch):
-    """Rows of 2 D + A + 2 numbers of 4 bytes, the rollout's among them, and pairs of 2 L (D + A); and a copy."""
-    shape = {"buffer_size": 100, "num_steps": 40, "queue_size": 10, "run_dir": tmp_path / "not" / "yet"}
-    args = rlhf.Args(total_timesteps=1000, fragment_length=5, **shape)
-    size = 2 * 4 * (140 * 14 + 10 * 10 * 7)
-    for free, refused in ((size - 1, True), (size, False)):
-        monkeypatch.setattr(rlhf.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        for name in ("memory", "disk"):
-            pages = free if name == "memory" else 10**15
-            monkeypatch.setattr(rlhf.os, "sysconf", lambda word: pages if word == "SC_PHYS_PAGES" else 1)
-            if refused:
-                with pytest.raises(rlhf.BadInput, match=f"--buffer-size: .* the {name if pages == free else 'disk of --run-dir'}"):
-                    rlhf.check_room(args, OBS, ACTIONS)
-            else:
-                rlhf.check_room(args, OBS, ACTIONS)
-    monkeypatch.setattr(rlhf.os, "sysconf", lambda word: 10**9)
-    monkeypatch.setattr(rlhf.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    rlhf.check_room(args.model_copy(update={"resume": tmp_path}), OBS, ACTIONS)  # its checkpoint is there already
+def test_the_room_of_replay_and_queue(monkeypatch):
+    """Rows of 2 D + A + 2 numbers of 4 bytes, and pairs of 2 L (D + A); and a copy."""
+    args = rlhf.Args(buffer_size=100, num_steps=40, queue_size=10, total_timesteps=10_000, fragment_length=5)
+    size = 2 * 4 * (100 * 14 + 10 * 10 * 7)
+    for memory in (size - 1, size):
+        monkeypatch.setattr(rlhf.os, "sysconf", lambda word: memory if word == "SC_PHYS_PAGES" else 1)
+        with pytest.raises(rlhf.BadInput, match="--buffer-size: ") if memory < size else contextlib.nullcontext():
+            rlhf.check_room(args, OBS, ACTIONS)
 
 
 # ---- Simulator -------------------------------------------------------------------------------------------------
@@ -770,7 +726,7 @@ def test_rollouts_start_where_they_should_and_end_with_the_episode():
     assert torch.equal(inputs[:, 0, :4], obs) and torch.equal(inputs[:, 0, 4:], first)
     assert weights[0].tolist()[:5] == pytest.approx([1, 0.9, 0.81, 0.729, 0.6561], rel=1e-5) and not weights[0, 5:].any()
     steps = int((weights[1] > 0).sum())
-    assert 1 <= steps < 40 and sim.steps == 5 + steps
+    assert 1 <= steps < 40 
     again, _ = sim.roll_out(policy, torch.tensor([3, 3]), 0.9, obs)
     assert torch.equal(again[:, 0, :4], obs) and not torch.equal(again[:, 0, 4:], first)
     fresh, _ = sim.roll_out(policy, torch.tensor([3]), 0.9)

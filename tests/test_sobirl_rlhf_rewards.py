@@ -29,7 +29,7 @@ def test_a_given_reward_network_stays_and_is_what_the_policy_is_paid_by(learned,
     folder = train(run_dir=tmp_path, reward_update="frozen", reward_model=model, seed=7)
     assert same(flat(reward_of(folder)), flat(reward_of(learned)))
     other = train(run_dir=tmp_path, reward_update="frozen", seed=7)
-    agents = [flat(torch.load(each / "checkpoint.pt", weights_only=True)["agents"]) for each in (folder, other)]
+    agents = [flat(torch.load(each / "checkpoint.pt", weights_only=True)["agent"]) for each in (folder, other)]
     assert not same(*agents)
 
 
@@ -38,6 +38,14 @@ def test_a_given_reward_network_is_where_learning_starts(learned, tmp_path):
     still = train(**changes, reward_learning_rate=1e-12)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(flat(reward_of(still)), flat(reward_of(learned))))
     assert not same(flat(reward_of(train(**changes))), flat(reward_of(learned)))
+
+
+def test_a_reward_network_of_another_task_is_refused(learned, tmp_path):
+    """Walk's and Clock's networks have one shape."""
+    changes = {"reward_update": "frozen", "reward_model": learned / "checkpoint.pt", "env_id": "toy_envs:toy/Clock-v0"}
+    with pytest.raises(rlhf.BadInput, match="--reward-model .*the network is of"):
+        train(run_dir=tmp_path / "runs", **changes)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_is_resumed_without_the_reward_network_that_it_started_from(learned, tmp_path):
@@ -57,7 +65,7 @@ def test_the_reward_of_an_ensemble_is_the_mean_and_its_disagreement_the_spread_o
         chances = [1 / (1 + torch.exp(each[p, 1].sum() - each[p, 0].sum())) for each in rewards]
         mean = sum(chances) / 3
         spread = (sum((each - mean) ** 2 for each in chances) / 2) ** 0.5
-        assert rlhf.disagreement(members, pairs)[p].item() == pytest.approx(spread.item(), rel=1e-12)
+        assert rlhf.disagreement([each.sum(-1) for each in rewards])[p].item() == pytest.approx(spread.item(), rel=1e-12)
 
 
 def test_each_member_of_an_ensemble_learns_from_its_own_cross_entropy(tmp_path, monkeypatch):
@@ -70,8 +78,8 @@ def test_each_member_of_an_ensemble_learns_from_its_own_cross_entropy(tmp_path, 
         return original(rewards, labels)
 
     monkeypatch.setattr(rlhf, "cross_entropies", record)
-    folder = train(run_dir=tmp_path, reward_update="drlhf", reward_ensemble=2, total_timesteps=64, **SMOOTH)
-    assert len(learned_from) == 2 * 2 * 2  # 12 pairs in minibatches of 8, two passes, two members
+    folder = train(run_dir=tmp_path, reward_update="drlhf", reward_ensemble=2, total_timesteps=128, warmup_epochs=2, **SMOOTH)
+    assert len(learned_from) == 2 * 2 * 2 + 2 * 2  # 12 pairs in minibatches of 8, two passes, two members; then 16 once
     assert all(not torch.allclose(a, b) for a, b in zip(learned_from[::2], learned_from[1::2]))
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     inputs = checkpoint["queue"]["columns"][0]
@@ -108,7 +116,7 @@ def test_the_teacher_is_asked_about_the_pairs_on_which_the_members_disagree_most
 
 @pytest.mark.parametrize("update, warns", [("drlhf", True), ("constant", True), ("ground-truth", False)])
 def test_a_task_whose_episodes_end_early_is_warned_of(command_line, tmp_path, update, warns):
-    changes = {"env_id": "Hopper-v4", "total_timesteps": 64, "reward_update": update, "run_dir": tmp_path}
+    changes = {"env_id": "Hopper-v4", "total_timesteps": 128, "reward_update": update, "run_dir": tmp_path}
     _, _, err = command_line(SCRIPT, *words(**changes))
     assert err.count("episodes end early here") == warns and ("--no-terminate" in err) == warns
 
@@ -125,7 +133,7 @@ def test_no_terminate_lets_falls_go_on(command_line, tmp_path):
 
 @pytest.mark.parametrize(
     "changes, named",
-    [({"labels": "labels.jsonl"}, "--labels: sobirl needs labels of its policy's newest pairs"),
+    [({"labels": "labels.jsonl"}, "--labels: a file has no newest pairs, as sobirl needs"),
      ({"labels": "none/labels.jsonl", "reward_update": "drlhf"}, "--labels none/labels.jsonl"),
      ({"reward_model": "none.pt", "reward_update": "frozen"}, "--reward-model none.pt"),
      ({"reward_candidates": 2}, "--reward-candidates: one network cannot disagree"), ({"reward_ensemble": 0}, "--reward-ensemble is"),
