@@ -49,9 +49,9 @@ LOOKS = {
     "purple dashed": "permuted blpo-cg-50",
     "sky dashed": "ppo-critic-lr ac-1-twice",
     "black dashed": "frozen stac-1-gauss-newton",
-    "blue dotted": "ac-settings-80 ground-truth-endless",
-    "orange dotted": "plain-80-gauss-newton drlhf-endless",
-    "green dotted": "sobirl-endless",
+    "blue dotted": "ac-settings-80",
+    "orange dotted": "plain-80-gauss-newton",
+    "green dotted": "sobirl-rollouts",
     "red dotted": "released-settings-80",
     "green dash-dotted": "nested-entropy",
 }

@@ -1,6 +1,7 @@
 """sobirl_rlhf.py as a program: runs of every kind, what may influence them, checkpoint, resume, divergence, bad input."""
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -378,6 +379,64 @@ def test_an_iteration_moves_theta_as_the_formulas_say(toy_envs, tmp_path, monkey
 
     distances = [distance(carriers) for carriers in range(4)]
     assert distances[1] < 1e-6 and min(distances[0], *distances[2:]) > 1e-4, distances
+
+
+@pytest.mark.parametrize("implicit", ["one-step", "rollouts"])
+def test_with_newest_every_step_each_gradient_holds_the_term(tmp_path, monkeypatch, implicit):
+    """A run in float64: what AdamW gets in every reward step, against (12) of its minibatch plus (13) of the newest pairs, both
+    put together from the gradients of single rewards, a dense matrix (rows, n), at the theta of that step."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    drawn, steps, descend, resample = [], [], rlhf.descend, rlhf.resample_actions
+
+    def dense(model, inputs, *shape):
+        """Rewards (*shape) of rows of inputs (..., D+A), and their gradients (*shape, n), row by row."""
+        rewards = [model(row) for row in inputs.flatten(0, -2)]
+        gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(r, list(model.parameters()))]) for r in rewards]
+        return torch.stack(rewards).detach().view(shape), torch.stack(gradients).view(*shape, -1)
+
+    def cross_entropies(model, pairs, labels):
+        """l (P,), its gradients (P, n), and the sums (P, n) of grad r over both fragments."""
+        rewards, gradients = dense(model, pairs, *pairs.shape[:3])
+        returns, sums = rewards.sum(-1), gradients.sum(2)
+        p = 1 / (1 + torch.exp(returns[:, 1] - returns[:, 0]))
+        losses = -labels * torch.log(p) - (1 - labels) * torch.log(1 - p)
+        return losses, (p - labels).unsqueeze(1) * (sums[:, 0] - sums[:, 1]), sums.sum(1)
+
+    def spy(optimiser, gradients):
+        names = inspect.currentframe().f_back.f_locals
+        if isinstance(optimiser, torch.optim.AdamW) and names["learning"]:
+            model, pairs = names["model"], [column[names["newest"]] for column in names["queue"].columns]
+            _, explicit, _ = cross_entropies(model, names["fragments"], names["mb_labels"])
+            losses, _, visited = cross_entropies(model, *pairs)
+            count = len(losses)
+            if implicit == "rollouts":
+                sums = []
+                for paths, weights in names["rollouts"]:  # (R, T, D+A), (R, T); R = P 2 L M, M = 2
+                    of_rows = weights.unsqueeze(-1) * dense(model, paths, *weights.shape)[1]
+                    sums.append(of_rows.sum(1).view(count, -1, of_rows.shape[-1]).sum(1) / 2)
+                scores = sums[0] - sums[1]
+            else:
+                scores = visited - dense(model, drawn[-1], *drawn[-1].shape[:-1])[1].mean(3).sum((1, 2))
+            others = (losses.sum() - losses) / (count - 1)
+            term = ((losses - others).unsqueeze(1) * scores).mean(0) / names["agent"].log_alpha.exp().item()
+            found = torch.cat([each.flatten() for each in gradients])
+            apart = (found - explicit.mean(0) - term).norm() / min(found.norm(), term.norm())
+            steps.append((names["iteration"], len(names["minibatches"]), apart.item()))
+        descend(optimiser, gradients)
+
+    monkeypatch.setattr(rlhf, "descend", spy)
+    monkeypatch.setattr(rlhf, "resample_actions", lambda *words: drawn.append(resample(*words)) or drawn[-1])
+    free = {"max_gradient_ratio": math.inf, "max_inverse_temperature": math.inf, "reward_learning_rate": 1e-2}
+    changes = {"env_id": "Hopper-v4", "num_envs": 1, "num_steps": 64, "total_timesteps": 192, "implicit_pairs": "newest-every-step"}
+    if implicit == "rollouts":
+        changes |= {"implicit": "rollouts", "rollouts": 2, "rollout_length": 3}
+    try:
+        train(run_dir=tmp_path, **free | changes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [iteration for iteration, *_ in steps] == [2] * 2 + [3] * 3  # 16 and 20 pairs in minibatches of 8
+    assert max(apart for *_, apart in steps) < 1e-9, steps
 
 
 def test_the_logged_cross_entropy_is_that_of_all_pairs_in_the_last_epoch(tmp_path, monkeypatch):
