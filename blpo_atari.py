@@ -268,7 +268,7 @@ def make_envs(args, num_envs: int, seed: int, **options) -> gym.vector.VectorEnv
     with task_errors(args.env_id):
         import envpool  # there is no other backend; where it is not installed, the sentence says so
 
-        given = {"num_envs": num_envs, "batch_size": num_envs, "seed": seed}  # not by --env-kwargs
+        given = {"num_envs": num_envs, "batch_size": num_envs, "seed": seed}  # ours alone
         envs = envpool.make_gymnasium(game_name(args.env_id), **given, **kwargs)
     if envs.observation_space.shape != (4, 84, 84):
         needs = f"has observations {envs.observation_space.shape}; this script needs (4, 84, 84)"

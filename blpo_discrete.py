@@ -263,7 +263,7 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
             # fill all the cores of this process, so that several small runs never crowd on the same ones.
             pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
             kwargs = {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1} | kwargs
-            given = {"num_envs": args.num_envs, "batch_size": args.num_envs, "seed": seed}  # not by --env-kwargs
+            given = {"num_envs": args.num_envs, "batch_size": args.num_envs, "seed": seed}  # ours alone
             envs = envpool.make_gymnasium(args.env_id, **given, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
         else:

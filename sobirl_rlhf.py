@@ -331,7 +331,7 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
             # fill all the cores of this process, so that several small runs never crowd on the same ones.
             pinned = threads >= len(cores) == cores[-1] - cores[0] + 1
             kwargs = {"num_threads": threads, "thread_affinity_offset": cores[0] if pinned else -1} | kwargs
-            given = {"num_envs": args.num_envs, "batch_size": args.num_envs, "seed": seed}  # not by --env-kwargs
+            given = {"num_envs": args.num_envs, "batch_size": args.num_envs, "seed": seed}  # ours alone
             envs = envpool.make_gymnasium(args.env_id, **given, **kwargs)
             observation_space, action_space = envs.observation_space, envs.action_space
         else:
@@ -776,17 +776,15 @@ def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.softplus(logits) - labels * logits
 
 
-def implicit_term(
-    losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False, shift: int = 0
-) -> Tensor:
+def implicit_term(losses: Tensor, scores: Tensor, weight: float, baseline=False, shift: int = 0) -> Tensor:
     """What has the gradient l sum_h (grad Q - grad V)(s_h, a_h) / alpha (eq. 13) for each pair (P,). SoBiRL
     and HPGD add its mean to that of the cross-entropies, so that the gradient is (14).
 
     losses (P,) are the l, through which no gradient flows; scores (P,) the sums over both fragments of
-    Q - V, linear in r, so that their derivative is the sum of grad Q - grad V. With `baseline`, l minus the
-    mean of the others' l: at pi* the scores' gradient has mean 0, and the expectation stays as it is.
-    With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the baseline leaves out
-    both. No pair meets its own l, so with independent pairs the expectation at pi* is 0.
+    Q - V, linear in r, so that their derivative is the sum of grad Q - grad V; weight is 1 / alpha. With
+    `baseline`, l minus the mean of the others' l: at pi* the scores' gradient has mean 0, and the expectation
+    stays as it is. With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the
+    baseline leaves out both. No pair meets its own l, so with independent pairs the expectation at pi* is 0.
     """
     losses = losses.detach()
     taken, left, others = losses.roll(-shift), losses.sum() - losses, len(losses) - 1
@@ -794,7 +792,7 @@ def implicit_term(
         left, others = left - taken, others - 1
     if baseline and others > 0:
         taken = taken - left / others
-    return inverse_temperature * taken * scores
+    return weight * taken * scores
 
 
 def rollout_advantages(from_actions: Tensor, from_policy: Tensor) -> Tensor:
@@ -834,9 +832,7 @@ def pbrl_policy_term(losses: Tensor, logprobs: Tensor, penalty: float, gamma: fl
     return (1 - gamma) * implicit_term(losses, logprobs.sum((1, 2)), 1 / penalty, baseline=True).mean()
 
 
-def limited_sum(
-    gradients: tuple[Tensor, ...], added: tuple[Tensor, ...], limit: float
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def limited_sum(gradients: tuple, added: tuple, limit: float) -> tuple[list[Tensor], Tensor, Tensor]:
     """gradients + f added, f = min(1, limit |gradients| / |added|), with the norm over all tensors.
 
     Returns the sum, |added| / |gradients| and f. An estimate from a handful of pairs can be a thousand times
@@ -1497,8 +1493,9 @@ def train(args: Args) -> Path:
             run.log(global_step, metrics, episodes)
             losses = [value for name, value in metrics.items() if name.startswith("losses/")]
             weights = torch.stack([weight.sum() for each in (*agents, model) for weight in each.parameters()])
-            watched = {"observations": inputs[..., :obs_dim], "rewards": true_rewards, "weights": weights}
-            for name, numbers in (watched | {"losses": torch.tensor(losses)}).items():
+            watched = {"observations": inputs[..., :obs_dim], "rewards": true_rewards}
+            watched |= {"losses": torch.tensor(losses), "weights": weights}
+            for name, numbers in watched.items():
                 if not numbers.isfinite().all():
                     raise Diverged(f"the {name} stopped being finite by step {global_step:,}")
             newest = newest if learning else newest[:0]

@@ -342,7 +342,7 @@ def make_envs(args, num_envs: int, seed: int, **options) -> gym.vector.VectorEnv
     with task_errors(args.env_id):
         import envpool  # there is no other backend; where it is not installed, the sentence says so
 
-        given = {"num_envs": num_envs, "batch_size": num_envs, "seed": seed}  # not by --env-kwargs
+        given = {"num_envs": num_envs, "batch_size": num_envs, "seed": seed}  # ours alone
         envs = envpool.make_gymnasium(game_name(args.env_id), **given, **kwargs)
     if envs.observation_space.shape != (4, 84, 84):
         needs = f"has observations {envs.observation_space.shape}; this script needs (4, 84, 84)"
@@ -841,17 +841,15 @@ def cross_entropies(rewards: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.softplus(logits) - labels * logits
 
 
-def implicit_term(
-    losses: Tensor, scores: Tensor, inverse_temperature: float, baseline: bool = False, shift: int = 0
-) -> Tensor:
+def implicit_term(losses: Tensor, scores: Tensor, weight: float, baseline=False, shift: int = 0) -> Tensor:
     """What has the gradient l sum_h (grad Q - grad V)(s_h, a_h) / alpha (eq. 13) for each pair (P,). SoBiRL
     and HPGD add its mean to that of the cross-entropies, so that the gradient is (14).
 
     losses (P,) are the l, through which no gradient flows; scores (P,) the sums over both fragments of
-    Q - V, linear in r, so that their derivative is the sum of grad Q - grad V. With `baseline`, l minus the
-    mean of the others' l: at pi* the scores' gradient has mean 0, and the expectation stays as it is.
-    With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the baseline leaves out
-    both. No pair meets its own l, so with independent pairs the expectation at pi* is 0.
+    Q - V, linear in r, so that their derivative is the sum of grad Q - grad V; weight is 1 / alpha. With
+    `baseline`, l minus the mean of the others' l: at pi* the scores' gradient has mean 0, and the expectation
+    stays as it is. With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the
+    baseline leaves out both. No pair meets its own l, so with independent pairs the expectation at pi* is 0.
     """
     losses = losses.detach()
     taken, left, others = losses.roll(-shift), losses.sum() - losses, len(losses) - 1
@@ -859,7 +857,7 @@ def implicit_term(
         left, others = left - taken, others - 1
     if baseline and others > 0:
         taken = taken - left / others
-    return inverse_temperature * taken * scores
+    return weight * taken * scores
 
 
 def rollout_advantages(from_actions: Tensor, from_policy: Tensor) -> Tensor:
@@ -899,9 +897,7 @@ def pbrl_policy_term(losses: Tensor, logprobs: Tensor, penalty: float, gamma: fl
     return (1 - gamma) * implicit_term(losses, logprobs.sum((1, 2)), 1 / penalty, baseline=True).mean()
 
 
-def limited_sum(
-    gradients: tuple[Tensor, ...], added: tuple[Tensor, ...], limit: float
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def limited_sum(gradients: tuple, added: tuple, limit: float) -> tuple[list[Tensor], Tensor, Tensor]:
     """gradients + f added, f = min(1, limit |gradients| / |added|), with the norm over all tensors.
 
     Returns the sum, |added| / |gradients| and f. An estimate from a handful of pairs can be a thousand times

@@ -594,7 +594,7 @@ BAD = [
     (["--total-timesteps", "20000"], "must be at least 30000: 20000 random steps and an iteration that learns"),
     (["--num-steps", "20", "--fragment-length", "21"], "--fragment-length 21 must be at most --num-steps"),
     (["--reward-update", "drlhf", "--permute-cross-entropy"], "--permute-cross-entropy is for sobirl and hpgd-style"),
-    (["--reward-update", "drlhf", "--implicit-pairs", "queue"], "--implicit and --implicit-pairs are for sobirl, not for drlhf"),
+    (["--reward-update", "drlhf", "--implicit-pairs", "queue"], "--implicit and --implicit-pairs queue are for sobirl, not for drlhf"),
     (["--reward-update", "hpgd-style"], "--env-backend envpool cannot copy a game"),
     (["--implicit", "rollouts"], "--env-backend envpool cannot copy a game"),
     (["--env-id", "Nothing-v5"], "--env-id 'Nothing-v5' cannot be made"),

@@ -221,9 +221,10 @@ def test_one_step_advantages_have_mean_zero_under_the_policy(float64):
     assert rlhf.one_step_advantages(same, torch.zeros(5, dtype=torch.long), logits).abs().max() < 1e-14
 
 
-def test_an_iteration_adds_the_term_of_the_newest_pairs(few_channels, tmp_path, monkeypatch):  # noqa: F811
-    """The gradient that a run adds in its first minibatch, against (13) of the pairs of that iteration, by the network in
-    evaluation mode; the one that it is added to, against the cross-entropy in training mode."""
+@pytest.mark.parametrize("pairs, times", [("newest", 2), ("newest-every-step", 2 + 3)])
+def test_an_iteration_adds_the_term_of_the_newest_pairs(few_channels, tmp_path, monkeypatch, pairs, times):  # noqa: F811
+    """The gradient that a run adds in its first minibatch, or in every one, against (13) of the pairs of that iteration, by the
+    network in evaluation mode; the one that it is added to, against the cross-entropy in training mode."""
     seen, original = [], rlhf.limited_sum
 
     def spy(gradients, added, limit):
@@ -233,8 +234,8 @@ def test_an_iteration_adds_the_term_of_the_newest_pairs(few_channels, tmp_path, 
         return original(gradients, added, limit)
 
     monkeypatch.setattr(rlhf, "limited_sum", spy)
-    train(run_dir=tmp_path, reward_dropout=0.0, alpha=0.5)
-    assert len(seen) == 2  # once an iteration that learns
+    train(run_dir=tmp_path, reward_dropout=0.0, alpha=0.5, implicit_pairs=pairs)
+    assert len(seen) == times  # of two iterations that learn, from 16 and 20 pairs in minibatches of 8
     kept, gradients, added = seen[-1]
     agent, model, weight = kept["agent"], kept["model"], kept["weight"]
     assert weight == pytest.approx(1 / agent.log_alpha.exp().item(), rel=1e-6)
