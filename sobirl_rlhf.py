@@ -1433,8 +1433,9 @@ def train(args: Args) -> Path:
             label_accuracy = accuracy(judgements, torch.stack([opinions, 1 - opinions], 1).unsqueeze(-1))
 
             # ---- Upper level: move theta -------------------------------------------------------------
-            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
-            # so what is added counts there and nowhere else; as released, in every minibatch, with its pairs.
+            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch, so
+            # what is added counts there alone; or, as in the paper, in every one; or, as released, in every one
+            # with its own pairs.
             alpha = float(agent.log_alpha.detach().exp())
             weight = args.pbrl_penalty if pbrl else min(1 / alpha, args.max_inverse_temperature)
             adds = learning and args.reward_update in ADDS
@@ -1444,11 +1445,9 @@ def train(args: Args) -> Path:
             rollouts = roll_out(newest) if adds and simulator else []
             simulated += sum(int((weights > 0).sum()) for _, weights in rollouts)
             epochs = args.reward_epochs if learning else args.warmup_epochs
-            if not learns or not len(queue) or iteration < warmup_iterations:
-                epochs = 0
-            minibatches = []
-            for _ in range(epochs):
-                minibatches += torch.randperm(len(queue)).split(args.reward_batch_size)
+            epochs *= learns and len(queue) > 0 and iteration >= warmup_iterations
+            orders = [torch.randperm(len(queue)) for _ in range(epochs)]
+            minibatches = [mb for order in orders for mb in order.split(args.reward_batch_size)]
             steps = {"newest": [newest], "newest-every-step": [newest] * len(minibatches)}
             carriers = (steps | {"queue": minibatches})[args.implicit_pairs] if adds else []
             shift = int(torch.randint(1, len(newest), ())) if adds and args.permute_cross_entropy else 0
@@ -1456,8 +1455,7 @@ def train(args: Args) -> Path:
             model.train()
             for k, mb in enumerate(minibatches):
                 fragments, mb_labels = (column[mb].to(device) for column in queue.columns)
-                own = [cross_entropies(member(fragments), mb_labels) for member in model]
-                losses = torch.stack(own).mean(0)
+                losses = torch.stack([cross_entropies(each(fragments), mb_labels) for each in model]).mean(0)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
                 if k < len(carriers):

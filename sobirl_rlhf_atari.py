@@ -1488,8 +1488,9 @@ def train(args: Args) -> Path:
                 label_accuracy = accuracy(judgements, torch.stack([said, 1 - said], 1).unsqueeze(-1))
 
             # ---- Upper level: move theta -------------------------------------------------------------
-            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
-            # so what is added counts there and nowhere else; as released, in every minibatch, with its pairs.
+            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch, so
+            # what is added counts there alone; or, as in the paper, in every one; or, as released, in every one
+            # with its own pairs.
             alpha = float(agent.log_alpha.detach().exp())
             weight = args.pbrl_penalty if pbrl else min(1 / alpha, args.max_inverse_temperature)
             adds = learning and args.reward_update in ADDS
@@ -1500,11 +1501,9 @@ def train(args: Args) -> Path:
                 rollouts = make_rollouts(*(each[answered][-fresh:] for each in (times, games, chosen)))
             simulated += sum(int((weights > 0).sum()) for *_, weights in rollouts)
             epochs = args.reward_epochs if learning else args.warmup_epochs
-            if not learns or not queue or iteration < warmup_iterations:
-                epochs = 0
-            minibatches = []
-            for _ in range(epochs):
-                minibatches += torch.randperm(len(queue)).split(args.reward_batch_size)
+            epochs *= learns and len(queue) > 0 and iteration >= warmup_iterations
+            orders = [torch.randperm(len(queue)) for _ in range(epochs)]
+            minibatches = [mb for order in orders for mb in order.split(args.reward_batch_size)]
             minibatches = [[queue[row] for row in each] for each in minibatches]
             newest = queue[-fresh:]
             steps = {"newest": [newest], "newest-every-step": [newest] * len(minibatches)}
