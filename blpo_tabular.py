@@ -549,6 +549,11 @@ def run_job(job: tuple) -> list[Row]:
 
 # ---- Figures -------------------------------------------------------------------------------------------
 LOGARITHMIC = {"updates to epsilon", "bias", "standard deviation"}  # panels
+AXES = {  # of figures whose panels agree in them
+    "critics": ("features of the critic", "fraction of the optimal return"),
+    "solvers": ("", "fraction of the optimal return"),
+    "price": ("features of the critic", ""),
+}
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
@@ -561,9 +566,11 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 def draw(path: Path, rows: list[Row]) -> None:
     """A figure with a panel for each name, a line for each series: mean over the seeds and its interval."""
     panels = list(dict.fromkeys(row["panel"] for row in rows))
-    figure = Figure(
-        figsize=(3.4 * min(len(panels), 4), 3.0 * math.ceil(len(panels) / 4)), dpi=110, layout="constrained"
-    )
+    size = 3.4 * min(len(panels), 4), 3.0 * math.ceil(len(panels) / 4)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    across, up = AXES.get(path.stem, ("", ""))
+    figure.supxlabel(across, fontsize=9)
+    figure.supylabel(up, fontsize=9)
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(math.ceil(len(panels) / 4), min(len(panels), 4), number + 1)
         mine = [row for row in rows if row["panel"] == panel]

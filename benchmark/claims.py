@@ -23,6 +23,10 @@ exchanged within each task.
 - A *collapsed* run ends below a tenth of its peak (of the runs that ever score above 0.1). A run that
   diverged counts with the random policy's return. An interval that is far wider on one side says that a
   method has rare runs far from its others, and that these few runs cannot tell how rare.
+- Words: *nested* is BLPO without the hypergradient, all else equal; *controls* are methods that keep a
+  part of it, such as its weights' mean (*constant*) or its weights in another order (*permuted*). The *mixed
+  term* is the part of the hypergradient that says how the policy moves the critic's targets; the *former* one
+  is [another](blpo_history.md). m: critic steps for each actor step.
 - Figures: every run as a thin line, the mean as a thick one, Student's 95 % interval from five runs on; below,
   the differences, all tasks (thick) and each alone, with their intervals, which may leave the axis."""
 
