@@ -1488,9 +1488,9 @@ def train(args: Args) -> Path:
                 label_accuracy = accuracy(judgements, torch.stack([said, 1 - said], 1).unsqueeze(-1))
 
             # ---- Upper level: move theta -------------------------------------------------------------
-            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch, so
-            # what is added counts there alone; or, as in the paper, in every one; or, as released, in every one
-            # with its own pairs.
+            # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
+            # so what is added counts there alone; or, as in the paper, in every one; or, as released, in
+            # every one with its own pairs.
             alpha = float(agent.log_alpha.detach().exp())
             weight = args.pbrl_penalty if pbrl else min(1 / alpha, args.max_inverse_temperature)
             adds = learning and args.reward_update in ADDS
