@@ -142,7 +142,7 @@ def test_each_argument_of_the_algorithm_matters(tmp_path):
         {"reward_bound": "clip"}, {"reward_dropout": 0.5}, {"reward_learning_rate": 1e-2}, {"reward_batch_size": 5},
         {"reward_epochs": 2}, {"fragment_length": 2}, {"queue_size": 10}, {"label_budget": 14}, {"warmup_pairs": 10},
         {"warmup_epochs": 1}, {"pairs_per_iteration": 3}, {"teacher": "stochastic", "teacher_temperature": 20.0},
-        {"teacher": "mistake"}, {"teacher": "equal"}, {"teacher": "skip"}, {"teacher": "myopic"}, {"implicit_actions": 3},
+        {"teacher": "mistake"}, {"teacher": "equal"}, {"teacher": "skip"}, {"implicit_actions": 3},
         {"implicit_starts": 96}, {"max_inverse_temperature": 0.5}, {"max_gradient_ratio": 0.01}, {"baseline": False},
         {"implicit_pairs": "queue"}, {"implicit_pairs": "newest-every-step"}, {"permute_cross_entropy": True},
     ]  # fmt: skip
