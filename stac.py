@@ -28,9 +28,9 @@ So the step is the policy gradient with **each trajectory's advantages multiplie
 second order in theta. `--no-stackelberg` is AC: all weights are 1.
 
 Also as in the authors' code, L is over all visited states, advantages are standardised and both players take
-plain gradient steps (`--optimizer adam`: Adam's, along the same gradients). Unlike there, the solve is guarded
-and each trajectory has a weight of its own; the released step is a multiple of AC's. docs/stackelberg.md says
-what follows from that, `stac_ablations.py` has the released update.
+plain gradient steps (`--optimizer adam`: Adam's, along the same gradients). Unlike there, the solve is
+guarded and each trajectory has a weight of its own; the released step is a multiple of AC's.
+docs/stackelberg.md says what follows from that, `stac_ablations.py` has the released update.
 
     python stac.py --env-id CartPole-v0 --critic-steps 80
 """
