@@ -732,8 +732,8 @@ def test_help_shows_every_argument_in_80_columns(script, command_line, monkeypat
 
 # ---- CUDA graphs -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["stsac.py"])
-@pytest.mark.parametrize("leader", ["actor", "none-sequential"])
-def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader):
+@pytest.mark.parametrize("leader, control", [("actor", "none"), ("actor", "constant"), ("actor", "permuted"), ("none-sequential", "none")])
+def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader, control):
     """All that it changes stays where it is, and without diagnostics it reads no number."""
     module, addresses, backup = load(script), defaultdict(set), load(script).backup
 
@@ -753,7 +753,8 @@ def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader):
     counts, updates = [], []
     for learning_starts in (0, 16):
         with Reads() as reads:
-            folder = train(script, leader=leader, run_dir=tmp_path, learning_starts=learning_starts, total_timesteps=96)
+            changes = {"leader": leader, "control": control, "learning_starts": learning_starts, "total_timesteps": 96}
+            folder = train(script, run_dir=tmp_path, **changes)
         counts.append(reads.count)
         updates.append(int(checkpoint(folder)["optimisers"][0]["state"][0]["step"]))
         assert len(addresses) == 2 + 1 and all(len(each) == 1 for each in addresses.values())
