@@ -255,7 +255,7 @@ def without_dead(suite: Suite, results: Results) -> list[str]:
     living = Comparisons(suite, results.without(dead["job"]))
     for claim in claims.claims(suite) if len(dead) else ():
         pair = " against ".join(suite.methods[name].label for name in (claim.better, claim.than))
-        if {claim.better, claim.than} & set(dead["method"]):
+        if {claim.better, claim.than} & set(dead["method"]) and living.of(claim) is not None:
             words.append(
                 f"{pair}{OVER[claim.over]}: {', '.join(judged(living, claim)).split(', excludes')[0]}"
             )
