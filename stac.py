@@ -27,8 +27,9 @@ So the step is the policy gradient with **each trajectory's advantages multiplie
 (`trajectory_weights`): one forward-mode derivative of the critic, one backward pass of the actor, nothing of
 second order in theta. `--no-stackelberg` is AC: all weights are 1.
 
-Also as in the authors' code, L is over all visited states and advantages are standardised. Unlike there, the
-solve is guarded and each trajectory has a weight of its own; the released step is a multiple of AC's.
+Also as in the authors' code, L is over all visited states, advantages are standardised and both players take
+plain gradient steps (`--optimizer adam`: Adam's, along the same gradients). Unlike there, the solve is
+guarded and each trajectory has a weight of its own; the released step is a multiple of AC's.
 docs/stackelberg.md says what follows from that, `stac_ablations.py` has the released update.
 
     python stac.py --env-id CartPole-v0 --critic-steps 80
@@ -149,10 +150,12 @@ class Args(CheckedArgs):
     """steps of each environment in a rollout; num_envs x num_steps = 4000 in the paper"""
     stackelberg: bool = True
     """STAC: the actor climbs its total derivative; otherwise AC: its partial derivative"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """what both players step with: plain gradient steps, as in the paper, or Adam along the same gradients"""
     learning_rate: PositiveFloat = 0.1
-    """step size of the actor's plain gradient steps; the authors' for CartPole, the paper gives none"""
+    """step size of the actor; the authors' for CartPole, the paper gives none"""
     critic_learning_rate: PositiveFloat = 0.01
-    """step size of the critic's plain gradient steps; the authors' for CartPole"""
+    """step size of the critic; the authors' for CartPole"""
     critic_steps: PositiveInt = 1
     """m, critic steps after each actor step; the paper compares 1 and 80"""
     regularisation: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.0
@@ -271,13 +274,8 @@ def make_envs(args, seed: int) -> tuple[gym.vector.VectorEnv, gym.spaces.Box, gy
 # ---- Policy and critic (shared) ----------------------------------------------------------------------
 def mlp(inputs: int, first_width: int, second_width: int, outputs: int) -> nn.Sequential:
     """Two tanh layers with PyTorch's initial weights, as in Spinning Up, which the authors build on."""
-    return nn.Sequential(
-        nn.Linear(inputs, first_width),
-        nn.Tanh(),
-        nn.Linear(first_width, second_width),
-        nn.Tanh(),
-        nn.Linear(second_width, outputs),
-    )
+    hidden = nn.Linear(inputs, first_width), nn.Tanh(), nn.Linear(first_width, second_width), nn.Tanh()
+    return nn.Sequential(*hidden, nn.Linear(second_width, outputs))
 
 
 class Agent(nn.Module):
@@ -288,9 +286,7 @@ class Agent(nn.Module):
     mean action (..., A). Called with observations, the agent is the policy as it is played.
     """
 
-    def __init__(
-        self, obs_dim: int, action_dim: int, discrete: bool, first_width: int = 64, second_width: int = 32
-    ):
+    def __init__(self, obs_dim: int, action_dim: int, discrete: bool, first_width: int, second_width: int):
         super().__init__()
         self.actor = mlp(obs_dim, first_width, second_width, action_dim)
         self.critic = mlp(obs_dim, first_width, second_width, 1)
@@ -788,12 +784,18 @@ def train(args: Args) -> Path:
         theta, omega = agent.actor_parameters(), list(agent.critic.parameters())
         if len(theta) + len(omega) != len(list(agent.parameters())):
             raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+        optimisers = kind(theta, args.learning_rate, maximize=True), kind(omega, args.critic_learning_rate)
+        actor_optimiser, critic_optimiser = optimisers
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
+                for each, state in zip(optimisers, checkpoint["optimisers"]):
+                    # Not the step size, which may have been given again.
+                    each.load_state_dict(each.state_dict() | {"state": state["state"]})
                 torch.set_rng_state(checkpoint["rng"])  # all noise is drawn on the CPU
-            except (RuntimeError, KeyError) as error:
-                wrong = "its networks have another shape; leave out the widths and the task"
+            except (RuntimeError, ValueError, KeyError) as error:
+                wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
         agent.set_action_space(action_space)
 
@@ -873,25 +875,26 @@ def train(args: Args) -> Path:
                 bilevel["ihvp_norm"] = x.norm()
                 bilevel["negative_curvature"] = float(stopped)
 
-            # ---- Leader: one plain gradient step -----------------------------------------------------
+            # ---- Leader: one step --------------------------------------------------------------------
             logprobs, entropy = agent.logprob_and_entropy(states, b_actions)
             objective = policy_objective(logprobs, advantages, base)
             direct = torch.autograd.grad(objective, theta, retain_graph=True)
             total = torch.autograd.grad(policy_objective(logprobs, advantages, base * weights), theta)
+            for parameter, gradient in zip(theta, total):
+                parameter.grad = gradient
+            actor_optimiser.step()
             with torch.no_grad():
-                for parameter, gradient in zip(theta, total):
-                    parameter.add_(gradient, alpha=args.learning_rate)
                 logratio = agent.logprob_and_entropy(states, b_actions)[0] - logprobs
 
-            # ---- Follower: m plain gradient steps ----------------------------------------------------
+            # ---- Follower: m steps -------------------------------------------------------------------
             for step in range(args.critic_steps):
                 critic_loss = value_loss(agent.critic(states).squeeze(-1), returns)
                 gradients = torch.autograd.grad(critic_loss, omega)
                 if step == 0:
                     first_loss, first_gradients = critic_loss.detach(), gradients
-                with torch.no_grad():
-                    for parameter, gradient in zip(omega, gradients):
-                        parameter.add_(gradient, alpha=-args.critic_learning_rate)
+                for parameter, gradient in zip(omega, gradients):
+                    parameter.grad = gradient
+                critic_optimiser.step()
 
             # ---- STAC training: log (shared) ---------------------------------------------------------
             last_loss = value_loss(agent.critic(states).squeeze(-1), returns)
@@ -932,7 +935,9 @@ def train(args: Args) -> Path:
 
             # ---- Training: checkpoint ----------------------------------------------------------------
             if iteration % args.checkpoint_every == 0 or iteration == num_iterations or run.stop_signal:
-                run.save_checkpoint({"agent_sizes": agent_sizes, "agent": agent.state_dict()})
+                state = {"agent_sizes": agent_sizes, "agent": agent.state_dict()}
+                state["optimisers"] = [each.state_dict() for each in optimisers]
+                run.save_checkpoint(state)
             if run.stop_signal:
                 sys.exit(128 + run.stop_signal)
 

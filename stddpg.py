@@ -22,9 +22,10 @@ gradients with the full Hessian, which is indefinite: a guard stops it -> hessia
 guarded_solve, conjugate_gradient, critic_correction.
 
 Controls: `--leader none-simultaneous` drops the implicit term and nothing else; `none-sequential` is DDPG as
-usual, the actor after the critic. The backup takes the actor itself, no target actor: theta must be in L. As
-in the authors' code the further steps of the follower (`--follower-steps`) see the leader after its step.
-docs/stackelberg.md has the departures.
+usual, the actor after the critic; `--control constant` puts -1 for each 2 z, without a solve, and `permuted`
+that of another row, to see what the solve is worth. The backup takes the actor itself, no target actor: theta
+must be in L. As in the authors' code the further steps of the follower (`--follower-steps`) see the leader
+after its step. docs/stackelberg.md has the departures.
 
     python stddpg.py --env-id HalfCheetah-v4
 """
@@ -159,6 +160,9 @@ class Args(CheckedArgs):
     """environment steps in which lambda falls by the factor e; 100000 in the paper's code"""
     cg_iterations: PositiveInt = 10
     """iterations of conjugate gradients; 10 in the paper"""
+    control: Literal["none", "constant", "permuted"] = "none"
+    """weights of the backups if the actor leads, in place of the solve's, whose mean is near -1: -1 for each
+    row, without a solve, or that of another row"""
     follower_steps: PositiveInt = 1
     """m, steps of the follower for one of the leader; 1 in the paper; the critic follows if nobody leads"""
     learning_rate: PositiveFloat = 1e-3
@@ -195,9 +199,10 @@ class Args(CheckedArgs):
         if self.num_steps % self.update_every:
             raise BadInput(f"--update-every {self.update_every} must divide --num-steps {self.num_steps}")
         if self.leader == "actor" and self.ihvp == "kernel" and self.regularisation == 0:
-            raise BadInput(
-                "--regularisation is 0: with --ihvp kernel it must be above, its Hessian is singular"
-            )
+            raise BadInput("--regularisation is 0: --ihvp kernel needs more, its Hessian is singular")
+        if self.control != "none" and (self.leader != "actor" or self.regularisation == math.inf):
+            needs = "it replaces the weights of --leader actor with a finite --regularisation; leave it out"
+            raise BadInput(f"--control is {self.control!r}: {needs}")
         return self
 
     def agent_sizes(self, obs_dim: int, action_dim: int) -> tuple:
@@ -708,12 +713,8 @@ def check_replay(args: Args, capacity: int, size: int, obs_dim: int, action_dim:
     needed, free = capacity * row - there, shutil.disk_usage(place).free
     if needed > free:
         numbers = f"{needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free in {place}"
-        needs = (
-            f"the replay of {capacity:,} transitions with observations of {obs_dim:,} numbers takes {numbers}"
-        )
-        raise BadInput(
-            f"--total-timesteps {args.total_timesteps}: {needs}; name another --run-dir or less steps"
-        )
+        needs = f"a replay of {capacity:,} rows, observations of {obs_dim:,} numbers, takes {numbers}"
+        raise BadInput(f"--total-timesteps {args.total_timesteps}: {needs}; name less or another --run-dir")
 
 
 # ---- The run: what is not the algorithm (shared) -----------------------------------------------------
@@ -1009,18 +1010,16 @@ def train(args: Args) -> Path:
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
         check_critics(agent.critics, obs_dim + action_dim)
         thetas, omegas = [*agent.actor.parameters()], [*agent.critics.parameters()]
-        adam = {"fused": True, "capturable": True}  # so that a CUDA graph can hold a step
-        optimisers = [
-            torch.optim.Adam(thetas, args.learning_rate, **adam),
-            torch.optim.Adam(omegas, args.critic_learning_rate, **adam),
-        ]
+        players = (thetas, args.learning_rate), (omegas, args.critic_learning_rate)
+        # So that a CUDA graph can hold a step: fused and capturable.
+        optimisers = [torch.optim.Adam(*each, fused=True, capturable=True) for each in players]
         actor_optimiser, critic_optimiser = optimisers
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
                 for each, state in zip(optimisers, checkpoint["optimisers"]):
-                    each.load_state_dict(state)
-                    each.param_groups[0]["lr"] = each.defaults["lr"]  # it may have been given again
+                    # Not the step size, which may have been given again.
+                    each.load_state_dict(each.state_dict() | {"state": state["state"]})
                 torch.set_rng_state(checkpoint["rng"])  # every random number is drawn on the CPU
                 stored = checkpoint["replay_size"]
             except (RuntimeError, ValueError, KeyError) as error:
@@ -1064,13 +1063,17 @@ def train(args: Args) -> Path:
             if metrics is not None:
                 own["actor"] = flatten(torch.autograd.grad(actor_loss, thetas, retain_graph=True))
             if leads and args.leader == "actor":
-                if args.ihvp == "kernel":
+                if args.control == "constant":
+                    response, stopped, residual = torch.full_like(errors, -0.5 / len(errors)), False, None
+                elif args.ihvp == "kernel":
                     response, stopped = kernel_response(data, led, damping), False
                     residual = functools.partial(kernel_residual, response, data, led, damping)
                 else:
                     system = data, led, critic_hessian(agent, pairs, backups)
                     response, stopped, residual = cg_response(*system, damping, args.cg_iterations)
                 weights = 2 * response.sum(0)  # of the backups
+                if args.control == "permuted":  # at random, as the rows are drawn independently
+                    weights = weights.roll(1)
                 actor_loss = actor_loss + (weights * backups).mean()
             elif leads:
                 b = torch.autograd.grad(-2 * (errors.sum(0) * backups).mean(), thetas)  # d_theta L
@@ -1090,7 +1093,7 @@ def train(args: Args) -> Path:
             if metrics is not None and leads:
                 total = theta_gradient if args.leader == "actor" else omega_gradient
                 metrics |= leader_diagnostics(own[args.leader], total)
-                metrics["bilevel/ihvp_residual"] = residual().item()
+                metrics["bilevel/ihvp_residual"] = residual and residual().item()
                 if args.leader == "actor":
                     metrics["bilevel/weight_mean"] = weights.mean().item()
                     metrics["bilevel/weight_std"] = weights.std(correction=0).item()

@@ -170,28 +170,36 @@ def returns_cell(suite: Suite, results: Results, name: str, environment: str) ->
 
 
 def suite_table(suite: Suite, results: Results, compared: Comparisons) -> list[str]:
-    """A row a method: its returns, its score over the tasks, and the comparisons that are made of it."""
-    ends = {each: levels(suite, each) for each in suite.environments}
+    """A row a method: its returns, its score over the tasks, and the comparisons that are made of it. Methods
+    and tasks without runs wait for them; failed runs count as runs."""
+    begun = {(job.method, job.environment) for job in suite.shown() if job.name in results.failed}
+    begun |= set(zip(results.runs["method"], results.runs["environment"]))
+    methods = [name for name in suite.methods if any((name, each) in begun for each in suite.environments)]
+    tasks = [each for each in suite.environments if any((name, each) in begun for name in methods)]
+    ends = {each: levels(suite, each) for each in tasks}
     scored = [each for each in ends if ends[each]]
     pooled, against, rows = suite.aggregate and len(scored) > 1, {}, []
     for claim in claims.claims(suite):
+        if claim.better not in methods or claim.than not in methods:
+            continue
         verdict, evidence = judged(compared, claim)
         label = suite.methods[claim.than].label + ("" if claim.measure == "time" else OVER[claim.over])
         against.setdefault(claim.better, []).append(f"{verdict}, against {label}: {evidence}")
-    for name, method in suite.methods.items():
-        runs = spread(len(results.of(name, each)) for each in method.environments)
+    for name in methods:
+        method = suite.methods[name]
+        runs = spread(len(results.of(name, each)) for each in method.environments if each in tasks)
         cells = [
             method.label,
             runs,
-            *(returns_cell(suite, results, name, each) for each in suite.environments),
+            *(returns_cell(suite, results, name, each) for each in tasks),
         ]
         if pooled:
             means = [scores(suite, results, name, each) for each in scored]
             cells.append(f"{np.mean([each.mean() for each in means]):.2f}" if all(map(len, means)) else "-")
         rows.append(cells + ["<br>".join(against.get(name, []))] * bool(against))
-    scale = [" / ".join(map(number, ends[each])) if ends[each] else "-" for each in suite.environments]
+    scale = [" / ".join(map(number, ends[each])) if ends[each] else "-" for each in tasks]
     rows.append(["*score 0 / 1*", "", *scale, *[""] * (pooled + bool(against))])
-    head = ["final return", "n", *map(short, suite.environments)]
+    head = ["final return", "n", *map(short, tasks)]
     return table(head + ["score"] * pooled + ["comparisons"] * bool(against), rows)
 
 
@@ -255,7 +263,7 @@ def without_dead(suite: Suite, results: Results) -> list[str]:
     living = Comparisons(suite, results.without(dead["job"]))
     for claim in claims.claims(suite) if len(dead) else ():
         pair = " against ".join(suite.methods[name].label for name in (claim.better, claim.than))
-        if {claim.better, claim.than} & set(dead["method"]):
+        if {claim.better, claim.than} & set(dead["method"]) and living.of(claim) is not None:
             words.append(
                 f"{pair}{OVER[claim.over]}: {', '.join(judged(living, claim)).split(', excludes')[0]}"
             )

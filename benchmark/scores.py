@@ -81,9 +81,14 @@ class Comparisons:
         self.known: dict[tuple, Comparison | None] = {}
 
     def environments(self, claim: Claim) -> list[str]:
-        """Those that both methods have; for returns, with levels to score with."""
-        shared = shared_environments(self.suite, claim.better, claim.than)
+        """Those of which both methods have runs; for returns, with levels to score with."""
+        pair = claim.better, claim.than
+        shared = [each for each in shared_environments(self.suite, *pair) if self.have_runs(each, *pair)]
         return [each for each in shared if claim.measure == "time" or levels(self.suite, each)]
+
+    def have_runs(self, environment: str, *methods: str) -> bool:
+        """Whether each of these methods has a run on the environment, so that a suite may grow task by task."""
+        return all(len(self.results.of(name, environment)) for name in methods)
 
     def of(self, claim: Claim, environment: str | None = None) -> Comparison | None:
         """The claim's comparison over all its environments, or on one; None without runs to compare.

@@ -190,7 +190,7 @@ CRITIC_RATE = 0.03  # large enough to tell the critics before a step from those 
 
 
 def one_update(script: str, tmp_path, monkeypatch, **changes) -> SimpleNamespace:
-    """A run with a single update: what the players' optimisers were given, in which order, and the minibatch."""
+    """A run in float64 with a single update: what the players' optimisers were given, in which order, and the minibatch."""
     module, seen = load(script), SimpleNamespace(gradients=[], batches=[], noise=[])
     sample, backup = module.Replay.sample, module.backup
 
@@ -204,7 +204,13 @@ def one_update(script: str, tmp_path, monkeypatch, **changes) -> SimpleNamespace
             super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
-    monkeypatch.setattr(module.Replay, "sample", lambda *a: seen.batches.append(sample(*a)) or seen.batches[-1])
+    monkeypatch.setattr(module.Agent, "to", lambda agent, device: agent.double())
+
+    def double_sample(*words):
+        seen.batches.append([array.double() for array in sample(*words)])
+        return seen.batches[-1]
+
+    monkeypatch.setattr(module.Replay, "sample", double_sample)
     monkeypatch.setattr(module, "backup", lambda agent, *a: seen.noise.append(a[-1]) or backup(agent, *a))
     here = []
     policy = module.Agent.policy
@@ -218,8 +224,9 @@ def one_update(script: str, tmp_path, monkeypatch, **changes) -> SimpleNamespace
     return seen
 
 
-def dense(module, seen, leader: str, ihvp: str, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of both players from the formulas of the paper alone, in float64 with dense Hessians."""
+def dense(module, seen, leader: str, ihvp: str, damping: float, control: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of both players from the formulas of the paper alone, in float64 with dense Hessians; with a control
+    the actor's from the weights of its backups, one by one."""
     agent = seen.agent
     ((pairs, rewards, next_obs, terminated),) = seen.batches
     pairs, rewards, next_obs, terminated = (x[0].double() for x in (pairs, rewards, next_obs, terminated))
@@ -254,6 +261,13 @@ def dense(module, seen, leader: str, ihvp: str, damping: float) -> tuple[torch.T
         return ((errors(theta, fixed) + line) ** 2).mean(1).sum()
 
     own = torch.func.grad(f)(theta, omega), torch.func.grad(L, 1)(theta, omega)
+    if control != "none":
+        H = torch.func.hessian(gauss_newton if ihvp == "kernel" else L, 1)(theta, omega)
+        x = torch.linalg.solve(H + damping * torch.eye(len(omega)), torch.func.grad(f, 1)(theta, omega))
+        weights = 2 * (torch.func.jacrev(lambda w: critics(w, pairs).sum(0))(omega) @ x)
+        rows = -torch.func.jacrev(lambda t: errors(t, omega)[0])(theta)  # d_theta y (n, P)
+        seen.weights = weights = -torch.ones(len(rows)) if control == "constant" else weights[[-1, *range(len(rows) - 1)]]
+        return own[0] + sum(weight * row for weight, row in zip(weights, rows)) / len(rows), own[1]
     if leader == "actor":
         return total_gradient(f, gauss_newton if ihvp == "kernel" else L, theta, omega, damping), own[1]
     if leader == "none-sequential":  # the actor's at the critics that Adam's first step leads to
@@ -270,7 +284,7 @@ def dense(module, seen, leader: str, ihvp: str, damping: float) -> tuple[torch.T
 ])  # fmt: skip
 def test_one_update_by_hand(script, tmp_path, monkeypatch, leader, ihvp, damping):
     module = load(script)
-    solve = {"ihvp": ihvp, "regularisation": damping, "cg_iterations": 50}
+    solve = {"ihvp": ihvp, "regularisation": damping, "cg_iterations": 300}
     seen = one_update(script, tmp_path, monkeypatch, leader=leader, critic_learning_rate=CRITIC_RATE, **solve)
     wanted = dense(module, seen, leader, ihvp, damping)
     own = dense(module, seen, "none-simultaneous", ihvp, damping)
@@ -279,9 +293,30 @@ def test_one_update_by_hand(script, tmp_path, monkeypatch, leader, ihvp, damping
         seen.gradients.reverse()
     for (vector, gradient), part, want, plain in zip(seen.gradients, (seen.agent.actor, seen.agent.critics), wanted, own):
         torch.testing.assert_close(vector.double(), module.flatten(part.parameters()), rtol=1e-6, atol=1e-7)
-        assert (gradient - want).norm() < 2e-4 * want.norm()
+        assert (gradient - want).norm() < 1e-9 * want.norm()
         differs = part is {"actor": seen.agent.actor, "none-sequential": seen.agent.actor, "critic": seen.agent.critics}.get(leader)
         assert ((want - plain).norm() > 2e-3 * plain.norm()) == differs  # the implicit term, or the order, would be missed
+
+
+@pytest.mark.parametrize("ihvp, damping", [("kernel", 0.5), ("cg", 300.0)])
+def test_controls_of_the_solve_by_hand(script, tmp_path, monkeypatch, ihvp, damping):
+    """The weights of the backups are -1, or each row's is that of another; all else is as when the actor leads."""
+    module, solve, rows = load(script), {"ihvp": ihvp, "regularisation": damping, "cg_iterations": 300}, {}
+    for control in ("none", "constant", "permuted"):
+        seen = one_update(script, tmp_path / control, monkeypatch, control=control, **solve)
+        (_, actors), (_, critics) = seen.gradients
+        wanted = dense(module, seen, "actor", ihvp, damping, control)
+        for gradient, want in zip((actors, critics), wanted):
+            assert (gradient - want).norm() < 1e-9 * want.norm()
+        rows[control] = read_csv(seen.folder / "metrics.csv")[-1]
+        if control != "none":
+            solved = dense(module, seen, "actor", ihvp, damping)[0]
+            assert (solved - wanted[0]).norm() > 1e-5 * solved.norm()  # the control would be missed
+            assert float(rows[control]["bilevel/weight_mean"]) == pytest.approx(seen.weights.mean().item(), rel=1e-6)
+    assert float(rows["constant"]["bilevel/weight_std"]) == 0 and not rows["constant"]["bilevel/ihvp_residual"]
+    for name in ("weight_mean", "weight_std", "ihvp_residual"):  # the weights are the same numbers
+        first, second = (float(rows[control][f"bilevel/{name}"]) for control in ("none", "permuted"))
+        assert first == pytest.approx(second, rel=1e-9)
 
 
 @pytest.mark.parametrize("script", ["stsac.py"])
@@ -354,7 +389,7 @@ def test_each_argument_of_the_algorithm_matters(script, tmp_path):
         {"ihvp": "cg", "cg_iterations": 1}, {"regularisation": 0.1}, {"regularisation_decay": 50}, {"follower_steps": 2},
         {"follower_steps": 3}, {"leader": "critic", "follower_steps": 2}, {"learning_rate": 2e-3}, {"critic_learning_rate": 2e-3},
         {"gamma": 0.9}, {"polyak": 0.9}, {"batch_size": 9}, {"buffer_size": 20}, {"random_steps": 0}, {"learning_starts": 32},
-        {"update_every": 8}, {"exploration_noise": 0.5},
+        {"update_every": 8}, {"exploration_noise": 0.5}, {"control": "constant"}, {"control": "permuted"},
     ]  # fmt: skip
     if script == "stsac.py":  # whose update is the same block of code
         changes = [{}, {"leader": "critic"}, {"ihvp": "cg"}, {"entropy_coef": 0.5}]
@@ -403,8 +438,9 @@ def test_regularisation_decays_with_the_steps(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["stsac.py"])
-def test_a_run_repeats_bitwise_and_a_seed_matters(script, tmp_path):
-    folders = [train(script, run_dir=tmp_path / str(i), seed=seed) for i, seed in enumerate((3, 3, 4))]
+@pytest.mark.parametrize("control", ["none", "permuted"])
+def test_a_run_repeats_bitwise_and_a_seed_matters(script, tmp_path, control):
+    folders = [train(script, run_dir=tmp_path / str(i), seed=seed, control=control) for i, seed in enumerate((3, 3, 4))]
     assert same(*map(checkpoint, folders[:2])) and not same(checkpoint(folders[0]), checkpoint(folders[2]))
     logs = [without_time(read_csv(folder / "metrics.csv")) for folder in folders]
     assert logs[0] == logs[1] != logs[2]
@@ -437,14 +473,15 @@ def assert_same_run(folder, whole) -> None:
     assert checkpoint(folder)["replay_size"] == checkpoint(whole)["replay_size"]
 
 
-@pytest.mark.parametrize("script", ["stsac.py"])
-def test_resume_equals_the_uninterrupted_run(script, toy_envs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, control", [("stsac.py", "none"), ("stsac.py", "permuted"), ("stddpg.py", "constant")])
+def test_resume_equals_the_uninterrupted_run(script, control, toy_envs, tmp_path, monkeypatch):
     """Bitwise, on a task that is as it was after each iteration. The run breaks off after rows that its checkpoint does
     not count were written, and its window has slid over the first ones."""
-    whole = train(script, run_dir=tmp_path / "whole", total_timesteps=6 * 32, **SHAPE)
+    shape = SHAPE | {"control": control, "total_timesteps": 6 * 32}
+    whole = train(script, run_dir=tmp_path / "whole", **shape)
     after_iteration(monkeypatch, script, 5, fail)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(script, run_dir=tmp_path / "part", total_timesteps=6 * 32, **SHAPE)
+        train(script, run_dir=tmp_path / "part", **shape)
     monkeypatch.undo()
     (folder,) = (tmp_path / "part").iterdir()
     assert checkpoint(folder)["global_step"] == 4 * 32 and len(read_csv(folder / "metrics.csv")) == 5
@@ -584,7 +621,10 @@ UNBOUNDED = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
      ({"env_id": WALK, "env_backend": "envpool"}, "--env-backend envpool"), ({"update_every": 5}, "must divide --num-steps 16"),
      ({"regularisation": 0}, "--regularisation is 0"), ({"regularisation": -1}, "--regularisation is"),
      ({"regularisation": "nan"}, "--regularisation is"), ({"regularisation_decay": 0}, "--regularisation-decay is"),
-     ({"exploration_noise": -1}, "--exploration-noise is"), ({"device": "cuda"}, "--device cuda")],
+     ({"exploration_noise": -1}, "--exploration-noise is"), ({"device": "cuda"}, "--device cuda"),
+     ({"control": "constant", "leader": "critic"}, "--control is 'constant'"),
+     ({"control": "permuted", "leader": "none-simultaneous"}, "--control is 'permuted'"),
+     ({"control": "constant", "regularisation": "inf"}, "a finite --regularisation")],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
     script, command_line, toy_envs, tmp_path, monkeypatch, changes, named
@@ -692,8 +732,8 @@ def test_help_shows_every_argument_in_80_columns(script, command_line, monkeypat
 
 # ---- CUDA graphs -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ["stsac.py"])
-@pytest.mark.parametrize("leader", ["actor", "none-sequential"])
-def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader):
+@pytest.mark.parametrize("leader, control", [("actor", "none"), ("actor", "constant"), ("actor", "permuted"), ("none-sequential", "none")])
+def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader, control):
     """All that it changes stays where it is, and without diagnostics it reads no number."""
     module, addresses, backup = load(script), defaultdict(set), load(script).backup
 
@@ -713,7 +753,8 @@ def test_an_update_can_be_a_cuda_graph(script, tmp_path, monkeypatch, leader):
     counts, updates = [], []
     for learning_starts in (0, 16):
         with Reads() as reads:
-            folder = train(script, leader=leader, run_dir=tmp_path, learning_starts=learning_starts, total_timesteps=96)
+            changes = {"leader": leader, "control": control, "learning_starts": learning_starts, "total_timesteps": 96}
+            folder = train(script, run_dir=tmp_path, **changes)
         counts.append(reads.count)
         updates.append(int(checkpoint(folder)["optimisers"][0]["state"][0]["step"]))
         assert len(addresses) == 2 + 1 and all(len(each) == 1 for each in addresses.values())

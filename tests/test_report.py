@@ -102,6 +102,23 @@ def test_a_comparison_with_failed_runs_or_none_is_inconclusive(tmp_path):
     assert verdict(suite, tmp_path, ABOVE) == "**inconclusive** (1 of its runs failed)"
 
 
+def test_a_suite_may_grow_task_by_task(tmp_path):
+    """A comparison is over the tasks of which both methods have runs, whatever the other methods lack."""
+    suite = make_suite()
+    make_results(suite, tmp_path, of_blpo(2.0))
+    alone = verdict(suite.only((), suite.environments[:1], ()), tmp_path, ABOVE)
+
+    def lose(content, _):
+        content.runs = [run for run in content.runs if (run.environment, run.method) != (suite.environments[1], "blpo")]
+
+    edit(suite, tmp_path, lose)
+    compared = scores.Comparisons(suite, load_results(suite, tmp_path))
+    assert compared.environments(ABOVE) == [suite.environments[0]] and alone == verdict(suite, tmp_path, ABOVE) == "**better**"
+    assert compared.of(ABOVE) == compared.of(ABOVE, suite.environments[0])
+    other = ABOVE.model_copy(update={"better": "nested"})
+    assert compared.environments(other) == list(suite.environments)
+
+
 def test_the_words_say_what_the_interval_excludes(tmp_path):
     suite = make_suite(environments=3)
     make_results(

@@ -205,8 +205,8 @@ SIBLINGS = {
     },
     ("stac.py", "stac_ablations.py"): {
         "Docstring", "Imports", "Arguments", "Laboratory mathematics", "Training: what the controls carry on",
-        "Leader: the weight of each trajectory (Proposition 1)", "Leader: one plain gradient step",
-        "Follower: m plain gradient steps", "Training: checkpoint",
+        "Leader: the weight of each trajectory (Proposition 1)", "Leader: one step",
+        "Follower: m steps", "Training: checkpoint",
     },
     ("stddpg.py", "stsac.py"): {"Docstring", "Arguments", "Policy"},
 }  # fmt: skip

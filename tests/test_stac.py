@@ -114,7 +114,7 @@ def test_a_run_repeats_bitwise_and_a_seed_matters(tmp_path):
 
 
 def test_the_states_of_the_leader_and_the_discount_matter(tmp_path):
-    differ(stac, tmp_path, POSITIVE, [{}, {"leader_states": "second"}, {"discount_gradient": True}])
+    differ(stac, tmp_path, POSITIVE, [{}, {"leader_states": "second"}, {"discount_gradient": True}, {"optimizer": "adam"}])
 
 
 @pytest.mark.full
@@ -123,6 +123,7 @@ def test_each_argument_of_the_algorithm_matters(tmp_path):
         {}, {"hessian": "full"}, {"regularisation": 1.0}, {"cg_iterations": 1}, {"critic_steps": 3}, {"gamma": 0.9},
         {"gae_lambda": 0.5}, {"norm_adv": False}, {"discount_gradient": True}, {"bootstrap_truncation": False},
         {"learning_rate": 0.02}, {"critic_learning_rate": 2e-3}, {"stackelberg": False}, {"leader_states": "second"},
+        {"optimizer": "adam"}, {"optimizer": "adam", "stackelberg": False},
     ]  # fmt: skip
     differ(stac, tmp_path, POSITIVE, changes)
 
@@ -144,13 +145,26 @@ def recorded_calls(monkeypatch, names) -> dict[str, list]:
     return kept
 
 
-@pytest.mark.parametrize("env_id, which", [(WALK, "all"), (WALK, "second"), (DISCRETE, "second")])
-def test_one_iteration_by_hand(toy_envs, tmp_path, monkeypatch, env_id, which):
+def adam_step(gradients, memory: list) -> list[torch.Tensor]:
+    """Kingma and Ba 2015, algorithm 1, without the step size; memory holds the gradients of the steps so far."""
+    memory.append([gradient.double() for gradient in gradients])
+    steps, count = [], len(memory)
+    for past in zip(*memory):
+        m = sum(0.1 * 0.9 ** (count - 1 - i) * g for i, g in enumerate(past)) / (1 - 0.9**count)
+        v = sum(0.001 * 0.999 ** (count - 1 - i) * g * g for i, g in enumerate(past)) / (1 - 0.999**count)
+        steps.append((m / (v.sqrt() + 1e-8)).float())
+    return steps
+
+
+@pytest.mark.parametrize("env_id, which, optimizer", [
+    (WALK, "all", "sgd"), (WALK, "second", "sgd"), (WALK, "all", "adam"), (DISCRETE, "second", "sgd"), (DISCRETE, "all", "adam"),
+])  # fmt: skip
+def test_one_iteration_by_hand(toy_envs, tmp_path, monkeypatch, env_id, which, optimizer):
     """The weights of each trajectory from a loop and a dense Hessian; then plain gradient steps: theta by learning_rate times
-    the gradient of the weighted objective, omega m times downhill."""
+    the gradient of the weighted objective, omega m times downhill; or Adam's steps along these gradients."""
     calls = recorded_calls(monkeypatch, ["leader_states", "policy_objective", "value_loss", "logprob_and_entropy"])
     folder = train(env_id=env_id, run_dir=tmp_path, total_timesteps=64, hessian="gauss-newton", regularisation=0.5,
-                   discount_gradient=True, critic_steps=3, leader_states=which)  # fmt: skip
+                   discount_gradient=True, critic_steps=3, leader_states=which, optimizer=optimizer)  # fmt: skip
     monkeypatch.undo()
     (_, advantages, base), (_, _, weights) = calls["policy_objective"]
     _, rollout, discounts, valid = calls["leader_states"][0]
@@ -192,12 +206,14 @@ def test_one_iteration_by_hand(toy_envs, tmp_path, monkeypatch, env_id, which):
     assert not torch.allclose(weights, base, atol=0.1)
 
     gradients = torch.autograd.grad((weights * advantages * agent.logprob_and_entropy(obs, actions)[0]).mean(), theta)
-    for parameter, gradient in zip(theta, gradients):
-        parameter.data += 0.01 * gradient
+    for parameter, step in zip(theta, adam_step(gradients, []) if optimizer == "adam" else gradients):
+        parameter.data += 0.01 * step
+    memory = []
     for _ in range(3):
         loss = ((agent.critic(obs).squeeze(-1) - targets) ** 2).mean()
-        for parameter, gradient in zip(omega, torch.autograd.grad(loss, omega)):
-            parameter.data -= 1e-3 * gradient
+        gradients = torch.autograd.grad(loss, omega)
+        for parameter, step in zip(omega, adam_step(gradients, memory) if optimizer == "adam" else gradients):
+            parameter.data -= 1e-3 * step
     for name, parameter in agent.named_parameters():
         assert not torch.equal(parameter, before[name]), name
         torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-4, atol=1e-7)
@@ -323,10 +339,10 @@ def test_discrete_actions_of_any_first_number(toy_envs, tmp_path):
 
 
 # ---- Resume, divergence, bad input -----------------------------------------------------------------------------
-@pytest.mark.parametrize("module", [stac, stac_ablations])
-def test_a_resumed_run_is_the_one_left_alone(toy_envs, tmp_path, monkeypatch, module):
+@pytest.mark.parametrize("module, optimizer", [(stac, "sgd"), (stac, "adam"), (stac_ablations, "sgd"), (stac_ablations, "adam")])
+def test_a_resumed_run_is_the_one_left_alone(toy_envs, tmp_path, monkeypatch, module, optimizer):
     """Also one that is extended, and played. In this task every rollout begins alike, whatever the seed."""
-    changes = {"env_id": CLOCK, "save_model": True}
+    changes = {"env_id": CLOCK, "save_model": True, "optimizer": optimizer}
     changes |= {} if module is stac else {"control": "mean-multiplier", "gradient_noise": 0.01, **POSITIVE}
     alone = train(module, run_dir=tmp_path / "alone", **changes)
 
@@ -355,9 +371,26 @@ def test_a_resumed_run_is_the_one_left_alone(toy_envs, tmp_path, monkeypatch, mo
 def test_resume_with_other_networks_is_refused(toy_envs, tmp_path):
     folder = train(run_dir=tmp_path)
     copy = shutil.copytree(folder, tmp_path / "copy")
-    with pytest.raises(stac.BadInput, match="networks have another shape"):
+    with pytest.raises(stac.BadInput, match="another version made it, or networks of another shape"):
         stac.train(stac.parse_args(["--resume", str(copy), "--first-width", "9", "--total-timesteps", "512"]))
     assert same(weights_of(folder), weights_of(copy))
+    checkpoint = torch.load(copy / "checkpoint.pt", weights_only=True)
+    torch.save({name: value for name, value in checkpoint.items() if name != "optimisers"}, copy / "checkpoint.pt")
+    with pytest.raises(stac.BadInput, match="another version made it"):
+        stac.train(stac.parse_args(["--resume", str(copy), "--total-timesteps", "512"]))
+
+
+@pytest.mark.parametrize("first, second", [("sgd", "adam"), ("adam", "sgd"), ("adam", "adam")])
+def test_a_step_size_or_optimiser_given_again_holds(toy_envs, tmp_path, first, second):
+    """Adam, given again, begins anew; its memory stays otherwise."""
+    folder = train(run_dir=tmp_path, optimizer=first)
+    again = ["--optimizer", second, "--learning-rate", "0.005", "--total-timesteps", "512"]
+    stac.train(stac.parse_args(["--resume", str(folder), *again]))
+    actor, critic = torch.load(folder / "checkpoint.pt", weights_only=True)["optimisers"]
+    assert [each["param_groups"][0]["lr"] for each in (actor, critic)] == [0.005, 1e-3]
+    assert [each["param_groups"][0]["maximize"] for each in (actor, critic)] == [True, False]
+    if second == "adam":
+        assert actor["state"][0]["step"] == (8 if first == "adam" else 4)
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch):
