@@ -6,15 +6,16 @@ flag each.
                               environment) by K steps before the actor's step on it, as in the released code:
                               J, L, b, v, z and e are those of the minibatch, and returns bootstrap at the end
                               of a chunk
-    --leader lambda-return    J = mean_t min(r_t A_t, clip(r_t) A_t), A = G(omega) - stopgrad V, as in the
-                              method; --leader-lambda 0 makes G the one-step return r + gamma V(s')
+    --leader lambda-return    J = mean_t min(ratio_t A_t, clip(ratio_t) A_t), A = G(omega) - stopgrad V, as in
+                              the method; --leader-lambda 0 makes G the one-step return r + gamma V(s')
     --leader released         the authors' released update: A = GAE(omega), where V(s_t) moves as well; the
-                              mixed term of f2 = -2 sum_t min(r_t A_t, clip_F(r_t) A_t) (G'_t - V_t) with its
-                              sign, its sum over time and A differentiated in omega; and the direction
+                              mixed term of f2 = -2 sum_t min(ratio_t A_t, clip_F(ratio_t) A_t) (G'_t - V_t)
+                              with the released code's sign, opposite to the poster's, a sum in place of the
+                              mean and A differentiated in omega; and the direction
                               grad_theta f - s c with f = -J, s = min(1, ihvp_bound |grad_theta f| / |c|)
                               -> released_mixed_weights, bounded
     --mixed-advantages ...    A' of the mixed term. targets: those of the targets G', as in the method.
-                              refreshed: those of J, of the critic that has just answered. L's targets do not
+                              refreshed: those of J, of the critic after its K steps. L's targets do not
                               move with that critic, so this is not its mixed term; with --mixed-discount 0
                               and --nest minibatch it is the update of this project's first results
     --direct-advantages rollout   the nested control with the rollout's advantages, as PPO has them
@@ -25,7 +26,8 @@ flag each.
                               the Nystrom inverse -> exact_ihvp, preconditioned_cg_ihvp
     --columns ...             directions of the Nystrom approximation: coordinates (the paper), fixed (the
                               same ones each time, as released), last-layer (its coordinates), gaussian
-                              (J^T Omega), krylov (b, H b, ...), features (the method's) -> nystrom_directions
+                              (J_V^T Omega), krylov (b, H b, ...), features (the method's)
+                              -> nystrom_directions
     --core-ridge 1            the identity that the released code adds to H[Q, Q]
     --preset released-hopper  the authors' settings of a task, for whatever has its default value
 
@@ -47,7 +49,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -390,7 +391,7 @@ def layer_init(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """A critic, and a Gaussian actor of its own with a state-independent log standard deviation, at first 0.
+    """A critic, and a separate Gaussian actor with a state-independent log standard deviation, at first 0.
 
     The networks may be any modules from observations (..., D) to one value (..., 1) and to the mean action
     (..., A). Called with raw observations, the agent is the policy as it is played.
@@ -478,7 +479,7 @@ def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Te
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """PPO's min(r A, clip(r, 1-eps, 1+eps) A) row by row (PPO eq. 7); the unclipped branch wins ties."""
+    """PPO's min(ratio A, clip(ratio, 1-eps, 1+eps) A) (PPO eq. 7), element by element, of any shape."""
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
@@ -486,7 +487,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 def trace(x: Tensor, decay: Tensor) -> Tensor:
     """W^T x, the transpose of what `gae` does to delta (A = W delta): e_t = x_t + decay_{t-1} e_{t-1}.
 
-    x (T, N), 0 where a row is no transition; decay (T, N) as in `gae`.
+    x (T, N), 0 where a row is no transition; decay (T, N) = kappa (1 - ended); in `gae` kappa = gamma lambda.
     """
     e = x.clone()
     for t in range(1, len(x)):
@@ -495,25 +496,26 @@ def trace(x: Tensor, decay: Tensor) -> Tensor:
 
 
 def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
-    """(dG/dV)^T slopes for the lambda-returns G = V + W delta of `gae`: slopes (T, N), 0 where a row is no
-    transition, -> u (T+1, N)."""
+    """(dG/dV)^T slopes for the lambda-returns G = V + W delta of `gae`: for slopes = dJ/dG (T, N), 0 where a
+    row is no transition, u = dJ/dV (T+1, N); discounts and decay (T, N) as in `gae`."""
     back = trace(slopes, decay)  # by delta
     last = torch.zeros_like(slopes[:1])
     return torch.cat([slopes - back, last]) + torch.cat([last, discounts * back])
 
 
 class CriticJacobian:
-    """J = dV / d omega (n, P) of any critic at n observations, as products with it.
+    """J_V = dV / d omega (n, P) of any critic at n observations, as products with it.
 
     V is one number a row, so its gradient in the weights of a linear layer is the outer product of delta,
     the derivative of V by the layer's outputs, and the layer's inputs h. One torch.func.vjp by zeros that
     are added to the outputs of all layers gives every delta, whatever lies between the layers. Other
     parameters, such as those of a layer norm, have their Jacobian in full. Vectors in parameter space are
-    flat, in the order of `critic.parameters()`; q of them are (q, P).
+    flat, in the order of `critic.parameters()`; q of them are (q, P). `last_inputs` (n, F) are the inputs of
+    the linear layer that is called last.
     """
 
     def __init__(self, critic: nn.Module, obs: Tensor):
-        """Forward and backward pass at obs (n, D); keeps the values (n,) and the factors of J."""
+        """Forward and backward pass at obs (n, D); keeps the values (n,) and the factors of J_V."""
         layers = [module for module in critic.modules() if type(module) is nn.Linear]
 
         def shifted_values(shifts: list[Tensor]) -> tuple[Tensor, dict[nn.Linear, Tensor]]:
@@ -532,7 +534,7 @@ class CriticJacobian:
             zeros = [obs.new_zeros(len(obs), layer.out_features) for layer in layers]
             self.values, slopes, inputs = torch.func.vjp(shifted_values, zeros, has_aux=True)
             (deltas,) = slopes(torch.ones_like(self.values))
-        blocks = {}  # of each parameter: (delta, h) for weights, (J,) for all else
+        blocks = {}  # of each parameter: (delta, h) for weights, (J_V,) for all else
         for layer, delta in zip(layers, deltas):
             if layer in inputs:
                 blocks |= {layer.weight: (delta, inputs[layer]), layer.bias: (delta,)}
@@ -550,7 +552,7 @@ class CriticJacobian:
         self.last_inputs = [*inputs.values()][-1] if inputs else obs
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u for q vectors at once: (q, n) -> (q, P)."""
+        """J_V^T u for q vectors at once: (q, n) -> (q, P)."""
         parts, columns = [], u.T.contiguous()[:, :, None]
         for delta, *inputs in self.blocks:
             if not inputs:
@@ -563,7 +565,7 @@ class CriticJacobian:
         return torch.cat(parts, 1)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v for a vector: (P,) -> (n,)."""
+        """J_V v for a vector: (P,) -> (n,)."""
         result = torch.zeros_like(self.values)
         for (delta, *inputs), part in zip(self.blocks, v.split(self.sizes)):
             result += (inputs[0] @ part.view(delta.shape[1], -1).T * delta).sum(1) if inputs else delta @ part
@@ -573,7 +575,7 @@ class CriticJacobian:
 class GaussNewton:
     """H = 2 sum_t w_t grad V_t grad V_t^T = R^T R, the Gauss-Newton matrix of L = sum_t w_t (G_t - V_t)^2.
 
-    R = diag(sqrt(2 w)) J with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without
+    R = diag(sqrt(2 w)) J_V with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without
     the term in the residuals G - V: positive semidefinite, and equal to it for a critic linear in omega.
     """
 
@@ -585,9 +587,9 @@ class GaussNewton:
         return self.jacobian.vjp((self.jacobian.jvp(v) * self.root**2)[None])[0]
 
     def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """b = J^T u (P,), H P (q, P) and P^T H P (q, q) for directions P (F, q) in the last layer, whose
-        features are (n, F). R P = features P costs next to nothing, so one product with J^T for q + 1
-        vectors gives b and all of H P."""
+        """b = J_V^T u (P,), (H S)^T (q, P) and S^T H S (q, q) for directions S (F, q) in the last layer,
+        whose inputs, each row times sqrt(2 w), are the features (n, F). R S = features S costs next to
+        nothing, so one product with J_V^T for q + 1 vectors gives b and all of H S."""
         images = (features @ directions).T
         products = self.jacobian.vjp(torch.cat([u[None], images * self.root]))
         return products[0], products[1:], images @ images.T
@@ -596,11 +598,11 @@ class GaussNewton:
 def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> Tensor:
     """v = (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (Prakash et al.'s poster).
 
-    columns C^T = (H P)^T (q, P) and core M = P^T H P (q, q) for directions P; P = some columns of the
+    columns C^T = (H S)^T (q, P) and core M = S^T H S (q, q) for directions S; S = some columns of the
     identity gives the poster's C = H[:, Q] and M = H[Q, Q]. The poster's Woodbury formula
         v = b / alpha - C (M + C^T C / alpha)^-1 C^T b / alpha^2
     breaks down where M is singular or slightly indefinite, so M is symmetrised and its eigenvalues below
-    1e-8 (in float32: 1e-6) of the largest are dropped: H_q = F F^T with F = C E D^-1/2, and
+    1e-8 (in float32: 1e-6) of the largest are dropped: M = E D E^T, H_q = F F^T with F = C E D^-1/2, and
         v = (b - F (alpha I + F^T F)^-1 F^T b) / alpha,   0 < v.b <= |b|^2 / alpha.
     The small system is solved in float64. v is nan where anything in the system is not finite.
     """
@@ -621,10 +623,11 @@ def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> T
 def nystrom_ihvp(
     curvature: GaussNewton, u: Tensor, damping: float, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H_q + damping I)^-1 b: u (n,) -> b, v (P,), for a critic whose last layer is linear.
+    """b = J_V^T u and v = (H_q + damping I)^-1 b: u (n,) -> b, v (P,), of a critic whose last layer is
+    linear.
 
-    The directions P lie in that layer, along its leading features Phi (n, width + 1), its inputs and 1 scaled
-    as R: P = orth(S^2 Omega), S = Phi^T Phi, Omega Gaussian: subspace iteration (Halko et al. 2011).
+    The directions S lie in that layer, along its leading features Phi (n, width + 1), its inputs and 1
+    scaled as R: S = orth((Phi^T Phi)^2 Omega), Omega Gaussian: subspace iteration (Halko et al. 2011).
     """
     last = curvature.jacobian.last_inputs
     features = torch.cat([last, torch.ones_like(last[:, :1])], 1) * curvature.root[:, None]
@@ -639,33 +642,35 @@ def conjugate_gradient(product, b: Tensor, iterations: int) -> Tensor:
     """Solve A x = b, b and x (P,), for a symmetric A given as product(v) = A v (Hestenes and Stiefel 1952).
 
     Guarded: it stops improving x for good where p.A p <= 0 (A is not positive definite there) or where the
-    residual has fallen to 1e-6 of b, below which float32 directions are noise. Nothing is read back.
+    residual has fallen to 1e-6 of b, below which float32 directions are noise. No number is copied to the
+    CPU, so that a GPU need not wait.
     """
-    x, residual, direction = torch.zeros_like(b), b, b
-    energy = b @ b
-    stop = 1e-12 * energy
-    going = torch.ones_like(energy, dtype=torch.bool)
+    x, residual, p = torch.zeros_like(b), b, b
+    rr = b @ b
+    stop = 1e-12 * rr
+    active = torch.ones_like(rr, dtype=torch.bool)
     for _ in range(iterations):
-        image = product(direction)
-        bend = direction @ image
-        going = going & (bend > 0) & (energy > stop)
-        step = torch.where(going, energy / bend, 0.0)
-        x = x + step * direction
+        image = product(p)  # A p
+        bend = p @ image
+        active = active & (bend > 0) & (rr > stop)
+        step = torch.where(active, rr / bend, 0.0)
+        x = x + step * p
         residual = residual - step * image
-        new_energy = residual @ residual
-        direction = residual + torch.where(going, new_energy / energy, 0.0) * direction
-        energy = new_energy
+        new_rr = residual @ residual
+        p = residual + torch.where(active, new_rr / rr, 0.0) * p
+        rr = new_rr
     return x
 
 
 def cg_ihvp(curvature: GaussNewton, u: Tensor, damping: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H + damping I)^-1 b by conjugate gradients: u (n,) -> b, v (P,)."""
+    """b = J_V^T u and v = (H + damping I)^-1 b by conjugate gradients: u (n,) -> b, v (P,)."""
     b = curvature.jacobian.vjp(u[None])[0]
     return b, conjugate_gradient(lambda v: curvature.product(v) + damping * v, b, iterations)
 
 
 def surrogate_slope(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """The derivative of `clipped_surrogate` by the advantages: the ratio of the smaller branch."""
+    """The derivative of `clipped_surrogate` by the advantages, of any shape: the ratio of the smaller branch;
+    of equal ones the unclipped."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
 
@@ -760,14 +765,14 @@ class Hessian(GaussNewton):
 
 
 def kernel(jacobian: CriticJacobian) -> Tensor:
-    """J J^T (n, n), parameter by parameter."""
+    """J_V J_V^T (n, n), parameter by parameter."""
     return sum(math.prod(factor @ factor.T for factor in block) for block in jacobian.blocks)
 
 
 def exact_ihvp(curvature: GaussNewton, u: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
+    """b = J_V^T u and v = (H + damping I)^-1 b exactly, in the space of the rows: u (n,) -> b, v (P,).
 
-    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel of the minibatch's n rows and its
+    v = (b - R^T (damping I + R R^T)^-1 R b) / damping: one n x n kernel of the n rows and its
     Cholesky factor, in float64. R is rounded to float32: where the damping is too small beside that (below
     1e-6 of the largest eigenvalue or so) the factor may not exist, and v is nan.
     """
@@ -865,8 +870,8 @@ def released_mixed_weights(
     values_dot: Tensor,
     clip_f: float,
 ) -> Tensor:
-    """Row weights y with c = (grad_theta,omega f2) v = sum_t y_t grad_theta r_t for the released surrogate
-    f2 = -2 sum_t min(r_t A_t, clip(r_t, 1-clip_f, 1+clip_f) A_t) (G'_t - V_t), where A and V move along v.
+    """Row weights y with c = (grad_theta,omega f2) v = sum_t y_t grad_theta ratio_t for the released
+    f2 = -2 sum_t min(ratio_t A_t, clip(ratio_t, 1-clip_f, 1+clip_f) A_t) (G'_t - V_t), A and V move along v.
 
     errors = G' - V, advantages_dot and values_dot the derivatives of A and V along v; all (n,), detached.
     """
@@ -960,7 +965,8 @@ class Run:
 
     def __init__(self, args: Args):
         self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
-        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.global_step, self.wall_time, self.opened, self.result = 0, 0.0, False, {}
+        self.returns, self.csv_lengths = [], [0, 0]  # of episodes, at their steps; of the csv files, in bytes
         self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
         self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
@@ -973,7 +979,8 @@ class Run:
         try:
             self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+            for name in ("global_step", "wall_time", "returns", "csv_lengths"):
+                setattr(self, name, self.checkpoint[name])
         except filelock.Timeout:
             raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
@@ -990,16 +997,17 @@ class Run:
                 self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
                 while self.folder.exists():  # a run of the same second
                     self.folder = self.folder.with_name(self.folder.name + "_")
-                self.folder.mkdir(parents=True)
-                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             if args.track:
                 self.start_wandb()
+            if not resumed:
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
-            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a string
             self.write_json("args.json", made | {"args": saved})
             self.metrics = self.open_csv("metrics.csv", METRICS)
             self.episodes = self.open_csv("episodes.csv", EPISODES)
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+            (self.folder / "result.json").unlink(missing_ok=True)  # left by the part before
         except OSError as error:
             raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
@@ -1021,8 +1029,6 @@ class Run:
 
             self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
         except Exception as error:
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder)
             raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
 
     def on_signal(self, number: int, frame) -> None:
@@ -1032,23 +1038,15 @@ class Run:
             sys.exit(128 + number)
 
     def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
-        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
-        it are dropped, and so is, with a message, what cannot be read."""
-        path, kept, damaged = self.folder / name, [",".join(columns)], 0
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                if int(row["global_step"]) <= self.global_step:
-                    kept.append(line)
-                    if columns is EPISODES:
-                        self.returns.append((row["global_step"], row["episodic_return"]))
-            except (ValueError, OverflowError):
-                damaged += line != kept[0]
-        if damaged:
-            say(f"{path}: {damaged} lines could not be read and are dropped")
-        write_atomically(path, "\r\n".join([*kept, ""]).encode())
-        self.files.append(open(path, "a", newline=""))
-        return csv.DictWriter(self.files[-1], columns)
+        """The csv file of that name, to append to, cut back to what it held at the checkpoint."""
+        file = open(self.folder / name, "a", newline="")
+        file.truncate(min(file.tell(), self.csv_lengths[len(self.files)]))
+        self.files.append(file)
+        writer = csv.DictWriter(file, columns)
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+            file.flush()
+        return writer
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
@@ -1081,7 +1079,9 @@ class Run:
         disk before."""
         for file in self.files:
             os.fsync(file.fileno())
-        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "returns": self.returns}
+        state["csv_lengths"] = [os.fstat(file.fileno()).st_size for file in self.files]
+        state["rng"] = torch.get_rng_state()
         write_atomically(self.folder / "checkpoint.pt", state)
 
     def __exit__(self, kind, error, trace) -> None:
@@ -1105,7 +1105,7 @@ class Run:
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 self.write_json("result.json", result)
             say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
-            if status == "interrupted":
+            if status == "interrupted" and (self.folder / "checkpoint.pt").exists():
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
@@ -1127,7 +1127,7 @@ def load_policy(path: str | Path) -> Agent:
 def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
     """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
     long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
-    task; without episodes it only tries."""
+    task; with episodes=0 it only checks that."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
@@ -1174,7 +1174,8 @@ def train(args: Args) -> Path:
 
         # ---- Optimisers ------------------------------------------------------------------------------
         of_last_layer = args.ihvp in ("nystrom", "pcg") and args.columns in ("features", "last-layer")
-        check_critic(agent.critic, obs_dim, needs_linear_output=of_last_layer)
+        if args.ihvp != "none":
+            check_critic(agent.critic, obs_dim, needs_linear_output=of_last_layer)
         options = {"eps": 1e-5, "fused": True}
         actor_optimiser = torch.optim.Adam(agent.actor_parameters(), args.learning_rate, **options)
         critic_optimiser = torch.optim.Adam(agent.critic.parameters(), args.critic_learning_rate, **options)
@@ -1185,11 +1186,7 @@ def train(args: Args) -> Path:
         sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
 
         # ---- Training: buffers and the loop (shared) -------------------------------------------------
-        groups = [group for each in optimisers for group in each.param_groups]
-        step_sizes = [group["lr"] for group in groups]
-        trained = sorted(id(weight) for group in groups for weight in group["params"])
-        if trained != sorted(id(weight) for weight in agent.parameters()):
-            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        step_sizes = [group["lr"] for each in optimisers for group in each.param_groups]
         obs_stats, return_stats = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
         if checkpoint:
             try:
@@ -1202,8 +1199,10 @@ def train(args: Args) -> Path:
             except (RuntimeError, ValueError, KeyError) as error:
                 wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
-            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
-
+        groups = [group for each in optimisers for group in each.param_groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
         agent.set_action_space(action_space)
 
         def normalise(raw: np.ndarray) -> np.ndarray:
@@ -1306,17 +1305,18 @@ def train(args: Args) -> Path:
                     # The follower: K passes over what it answers on L = mean (G' - V)^2.
                     nested_start = time.perf_counter()
                     for _ in range(args.nested_updates):
-                        order = torch.randperm(len(rows)).to(device) if parts > 1 else slice(None)
-                        for mb_obs, mb_targets in zip(
-                            *(x[order].tensor_split(parts) for x in (states, targets))
-                        ):
-                            critic_loss = follower_step(agent.critic, critic_optimiser, mb_obs, mb_targets)
+                        order = torch.randperm(len(rows)) if parts > 1 else torch.arange(len(rows))
+                        pass_losses = []
+                        for part in order.to(device).tensor_split(parts):
+                            pair = states[part], targets[part]
+                            pass_losses.append(follower_step(agent.critic, critic_optimiser, *pair))
+                    critic_loss = torch.stack(pass_losses).mean()  # of the last pass
                     nested_time += time.perf_counter() - nested_start
 
-                    # The advantages of the critic that has just answered.
+                    # The advantages of the critic after its K passes.
                     response_start = time.perf_counter()
-                    jacobian = CriticJacobian(agent.critic, p_obs.flatten(0, 1))
-                    new_values = jacobian.values.view(p_obs.shape[:2])
+                    with torch.no_grad():
+                        new_values = agent.critic(p_obs.flatten(0, 1)).view(p_obs.shape[:2])
                     refreshed = gae(p_rewards, new_values, p_discounts, decay)
                     if args.direct_advantages == "rollout":
                         refreshed = p_advantages
@@ -1326,6 +1326,7 @@ def train(args: Args) -> Path:
                     # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
                     e, released = torch.zeros_like(weights), []
                     if args.ihvp != "none":
+                        jacobian = CriticJacobian(agent.critic, p_obs.flatten(0, 1))
                         with torch.no_grad():
                             steps = p_obs[:-1].flatten(0, 1), p_actions.flatten(0, 1)
                             now, _ = agent.logprob_and_entropy(*steps)
@@ -1370,9 +1371,10 @@ def train(args: Args) -> Path:
 
                     # The leader: PPO's minibatches; the correction's gradient is -(grad_theta,omega L) v.
                     arrays = p_obs[:-1], p_actions, p_logprobs, refreshed, p_advantages, e, *released
-                    order = rows[torch.randperm(len(rows)).to(device)] if parts > 1 else rows
-                    transitions = [array.flatten(0, 1)[order] for array in arrays]
-                    for minibatch in zip(*(array.tensor_split(parts) for array in transitions)):
+                    transitions = [array.flatten(0, 1)[rows] for array in arrays]
+                    order = torch.randperm(len(rows)) if parts > 1 else torch.arange(len(rows))
+                    for part in order.to(device).tensor_split(parts):
+                        minibatch = [array[part] for array in transitions]
                         mb_obs, mb_actions, mb_logprobs, mb_refreshed, mb_advantages, mb_e = minibatch[:6]
                         new_logprobs, entropies = agent.logprob_and_entropy(mb_obs, mb_actions)
                         logratio, entropy = new_logprobs - mb_logprobs, entropies.mean()

@@ -3,33 +3,40 @@ arXiv:2505.11714v1). `blpo_continuous.py` with a categorical policy and defaults
 files differ in the policy, the arguments and this text. Two players, the actor theta (leader) and the critic
 omega (follower) of one agent:
 
-    maximise J(theta, omega*(theta))  subject to  omega*(theta) = argmin_omega L_theta(omega)      eq. (4)
+    maximise J(theta, omega*(theta))  subject to  omega*(theta) = argmin_omega L_theta(omega)
 
-    J = mean_t min(r_t A_t, clip(r_t) A_t),  A_t = G_t(omega) - stopgrad V_omega(s_t),  G the lambda-return:
-        omega enters J through the values that G bootstraps from;
+(eq. (4) of the authors' poster), where ratio_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t) and
+
+    J = mean_t min(ratio_t A_t, clip(ratio_t, 1-eps, 1+eps) A_t),
+        A_t = G_t(omega) - stopgrad V_omega(s_t),  G the lambda-return: omega enters J through the values that
+        G bootstraps from;
     L = mean_t (G'_t - V_omega(s_t))^2,  G' the lambda-returns of the rollout, which bootstrap from the critic
         as it was then, at the states it visited. theta enters L through the policy that earns all of G'_t;
         with its advantages A'_t (GAE), and kappa = gamma lambda,
         grad_theta E[G'_t] = E[sum_{k >= t} kappa^(k-t) A'_k grad log pi(a_k|s_k)].
 
-Means are over the transitions of the rollout; A and A' are centred and over A's standard deviation in each
-minibatch unless --no-norm-adv. Algorithm 1, in each epoch of a rollout:
+Means are over the transitions of the rollout. The poster's Algorithm 1, in each epoch on a rollout (steps are
+Adam's; K is --nested-updates, alpha --damping, and H is approximated from --nystrom-rank directions):
 
     K passes  omega <- omega - eta_omega grad_omega L            the follower, in minibatches -> follower_step
     b = grad_omega J = J_V^T u,   u = (dG/dV)^T dJ/dG            -> lambda_returns_vjp, CriticJacobian.vjp
     v = (H + alpha I)^-1 b,       H ~ grad^2_omega L, damped     -> nystrom_ihvp | cg_ihvp
-    z = J_V v,   e = W^T z,   W_tk = kappa^(k-t)                 -> CriticJacobian.jvp, trace
-    one pass of PPO's minibatches, v and so e at rest
+    z = J_V v,   e = W^T z,   W_tk = kappa^(k-t) for k >= t in the same episode
+                                                                 -> CriticJacobian.jvp, trace
+    one pass of PPO's minibatches, v and so e held fixed
               theta <- theta + eta_theta (grad_theta J - (grad_theta,omega L) v),
               (grad_theta,omega L) v = -2 mean_t z_t sum_{k >= t} kappa^(k-t) A'_k grad log pi_k
                                      = -2 mean_k e_k A'_k grad log pi_k
 
-So the hypergradient is a policy gradient with the row weights 1 + 2 e, its direct part with the advantages A
-of the critic that has just answered, the other with those of the targets, A'. --mixed-discount sets kappa: 0
-makes each state its own start (the released code's reading), gamma is right for Monte Carlo targets (Zheng
-et al. 2022, Prop. 1). `--ihvp none` (e = 0) is the nested control. The policy softmax(logits_theta(s))
-enters through r_t alone. docs/blpo.md derives this; the authors' released code for discrete actions differs
-in sign, scale and clipping.
+2 z_t is how much J gains, through the critic's answer, when the target of row t rises, and e_k collects the
+rows whose targets action k has a part in. So the hypergradient is a policy gradient with the row weights 1 +
+2 e, its direct part with the advantages A of the critic after its K passes, the other with those of the
+targets, A'. Unless --no-norm-adv both are centred and over A's standard deviation in each minibatch, but b
+takes A centred alone: so there is one factor 1/std in the correction. --mixed-discount sets kappa: 0 makes
+each state its own start (the released code's reading), gamma is right for Monte Carlo targets (Zheng et al.
+2022, Prop. 1). `--ihvp none` (e = 0) is the nested control. The policy softmax(logits_theta(s)) enters
+through ratio_t alone. docs/blpo.md derives this; the authors' released code for discrete actions differs in
+sign, scale and clipping.
 
     python blpo_discrete.py --env-id CartPole-v1
 """
@@ -45,7 +52,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -162,7 +168,7 @@ class Args(CheckedArgs):
     num_minibatches: PositiveInt = 4
     """minibatches in an epoch, of the actor and of each pass of the critic"""
     update_epochs: PositiveInt = 4
-    """passes over a rollout"""
+    """passes of the actor over a rollout"""
     nested_updates: PositiveInt = 3
     """K, passes of the critic for each of the actor"""
     ihvp: Literal["nystrom", "cg", "none"] = "nystrom"
@@ -376,7 +382,7 @@ def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Te
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """PPO's min(r A, clip(r, 1-eps, 1+eps) A) row by row (PPO eq. 7); the unclipped branch wins ties."""
+    """PPO's min(ratio A, clip(ratio, 1-eps, 1+eps) A) (PPO eq. 7), element by element, of any shape."""
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
@@ -384,7 +390,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Te
 def trace(x: Tensor, decay: Tensor) -> Tensor:
     """W^T x, the transpose of what `gae` does to delta (A = W delta): e_t = x_t + decay_{t-1} e_{t-1}.
 
-    x (T, N), 0 where a row is no transition; decay (T, N) as in `gae`.
+    x (T, N), 0 where a row is no transition; decay (T, N) = kappa (1 - ended); in `gae` kappa = gamma lambda.
     """
     e = x.clone()
     for t in range(1, len(x)):
@@ -393,25 +399,26 @@ def trace(x: Tensor, decay: Tensor) -> Tensor:
 
 
 def lambda_returns_vjp(slopes: Tensor, discounts: Tensor, decay: Tensor) -> Tensor:
-    """(dG/dV)^T slopes for the lambda-returns G = V + W delta of `gae`: slopes (T, N), 0 where a row is no
-    transition, -> u (T+1, N)."""
+    """(dG/dV)^T slopes for the lambda-returns G = V + W delta of `gae`: for slopes = dJ/dG (T, N), 0 where a
+    row is no transition, u = dJ/dV (T+1, N); discounts and decay (T, N) as in `gae`."""
     back = trace(slopes, decay)  # by delta
     last = torch.zeros_like(slopes[:1])
     return torch.cat([slopes - back, last]) + torch.cat([last, discounts * back])
 
 
 class CriticJacobian:
-    """J = dV / d omega (n, P) of any critic at n observations, as products with it.
+    """J_V = dV / d omega (n, P) of any critic at n observations, as products with it.
 
     V is one number a row, so its gradient in the weights of a linear layer is the outer product of delta,
     the derivative of V by the layer's outputs, and the layer's inputs h. One torch.func.vjp by zeros that
     are added to the outputs of all layers gives every delta, whatever lies between the layers. Other
     parameters, such as those of a layer norm, have their Jacobian in full. Vectors in parameter space are
-    flat, in the order of `critic.parameters()`; q of them are (q, P).
+    flat, in the order of `critic.parameters()`; q of them are (q, P). `last_inputs` (n, F) are the inputs of
+    the linear layer that is called last.
     """
 
     def __init__(self, critic: nn.Module, obs: Tensor):
-        """Forward and backward pass at obs (n, D); keeps the values (n,) and the factors of J."""
+        """Forward and backward pass at obs (n, D); keeps the values (n,) and the factors of J_V."""
         layers = [module for module in critic.modules() if type(module) is nn.Linear]
 
         def shifted_values(shifts: list[Tensor]) -> tuple[Tensor, dict[nn.Linear, Tensor]]:
@@ -430,7 +437,7 @@ class CriticJacobian:
             zeros = [obs.new_zeros(len(obs), layer.out_features) for layer in layers]
             self.values, slopes, inputs = torch.func.vjp(shifted_values, zeros, has_aux=True)
             (deltas,) = slopes(torch.ones_like(self.values))
-        blocks = {}  # of each parameter: (delta, h) for weights, (J,) for all else
+        blocks = {}  # of each parameter: (delta, h) for weights, (J_V,) for all else
         for layer, delta in zip(layers, deltas):
             if layer in inputs:
                 blocks |= {layer.weight: (delta, inputs[layer]), layer.bias: (delta,)}
@@ -448,7 +455,7 @@ class CriticJacobian:
         self.last_inputs = [*inputs.values()][-1] if inputs else obs
 
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u for q vectors at once: (q, n) -> (q, P)."""
+        """J_V^T u for q vectors at once: (q, n) -> (q, P)."""
         parts, columns = [], u.T.contiguous()[:, :, None]
         for delta, *inputs in self.blocks:
             if not inputs:
@@ -461,7 +468,7 @@ class CriticJacobian:
         return torch.cat(parts, 1)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v for a vector: (P,) -> (n,)."""
+        """J_V v for a vector: (P,) -> (n,)."""
         result = torch.zeros_like(self.values)
         for (delta, *inputs), part in zip(self.blocks, v.split(self.sizes)):
             result += (inputs[0] @ part.view(delta.shape[1], -1).T * delta).sum(1) if inputs else delta @ part
@@ -471,7 +478,7 @@ class CriticJacobian:
 class GaussNewton:
     """H = 2 sum_t w_t grad V_t grad V_t^T = R^T R, the Gauss-Newton matrix of L = sum_t w_t (G_t - V_t)^2.
 
-    R = diag(sqrt(2 w)) J with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without
+    R = diag(sqrt(2 w)) J_V with weights w (n,), 0 for rows that are not in L. It is the Hessian of L without
     the term in the residuals G - V: positive semidefinite, and equal to it for a critic linear in omega.
     """
 
@@ -483,9 +490,9 @@ class GaussNewton:
         return self.jacobian.vjp((self.jacobian.jvp(v) * self.root**2)[None])[0]
 
     def sketch(self, u: Tensor, directions: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """b = J^T u (P,), H P (q, P) and P^T H P (q, q) for directions P (F, q) in the last layer, whose
-        features are (n, F). R P = features P costs next to nothing, so one product with J^T for q + 1
-        vectors gives b and all of H P."""
+        """b = J_V^T u (P,), (H S)^T (q, P) and S^T H S (q, q) for directions S (F, q) in the last layer,
+        whose inputs, each row times sqrt(2 w), are the features (n, F). R S = features S costs next to
+        nothing, so one product with J_V^T for q + 1 vectors gives b and all of H S."""
         images = (features @ directions).T
         products = self.jacobian.vjp(torch.cat([u[None], images * self.root]))
         return products[0], products[1:], images @ images.T
@@ -494,11 +501,11 @@ class GaussNewton:
 def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> Tensor:
     """v = (H_q + damping I)^-1 b with the Nystrom approximation H_q = C M^+ C^T (Prakash et al.'s poster).
 
-    columns C^T = (H P)^T (q, P) and core M = P^T H P (q, q) for directions P; P = some columns of the
+    columns C^T = (H S)^T (q, P) and core M = S^T H S (q, q) for directions S; S = some columns of the
     identity gives the poster's C = H[:, Q] and M = H[Q, Q]. The poster's Woodbury formula
         v = b / alpha - C (M + C^T C / alpha)^-1 C^T b / alpha^2
     breaks down where M is singular or slightly indefinite, so M is symmetrised and its eigenvalues below
-    1e-8 (in float32: 1e-6) of the largest are dropped: H_q = F F^T with F = C E D^-1/2, and
+    1e-8 (in float32: 1e-6) of the largest are dropped: M = E D E^T, H_q = F F^T with F = C E D^-1/2, and
         v = (b - F (alpha I + F^T F)^-1 F^T b) / alpha,   0 < v.b <= |b|^2 / alpha.
     The small system is solved in float64. v is nan where anything in the system is not finite.
     """
@@ -519,10 +526,11 @@ def nystrom_solve(columns: Tensor, core: Tensor, damping: float, b: Tensor) -> T
 def nystrom_ihvp(
     curvature: GaussNewton, u: Tensor, damping: float, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H_q + damping I)^-1 b: u (n,) -> b, v (P,), for a critic whose last layer is linear.
+    """b = J_V^T u and v = (H_q + damping I)^-1 b: u (n,) -> b, v (P,), of a critic whose last layer is
+    linear.
 
-    The directions P lie in that layer, along its leading features Phi (n, width + 1), its inputs and 1 scaled
-    as R: P = orth(S^2 Omega), S = Phi^T Phi, Omega Gaussian: subspace iteration (Halko et al. 2011).
+    The directions S lie in that layer, along its leading features Phi (n, width + 1), its inputs and 1
+    scaled as R: S = orth((Phi^T Phi)^2 Omega), Omega Gaussian: subspace iteration (Halko et al. 2011).
     """
     last = curvature.jacobian.last_inputs
     features = torch.cat([last, torch.ones_like(last[:, :1])], 1) * curvature.root[:, None]
@@ -537,33 +545,35 @@ def conjugate_gradient(product, b: Tensor, iterations: int) -> Tensor:
     """Solve A x = b, b and x (P,), for a symmetric A given as product(v) = A v (Hestenes and Stiefel 1952).
 
     Guarded: it stops improving x for good where p.A p <= 0 (A is not positive definite there) or where the
-    residual has fallen to 1e-6 of b, below which float32 directions are noise. Nothing is read back.
+    residual has fallen to 1e-6 of b, below which float32 directions are noise. No number is copied to the
+    CPU, so that a GPU need not wait.
     """
-    x, residual, direction = torch.zeros_like(b), b, b
-    energy = b @ b
-    stop = 1e-12 * energy
-    going = torch.ones_like(energy, dtype=torch.bool)
+    x, residual, p = torch.zeros_like(b), b, b
+    rr = b @ b
+    stop = 1e-12 * rr
+    active = torch.ones_like(rr, dtype=torch.bool)
     for _ in range(iterations):
-        image = product(direction)
-        bend = direction @ image
-        going = going & (bend > 0) & (energy > stop)
-        step = torch.where(going, energy / bend, 0.0)
-        x = x + step * direction
+        image = product(p)  # A p
+        bend = p @ image
+        active = active & (bend > 0) & (rr > stop)
+        step = torch.where(active, rr / bend, 0.0)
+        x = x + step * p
         residual = residual - step * image
-        new_energy = residual @ residual
-        direction = residual + torch.where(going, new_energy / energy, 0.0) * direction
-        energy = new_energy
+        new_rr = residual @ residual
+        p = residual + torch.where(active, new_rr / rr, 0.0) * p
+        rr = new_rr
     return x
 
 
 def cg_ihvp(curvature: GaussNewton, u: Tensor, damping: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """b = J^T u and v = (H + damping I)^-1 b by conjugate gradients: u (n,) -> b, v (P,)."""
+    """b = J_V^T u and v = (H + damping I)^-1 b by conjugate gradients: u (n,) -> b, v (P,)."""
     b = curvature.jacobian.vjp(u[None])[0]
     return b, conjugate_gradient(lambda v: curvature.product(v) + damping * v, b, iterations)
 
 
 def surrogate_slope(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """The derivative of `clipped_surrogate` by the advantages: the ratio of the smaller branch."""
+    """The derivative of `clipped_surrogate` by the advantages, of any shape: the ratio of the smaller branch;
+    of equal ones the unclipped."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
 
@@ -704,7 +714,8 @@ class Run:
 
     def __init__(self, args: Args):
         self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
-        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.global_step, self.wall_time, self.opened, self.result = 0, 0.0, False, {}
+        self.returns, self.csv_lengths = [], [0, 0]  # of episodes, at their steps; of the csv files, in bytes
         self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
         self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
@@ -717,7 +728,8 @@ class Run:
         try:
             self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+            for name in ("global_step", "wall_time", "returns", "csv_lengths"):
+                setattr(self, name, self.checkpoint[name])
         except filelock.Timeout:
             raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
@@ -734,16 +746,17 @@ class Run:
                 self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
                 while self.folder.exists():  # a run of the same second
                     self.folder = self.folder.with_name(self.folder.name + "_")
-                self.folder.mkdir(parents=True)
-                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             if args.track:
                 self.start_wandb()
+            if not resumed:
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
-            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a string
             self.write_json("args.json", made | {"args": saved})
             self.metrics = self.open_csv("metrics.csv", METRICS)
             self.episodes = self.open_csv("episodes.csv", EPISODES)
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+            (self.folder / "result.json").unlink(missing_ok=True)  # left by the part before
         except OSError as error:
             raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
@@ -765,8 +778,6 @@ class Run:
 
             self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
         except Exception as error:
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder)
             raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
 
     def on_signal(self, number: int, frame) -> None:
@@ -776,23 +787,15 @@ class Run:
             sys.exit(128 + number)
 
     def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
-        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
-        it are dropped, and so is, with a message, what cannot be read."""
-        path, kept, damaged = self.folder / name, [",".join(columns)], 0
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                if int(row["global_step"]) <= self.global_step:
-                    kept.append(line)
-                    if columns is EPISODES:
-                        self.returns.append((row["global_step"], row["episodic_return"]))
-            except (ValueError, OverflowError):
-                damaged += line != kept[0]
-        if damaged:
-            say(f"{path}: {damaged} lines could not be read and are dropped")
-        write_atomically(path, "\r\n".join([*kept, ""]).encode())
-        self.files.append(open(path, "a", newline=""))
-        return csv.DictWriter(self.files[-1], columns)
+        """The csv file of that name, to append to, cut back to what it held at the checkpoint."""
+        file = open(self.folder / name, "a", newline="")
+        file.truncate(min(file.tell(), self.csv_lengths[len(self.files)]))
+        self.files.append(file)
+        writer = csv.DictWriter(file, columns)
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+            file.flush()
+        return writer
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
@@ -825,7 +828,9 @@ class Run:
         disk before."""
         for file in self.files:
             os.fsync(file.fileno())
-        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "returns": self.returns}
+        state["csv_lengths"] = [os.fstat(file.fileno()).st_size for file in self.files]
+        state["rng"] = torch.get_rng_state()
         write_atomically(self.folder / "checkpoint.pt", state)
 
     def __exit__(self, kind, error, trace) -> None:
@@ -849,7 +854,7 @@ class Run:
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 self.write_json("result.json", result)
             say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
-            if status == "interrupted":
+            if status == "interrupted" and (self.folder / "checkpoint.pt").exists():
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
@@ -871,7 +876,7 @@ def load_policy(path: str | Path) -> Agent:
 def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
     """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
     long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
-    task; without episodes it only tries."""
+    task; with episodes=0 it only checks that."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
@@ -917,7 +922,8 @@ def train(args: Args) -> Path:
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
 
         # ---- Optimisers ------------------------------------------------------------------------------
-        check_critic(agent.critic, obs_dim, needs_linear_output=args.ihvp == "nystrom")
+        if args.ihvp != "none":
+            check_critic(agent.critic, obs_dim, needs_linear_output=args.ihvp == "nystrom")
         options = {"eps": 1e-5, "fused": True}
         actor_optimiser = torch.optim.Adam(agent.actor_parameters(), args.learning_rate, **options)
         critic_optimiser = torch.optim.Adam(agent.critic.parameters(), args.critic_learning_rate, **options)
@@ -926,11 +932,7 @@ def train(args: Args) -> Path:
         sketch_generator = torch.Generator()  # its own, so that the solver changes no other random number
 
         # ---- Training: buffers and the loop (shared) -------------------------------------------------
-        groups = [group for each in optimisers for group in each.param_groups]
-        step_sizes = [group["lr"] for group in groups]
-        trained = sorted(id(weight) for group in groups for weight in group["params"])
-        if trained != sorted(id(weight) for weight in agent.parameters()):
-            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        step_sizes = [group["lr"] for each in optimisers for group in each.param_groups]
         obs_stats, return_stats = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
         if checkpoint:
             try:
@@ -943,8 +945,10 @@ def train(args: Args) -> Path:
             except (RuntimeError, ValueError, KeyError) as error:
                 wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
-            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
-
+        groups = [group for each in optimisers for group in each.param_groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
         agent.set_action_space(action_space)
 
         def normalise(raw: np.ndarray) -> np.ndarray:
@@ -1030,24 +1034,27 @@ def train(args: Args) -> Path:
                 # The follower: K passes over the rollout on L = mean (G' - V)^2.
                 nested_start = time.perf_counter()
                 for _ in range(args.nested_updates):
+                    pass_losses = []
                     for part in torch.randperm(len(rows)).to(device).tensor_split(num_minibatches):
-                        critic_loss = follower_step(
-                            agent.critic, critic_optimiser, states[part], targets[part]
-                        )
+                        pair = states[part], targets[part]
+                        pass_losses.append(follower_step(agent.critic, critic_optimiser, *pair))
+                critic_loss = torch.stack(pass_losses).mean()  # of the last pass
                 nested_time += time.perf_counter() - nested_start
 
-                # The advantages of the critic that has just answered.
+                # The advantages of the critic after its K passes.
                 response_start = time.perf_counter()
-                jacobian = CriticJacobian(agent.critic, b_obs.flatten(0, 1))
-                new_values = jacobian.values.view(values.shape)
+                with torch.no_grad():
+                    new_values = agent.critic(b_obs.flatten(0, 1)).view(values.shape)
                 refreshed = gae(b_rewards, new_values, b_discounts, decay)
 
                 # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
                 e = torch.zeros_like(weights)
                 if args.ihvp != "none":
+                    jacobian = CriticJacobian(agent.critic, b_obs.flatten(0, 1))
                     with torch.no_grad():
                         now, _ = agent.logprob_and_entropy(b_obs[:-1].flatten(0, 1), b_actions.flatten(0, 1))
                     ratio = (now.view(shape) - logprobs).exp()
+                    # Not over its deviation: the correction's factor 1/std is in its own advantages.
                     centred = refreshed - (weights * refreshed).sum() if args.norm_adv else refreshed
                     slopes = weights * surrogate_slope(ratio, centred, args.clip_coef)
                     u = lambda_returns_vjp(slopes, b_discounts, decay).flatten()  # b = J_V^T u
@@ -1065,9 +1072,9 @@ def train(args: Args) -> Path:
 
                 # The leader: PPO's minibatches; the correction's gradient is -(grad_theta,omega L) v.
                 arrays = b_obs[:-1], b_actions, logprobs, refreshed, advantages, e
-                order = rows[torch.randperm(len(rows)).to(device)]
-                transitions = [array.flatten(0, 1)[order] for array in arrays]
-                for minibatch in zip(*(array.tensor_split(num_minibatches) for array in transitions)):
+                transitions = [array.flatten(0, 1)[rows] for array in arrays]
+                for part in torch.randperm(len(rows)).to(device).tensor_split(num_minibatches):
+                    minibatch = (array[part] for array in transitions)
                     mb_obs, mb_actions, mb_logprobs, mb_refreshed, mb_advantages, mb_e = minibatch
                     new_logprobs, entropies = agent.logprob_and_entropy(mb_obs, mb_actions)
                     logratio, entropy = new_logprobs - mb_logprobs, entropies.mean()
@@ -1086,8 +1093,7 @@ def train(args: Args) -> Path:
                             numbers = critic_loss, -direct, entropy, old_kl, kl, clipped
                             statistics.append(torch.stack(numbers))
                     if len(statistics) == num_minibatches:  # the last minibatch of the rollout
-                        theta = agent.actor_parameters()
-                        diagnostics = leader_diagnostics(theta, direct, correction, mb_e)
+                        diagnostics = leader_diagnostics(agent.actor_parameters(), direct, correction, mb_e)
                     actor_optimiser.zero_grad()
                     loss.backward()
                     actor_optimiser.step()

@@ -28,7 +28,7 @@ the leader likes most (here there is one). Local necessary conditions: the hyper
     python blpo_tabular.py        # all figures and tables, in minutes; docs/blpo.md shows them
 """
 
-# ---- Imports -------------------------------------------------------------------------------------------
+# ---- Imports -----------------------------------------------------------------------------------------
 import csv
 import importlib.metadata
 import json
@@ -81,7 +81,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Width = Annotated[int, Field(ge=1, le=8192)]
 
 
-# ---- Arguments -----------------------------------------------------------------------------------------
+# ---- Arguments ---------------------------------------------------------------------------------------
 FigureName = Literal["critics", "solvers", "theorem", "price"]
 
 
@@ -104,7 +104,7 @@ class Args(CheckedArgs):
     """processes, each with one thread"""
 
 
-# ---- Games ---------------------------------------------------------------------------------------------
+# ---- Games -------------------------------------------------------------------------------------------
 GAMMA = 0.95
 RIDGE = 1e-9  # in L; it makes features that are 0 harmless, so that critics of all sizes are one batch
 FEATURES = {"chain": (1, 2, 3, 5, 10), "garnet": (1, 2, 3, 5, 10, 20)}
@@ -172,7 +172,7 @@ def optimal_return(games: Game) -> Tensor:
     return (games.start * values).sum(-1)
 
 
-# ---- The two players -----------------------------------------------------------------------------------
+# ---- The two players ---------------------------------------------------------------------------------
 def induced(theta: Tensor, game: Game) -> tuple[Tensor, Tensor]:
     """P_pi (S, S) and r_pi (S,) of pi = softmax(theta), theta (S, A)."""
     pi = theta.softmax(-1)
@@ -215,7 +215,7 @@ def total_objective(theta: Tensor, game: Game) -> Tensor:
     return leader_objective(theta, best_response(theta, game), game)
 
 
-# ---- The hypergradient ---------------------------------------------------------------------------------
+# ---- The hypergradient -------------------------------------------------------------------------------
 class Settings(NamedTuple):
     """How theta is moved. The methods: policy gradient, of E_nu V^pi; simultaneous, the critic makes one step
     of gradient descent while the actor makes its own; nested, the partial gradient at the follower's answer;
@@ -300,7 +300,7 @@ def ascent_direction(
     return direct + 2 * vmap(weighed_policy_gradient)(theta, e, games)
 
 
-# ---- From samples --------------------------------------------------------------------------------------
+# ---- From samples ------------------------------------------------------------------------------------
 HORIZON = 80  # steps of a trajectory: gamma^80 is 0.017
 
 
@@ -357,7 +357,7 @@ def sampled_direction(theta: Tensor, games: Game, settings: Settings, generator:
     return scores - theta.softmax(-1) * scores.sum(-1, keepdim=True)  # sum of gains grad log pi, softmax
 
 
-# ---- Training ------------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------------------------
 def descend(theta: Tensor, omega: Tensor, games: Game, h: Tensor, steps: int | None) -> Tensor:
     """omega (B, d) after that many steps of gradient descent on L, of length 1 / its largest curvature; with
     None, its best response. H omega + constant is all of L's gradient."""
@@ -397,7 +397,7 @@ def fraction_of_optimum(theta: Tensor, games: Game) -> Tensor:
     return vmap(true_return)(theta, games) / optimal_return(games)
 
 
-# ---- Experiments: rows of a table, one job after the other ----------------------------------------------
+# ---- Experiments: rows of a table, one job after the other -------------------------------------------
 METHODS = ("policy gradient", "BLPO", "constant", "permuted", "nested", "simultaneous")
 ESTIMATORS = ("BLPO", "GAE 0", "GAE 0.5", "GAE 0.95", "GAE 1")
 EPSILONS = tuple(10 ** (-k / 4) for k in range(4, 13))  # of the largest norm of a run: 0.1 to 0.001
@@ -547,7 +547,7 @@ def run_job(job: tuple) -> list[Row]:
     return function(*arguments)
 
 
-# ---- Figures -------------------------------------------------------------------------------------------
+# ---- Figures -----------------------------------------------------------------------------------------
 LOGARITHMIC = {"updates to epsilon", "bias", "standard deviation"}  # panels
 AXES = {  # of figures whose panels agree in them
     "critics": ("features of the critic", "fraction of the optimal return"),
@@ -595,7 +595,7 @@ def draw(path: Path, rows: list[Row]) -> None:
     new.replace(path)
 
 
-# ---- Entry point ---------------------------------------------------------------------------------------
+# ---- Entry point -------------------------------------------------------------------------------------
 def slopes(rows: list[Row]) -> list[float]:
     """For each seed the slope of log(updates) against log(1 / epsilon), over the epsilons reached."""
     found = []

@@ -3,18 +3,19 @@
 Actor theta and critic omega, two heads on one convolutional network (Mnih et al. 2015) or, with
 `--separate-trunks`, on two, are improved at the same time on minibatches of the last rollout:
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)       r_t the sign of the points won
-    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k   to the end of the life      GAE, eq. (11) -> gae
-    r_t     = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
-    J       = mean_t min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t)                   eq. (7) -> clipped_surrogate
-    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)         eq. (9) -> value_loss
-    theta, omega  <-  Adam on  -J + vf_coef L - ent_coef H
+    delta_t = reward_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)           eq. (12)
+    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k   to the life's end     eq. (11) -> gae
+    ratio_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
+    J       = mean_t min(ratio_t A_t, clip(ratio_t, 1-eps, 1+eps) A_t)          eq. (7) -> clipped_surrogate
+    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)        -> value_loss
+    theta, omega  <-  Adam on  -J + vf_coef L - ent_coef H                      eq. (9)
 
-Settings and preprocessing are those of CleanRL's `ppo_atari` (numbered in docs/ppo.md): a lost life is a
-termination for the learner, the returns that are logged are the points of whole games. EnvPool plays the
-games. Put right: the row that follows a lost life or a game is a reset and no transition, so it is in no
-loss and no statistic; a game is over when EnvPool says so, not when no life is left; a time limit is
-bootstrapped (`--no-bootstrap-truncation`: it is a termination).
+A reward is the sign of the points won. A is normalised in each minibatch, and L is the larger of this error
+and the same after the values' change has been clipped. Settings and preprocessing are those of CleanRL's
+`ppo_atari` (numbered in docs/ppo.md): a lost life is a termination for the learner, the returns that are
+logged are the points of whole games. EnvPool plays the games. Put right: the row that follows a lost life or
+a game is a reset and no transition, so it is in no loss and no statistic; a game is over when EnvPool says
+so, not when no life is left; a time limit is bootstrapped (`--no-bootstrap-truncation`: it is a termination).
 
     python ppo_atari.py --env-id Breakout-v5
 """
@@ -29,7 +30,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -375,7 +375,7 @@ def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Te
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """PPO's min(r A, clip(r, 1-eps, 1+eps) A) row by row (PPO eq. 7); the unclipped branch wins ties."""
+    """PPO's min(ratio A, clip(ratio, 1-eps, 1+eps) A) (PPO eq. 7), element by element, of any shape."""
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
@@ -466,7 +466,8 @@ class Run:
 
     def __init__(self, args: Args):
         self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
-        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.global_step, self.wall_time, self.opened, self.result = 0, 0.0, False, {}
+        self.returns, self.csv_lengths = [], [0, 0]  # of episodes, at their steps; of the csv files, in bytes
         self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
         self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
@@ -479,7 +480,8 @@ class Run:
         try:
             self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+            for name in ("global_step", "wall_time", "returns", "csv_lengths"):
+                setattr(self, name, self.checkpoint[name])
         except filelock.Timeout:
             raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
@@ -496,16 +498,17 @@ class Run:
                 self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
                 while self.folder.exists():  # a run of the same second
                     self.folder = self.folder.with_name(self.folder.name + "_")
-                self.folder.mkdir(parents=True)
-                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             if args.track:
                 self.start_wandb()
+            if not resumed:
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
-            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a string
             self.write_json("args.json", made | {"args": saved})
             self.metrics = self.open_csv("metrics.csv", METRICS)
             self.episodes = self.open_csv("episodes.csv", EPISODES)
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+            (self.folder / "result.json").unlink(missing_ok=True)  # left by the part before
         except OSError as error:
             raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
@@ -527,8 +530,6 @@ class Run:
 
             self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
         except Exception as error:
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder)
             raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
 
     def on_signal(self, number: int, frame) -> None:
@@ -538,23 +539,15 @@ class Run:
             sys.exit(128 + number)
 
     def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
-        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
-        it are dropped, and so is, with a message, what cannot be read."""
-        path, kept, damaged = self.folder / name, [",".join(columns)], 0
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                if int(row["global_step"]) <= self.global_step:
-                    kept.append(line)
-                    if columns is EPISODES:
-                        self.returns.append((row["global_step"], row["episodic_return"]))
-            except (ValueError, OverflowError):
-                damaged += line != kept[0]
-        if damaged:
-            say(f"{path}: {damaged} lines could not be read and are dropped")
-        write_atomically(path, "\r\n".join([*kept, ""]).encode())
-        self.files.append(open(path, "a", newline=""))
-        return csv.DictWriter(self.files[-1], columns)
+        """The csv file of that name, to append to, cut back to what it held at the checkpoint."""
+        file = open(self.folder / name, "a", newline="")
+        file.truncate(min(file.tell(), self.csv_lengths[len(self.files)]))
+        self.files.append(file)
+        writer = csv.DictWriter(file, columns)
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+            file.flush()
+        return writer
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
@@ -587,7 +580,9 @@ class Run:
         disk before."""
         for file in self.files:
             os.fsync(file.fileno())
-        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "returns": self.returns}
+        state["csv_lengths"] = [os.fstat(file.fileno()).st_size for file in self.files]
+        state["rng"] = torch.get_rng_state()
         write_atomically(self.folder / "checkpoint.pt", state)
 
     def __exit__(self, kind, error, trace) -> None:
@@ -611,7 +606,7 @@ class Run:
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 self.write_json("result.json", result)
             say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
-            if status == "interrupted":
+            if status == "interrupted" and (self.folder / "checkpoint.pt").exists():
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
@@ -633,7 +628,7 @@ def load_policy(path: str | Path) -> Agent:
 def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
     """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
     long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
-    task; without episodes it only tries."""
+    task; with episodes=0 it only checks that."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
@@ -688,11 +683,7 @@ def train(args: Args) -> Path:
         optimisers = [torch.optim.Adam(parameters, eps=1e-5, fused=True)]
 
         # ---- Training on Atari: buffers and the loop (shared) ----------------------------------------
-        groups = [group for each in optimisers for group in each.param_groups]
-        step_sizes = [group["lr"] for group in groups]
-        trained = sorted(id(weight) for group in groups for weight in group["params"])
-        if trained != sorted(id(weight) for weight in agent.parameters()):
-            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        step_sizes = [group["lr"] for each in optimisers for group in each.param_groups]
         if checkpoint:
             try:
                 agent.load_state_dict(checkpoint["agent"])
@@ -702,7 +693,10 @@ def train(args: Args) -> Path:
             except (RuntimeError, ValueError, KeyError) as error:
                 wrong = "another version made it, or networks of another shape; leave out what shapes them"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
-            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
+        groups = [group for each in optimisers for group in each.param_groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
 
         # The rollout: arrays (time, game, ...); row num_steps of obs is the next rollout's first. The images
         # stay bytes, and what the networks see and say is where they live.

@@ -5,18 +5,19 @@ policy, the arguments and this text. Actor theta and critic omega are improved a
 minibatches of the last rollout:
 
     pi_theta(a|s) = softmax(logits_theta(s))_a                                   -> Agent
-    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)
-    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k   to the episode's end   GAE, eq. (11) -> gae
-    r_t     = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
-    J       = mean_t min(r_t A_t, clip(r_t, 1-eps, 1+eps) A_t)                   eq. (7) -> clipped_surrogate
-    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)         eq. (9) -> value_loss
-    theta, omega  <-  Adam on  -J + vf_coef L - ent_coef H
+    delta_t = reward_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)           eq. (12)
+    A_t     = sum_{k >= t} (gamma lambda)^{k-t} delta_k   to the episode's end  eq. (11) -> gae
+    ratio_t = pi_theta(a_t|s_t) / pi_old(a_t|s_t)
+    J       = mean_t min(ratio_t A_t, clip(ratio_t, 1-eps, 1+eps) A_t)          eq. (7) -> clipped_surrogate
+    L       = mean_t (G_t - V_omega(s_t))^2 / 2,  G_t = A_t + V_old(s_t)        -> value_loss
+    theta, omega  <-  Adam on  -J + vf_coef L - ent_coef H                      eq. (9)
 
-Batch shape and schedule are those of CleanRL's `ppo` on classic control (docs/ppo.md). Unlike there,
-observations and rewards are normalised, the row that follows the end of an episode, a reset and no
+A is normalised in each minibatch, and L is the larger of this error and the same after the values' change has
+been clipped. Batch shape and schedule are those of CleanRL's `ppo` on classic control (docs/ppo.md). Unlike
+there, observations and rewards are normalised, the row that follows the end of an episode, a reset and no
 transition, is left out, and a time limit is bootstrapped from the episode's final observation
-(`--no-bootstrap-truncation` treats it as a termination). Environments step in EnvPool where it has them,
-else in Gymnasium.
+(`--no-bootstrap-truncation` treats it as a termination). Environments step in EnvPool where it has them, else
+in Gymnasium.
 
     python ppo_discrete.py --env-id CartPole-v1
 """
@@ -32,7 +33,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -349,7 +349,7 @@ def gae(rewards: Tensor, values: Tensor, discounts: Tensor, decay: Tensor) -> Te
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """PPO's min(r A, clip(r, 1-eps, 1+eps) A) row by row (PPO eq. 7); the unclipped branch wins ties."""
+    """PPO's min(ratio A, clip(ratio, 1-eps, 1+eps) A) (PPO eq. 7), element by element, of any shape."""
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
 
 
@@ -440,7 +440,8 @@ class Run:
 
     def __init__(self, args: Args):
         self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
-        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.global_step, self.wall_time, self.opened, self.result = 0, 0.0, False, {}
+        self.returns, self.csv_lengths = [], [0, 0]  # of episodes, at their steps; of the csv files, in bytes
         self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
         self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
@@ -453,7 +454,8 @@ class Run:
         try:
             self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+            for name in ("global_step", "wall_time", "returns", "csv_lengths"):
+                setattr(self, name, self.checkpoint[name])
         except filelock.Timeout:
             raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
@@ -470,16 +472,17 @@ class Run:
                 self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
                 while self.folder.exists():  # a run of the same second
                     self.folder = self.folder.with_name(self.folder.name + "_")
-                self.folder.mkdir(parents=True)
-                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             if args.track:
                 self.start_wandb()
+            if not resumed:
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
-            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a string
             self.write_json("args.json", made | {"args": saved})
             self.metrics = self.open_csv("metrics.csv", METRICS)
             self.episodes = self.open_csv("episodes.csv", EPISODES)
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+            (self.folder / "result.json").unlink(missing_ok=True)  # left by the part before
         except OSError as error:
             raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
@@ -501,8 +504,6 @@ class Run:
 
             self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
         except Exception as error:
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder)
             raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
 
     def on_signal(self, number: int, frame) -> None:
@@ -512,23 +513,15 @@ class Run:
             sys.exit(128 + number)
 
     def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
-        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
-        it are dropped, and so is, with a message, what cannot be read."""
-        path, kept, damaged = self.folder / name, [",".join(columns)], 0
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                if int(row["global_step"]) <= self.global_step:
-                    kept.append(line)
-                    if columns is EPISODES:
-                        self.returns.append((row["global_step"], row["episodic_return"]))
-            except (ValueError, OverflowError):
-                damaged += line != kept[0]
-        if damaged:
-            say(f"{path}: {damaged} lines could not be read and are dropped")
-        write_atomically(path, "\r\n".join([*kept, ""]).encode())
-        self.files.append(open(path, "a", newline=""))
-        return csv.DictWriter(self.files[-1], columns)
+        """The csv file of that name, to append to, cut back to what it held at the checkpoint."""
+        file = open(self.folder / name, "a", newline="")
+        file.truncate(min(file.tell(), self.csv_lengths[len(self.files)]))
+        self.files.append(file)
+        writer = csv.DictWriter(file, columns)
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+            file.flush()
+        return writer
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
@@ -561,7 +554,9 @@ class Run:
         disk before."""
         for file in self.files:
             os.fsync(file.fileno())
-        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "returns": self.returns}
+        state["csv_lengths"] = [os.fstat(file.fileno()).st_size for file in self.files]
+        state["rng"] = torch.get_rng_state()
         write_atomically(self.folder / "checkpoint.pt", state)
 
     def __exit__(self, kind, error, trace) -> None:
@@ -585,7 +580,7 @@ class Run:
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 self.write_json("result.json", result)
             say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
-            if status == "interrupted":
+            if status == "interrupted" and (self.folder / "checkpoint.pt").exists():
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
@@ -607,7 +602,7 @@ def load_policy(path: str | Path) -> Agent:
 def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
     """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
     long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
-    task; without episodes it only tries."""
+    task; with episodes=0 it only checks that."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):
@@ -653,18 +648,13 @@ def train(args: Args) -> Path:
         agent.to(device).eval()  # acting and learning are one function of the weights: no dropout in either
 
         # ---- Optimisers ------------------------------------------------------------------------------
-        parameters = [
-            {"params": agent.actor_parameters(), "lr": args.learning_rate},
-            {"params": agent.critic.parameters(), "lr": args.critic_learning_rate},
-        ]
-        optimisers = [torch.optim.Adam(parameters, eps=1e-5, fused=True)]
+        options = {"eps": 1e-5, "fused": True}
+        actor_optimiser = torch.optim.Adam(agent.actor_parameters(), args.learning_rate, **options)
+        critic_optimiser = torch.optim.Adam(agent.critic.parameters(), args.critic_learning_rate, **options)
+        optimisers = [actor_optimiser, critic_optimiser]
 
         # ---- Training: buffers and the loop (shared) -------------------------------------------------
-        groups = [group for each in optimisers for group in each.param_groups]
-        step_sizes = [group["lr"] for group in groups]
-        trained = sorted(id(weight) for group in groups for weight in group["params"])
-        if trained != sorted(id(weight) for weight in agent.parameters()):
-            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
+        step_sizes = [group["lr"] for each in optimisers for group in each.param_groups]
         obs_stats, return_stats = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
         if checkpoint:
             try:
@@ -677,8 +667,10 @@ def train(args: Args) -> Path:
             except (RuntimeError, ValueError, KeyError) as error:
                 wrong = "another version made it, or networks of another shape; leave out widths and task"
                 raise BadInput(f"--resume {args.resume}: {wrong}") from error
-            groups = [group for each in optimisers for group in each.param_groups]  # loading made new ones
-
+        groups = [group for each in optimisers for group in each.param_groups]
+        trained = sorted(id(weight) for group in groups for weight in group["params"])
+        if trained != sorted(id(weight) for weight in agent.parameters()):
+            raise BadInput("every parameter of the agent must be one of the actor's or one of the critic's")
         agent.set_action_space(action_space)
 
         def normalise(raw: np.ndarray) -> np.ndarray:
@@ -755,9 +747,9 @@ def train(args: Args) -> Path:
             num_minibatches = max(1, min(args.num_minibatches, len(rows) // 2))
             for epoch in range(args.update_epochs):
                 statistics = []  # of each minibatch of this epoch; read once, after the update
-                order = torch.randperm(len(rows)).to(device)
-                minibatches = zip(*(array[order].tensor_split(num_minibatches) for array in transitions))
-                for mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_values, mb_returns in minibatches:
+                for part in torch.randperm(len(rows)).to(device).tensor_split(num_minibatches):
+                    minibatch = (array[part] for array in transitions)
+                    mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_values, mb_returns = minibatch
                     new_logprobs, entropies = agent.logprob_and_entropy(mb_obs, mb_actions)
                     logratio, entropy = new_logprobs - mb_logprobs, entropies.mean()
                     ratio = logratio.exp()
@@ -768,10 +760,11 @@ def train(args: Args) -> Path:
                     new_values = agent.critic(mb_obs).squeeze(-1)
                     critic_loss = value_loss(new_values, mb_values, mb_returns, value_clip)
                     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
-                    optimisers[0].zero_grad()
+                    agent.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimisers[0].step()
+                    actor_optimiser.step()
+                    critic_optimiser.step()
                     if epoch == args.update_epochs - 1 or args.target_kl is not None:
                         with torch.no_grad():
                             clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()

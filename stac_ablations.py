@@ -33,7 +33,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -631,7 +630,8 @@ class Run:
 
     def __init__(self, args: Args):
         self.args, self.folder, self.lock, self.checkpoint, self.wandb = args, args.resume, None, None, None
-        self.global_step, self.wall_time, self.opened, self.returns, self.result = 0, 0.0, False, [], {}
+        self.global_step, self.wall_time, self.opened, self.result = 0, 0.0, False, {}
+        self.returns, self.csv_lengths = [], [0, 0]  # of episodes, at their steps; of the csv files, in bytes
         self.stop_signal, self.trained, self.handlers, self.files = 0, False, {}, []
         self.end = args.total_timesteps - args.total_timesteps % (args.num_envs * args.num_steps)
 
@@ -644,7 +644,8 @@ class Run:
         try:
             self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             self.checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.global_step, self.wall_time = self.checkpoint["global_step"], self.checkpoint["wall_time"]
+            for name in ("global_step", "wall_time", "returns", "csv_lengths"):
+                setattr(self, name, self.checkpoint[name])
         except filelock.Timeout:
             raise BadInput(f"--resume {self.folder} is still running in another process") from None
         except Exception as error:  # a damaged archive raises errors of many kinds
@@ -661,16 +662,17 @@ class Run:
                 self.folder = args.run_dir / re.sub(r"[/:\\\s]", "_", name)
                 while self.folder.exists():  # a run of the same second
                     self.folder = self.folder.with_name(self.folder.name + "_")
-                self.folder.mkdir(parents=True)
-                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             if args.track:
                 self.start_wandb()
+            if not resumed:
+                self.folder.mkdir(parents=True)
+                self.lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0).lock
             made = json.loads((self.folder / "args.json").read_text()) if resumed else provenance()
-            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a word
+            saved = json.loads(args.model_dump_json(exclude={"resume"}))  # infinity as a string
             self.write_json("args.json", made | {"args": saved})
             self.metrics = self.open_csv("metrics.csv", METRICS)
             self.episodes = self.open_csv("episodes.csv", EPISODES)
-            (self.folder / "result.json").unlink(missing_ok=True)  # of the part before
+            (self.folder / "result.json").unlink(missing_ok=True)  # left by the part before
         except OSError as error:
             raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
@@ -692,8 +694,6 @@ class Run:
 
             self.wandb = wandb.init(**names, config=self.args.model_dump(mode="json"), sync_tensorboard=True)
         except Exception as error:
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder)
             raise BadInput(f"--track: {error}; log in, set WANDB_MODE=offline or leave it out") from error
 
     def on_signal(self, number: int, frame) -> None:
@@ -703,23 +703,15 @@ class Run:
             sys.exit(128 + number)
 
     def open_csv(self, name: str, columns: tuple[str, ...]) -> csv.DictWriter:
-        """The csv file of that name, to append to. In a resumed run it ends with the checkpoint: rows after
-        it are dropped, and so is, with a message, what cannot be read."""
-        path, kept, damaged = self.folder / name, [",".join(columns)], 0
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                row = dict(zip(columns, [float(cell or "nan") for cell in line.split(",")], strict=True))
-                if int(row["global_step"]) <= self.global_step:
-                    kept.append(line)
-                    if columns is EPISODES:
-                        self.returns.append((row["global_step"], row["episodic_return"]))
-            except (ValueError, OverflowError):
-                damaged += line != kept[0]
-        if damaged:
-            say(f"{path}: {damaged} lines could not be read and are dropped")
-        write_atomically(path, "\r\n".join([*kept, ""]).encode())
-        self.files.append(open(path, "a", newline=""))
-        return csv.DictWriter(self.files[-1], columns)
+        """The csv file of that name, to append to, cut back to what it held at the checkpoint."""
+        file = open(self.folder / name, "a", newline="")
+        file.truncate(min(file.tell(), self.csv_lengths[len(self.files)]))
+        self.files.append(file)
+        writer = csv.DictWriter(file, columns)
+        if not os.fstat(file.fileno()).st_size:
+            writer.writeheader()
+            file.flush()
+        return writer
 
     def write_json(self, name: str, content: dict) -> None:
         """Write or replace a json file of the folder; nan and inf, which strict JSON lacks, become null."""
@@ -752,7 +744,9 @@ class Run:
         disk before."""
         for file in self.files:
             os.fsync(file.fileno())
-        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "rng": torch.get_rng_state()}
+        state |= {"global_step": self.global_step, "wall_time": self.wall_time, "returns": self.returns}
+        state["csv_lengths"] = [os.fstat(file.fileno()).st_size for file in self.files]
+        state["rng"] = torch.get_rng_state()
         write_atomically(self.folder / "checkpoint.pt", state)
 
     def __exit__(self, kind, error, trace) -> None:
@@ -776,7 +770,7 @@ class Run:
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                 self.write_json("result.json", result)
             say(f"{status} at step {self.global_step:,}, return {result['final_return']:.1f}: {self.folder}")
-            if status == "interrupted":
+            if status == "interrupted" and (self.folder / "checkpoint.pt").exists():
                 say(f"continue with --resume {self.folder}")
             if self.wandb is not None:
                 self.wandb.finish(exit_code=0 if error is None else 1)
@@ -798,7 +792,7 @@ def load_policy(path: str | Path) -> Agent:
 def play(agent: Agent, args, episodes: int, film_folder: Path | None = None) -> list[float]:
     """Undiscounted returns of episodes in Gymnasium, on seeds unlike the training's, at most 100,000 steps
     long; with a folder they are filmed, up to step 5,000. Raises BadInput if Gymnasium cannot make the
-    task; without episodes it only tries."""
+    task; with episodes=0 it only checks that."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with task_errors(args.env_id), warnings.catch_warnings(action="ignore"):

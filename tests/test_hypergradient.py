@@ -469,8 +469,7 @@ def double_batch(seen):
     batch.weights, going = batch.valid / batch.valid.sum(), 1 - batch.ended
     batch.decay, batch.mixed_decay = args.gamma * args.gae_lambda * going, batch.kappa * going
     # the rows of the last minibatch of the actor
-    parts = local.get("parts", local.get("num_minibatches"))
-    batch.last = local["order"].tensor_split(parts)[-1]
+    batch.last = local["rows"][local["part"]]
     assert batch.ended.any() and (batch.discounts == 0).sum() < batch.ended.sum() and not batch.valid.all()
     return batch
 
