@@ -2,11 +2,11 @@
 are the actor theta (leader) and the critic omega (follower) of one agent, not two agents. Elsewhere the
 letters STAC mean self-tuning actor-critic.
 
-Two defaults are those of the authors' code and not of the paper. The actor's gradient has no gamma^t, which
-in a task of 3 steps with gamma = 0.9 moves the mixed term by 0.11 of its norm away from Proposition 1;
-`--discount-gradient` puts gamma^t in. And J is the mean value of all visited states, not of the second ones,
-which there moves the mixed term by 0.37 of its norm; `--leader-states second` is the paper's. Both figures
-are those of `dice_step` in tests/test_stackelberg.py.
+Three defaults are those of the authors' code and not of the paper. L is over all visited states, not over the
+first ones. The actor's gradient has no gamma^t, which in a task of 3 steps with gamma = 0.9 moves the mixed
+term by 0.11 of its norm away from Proposition 1; `--discount-gradient` puts gamma^t in. And J is the mean
+value of all visited states, not of the second ones, which there moves the mixed term by 0.37 of its norm;
+`--leader-states second` is the paper's. Both figures are those of `dice_step` in tests/test_stackelberg.py.
 
 With the follower's loss L = mean_k (V_omega(s_k) - G_k)^2 and the leader's objective J, Algorithm 2 climbs
 the total derivative of J:
@@ -17,7 +17,7 @@ the total derivative of J:
 
     grad_theta J = mean_{i,t} w_t A_it grad log pi(a_it|s_it), A by GAE          -> gae, policy_objective
         w_t = 1, or gamma^t with --discount-gradient                             -> discount_weights
-    b = grad_omega of mean_k V(s_k), or mean_i gamma V(s_i1)                     -> leader_states, mean_value
+    b = grad_omega of mean_k V(s_k), or of mean_i gamma (1 - terminated) V(s_i1) -> leader_states, mean_value
     grad^2_omega L in full, or Gauss-Newton: 2 mean_k grad V_k grad V_k^T        -> curvature
     x by conjugate gradients, stopped at negative curvature                      -> conjugate_gradient
     (grad_theta,omega L) x = -2 mean_{i,t} u_i w_t A_it grad log pi(a_it|s_it)   Prop. 1
@@ -27,10 +27,10 @@ So the step is the policy gradient with **each trajectory's advantages multiplie
 (`trajectory_weights`): one forward-mode derivative of the critic, one backward pass of the actor, nothing of
 second order in theta. `--no-stackelberg` is AC: all weights are 1.
 
-Also as in the authors' code, L is over all visited states, advantages are standardised and both players take
-plain gradient steps (`--optimizer adam`: Adam's, along the same gradients). Unlike there, the solve is
-guarded and each trajectory has a weight of its own; the released step is a multiple of AC's.
-docs/stackelberg.md says what follows from that, `stac_ablations.py` has the released update.
+Also as in the authors' code, advantages are standardised and both players take plain gradient steps
+(`--optimizer adam`: Adam's, along the same gradients). Unlike there, the solve is guarded and each trajectory
+has a weight of its own; the released step is a multiple of AC's. docs/stackelberg.md says what follows from
+that, `stac_ablations.py` has the released update.
 
     python stac.py --env-id CartPole-v0 --critic-steps 80
 """
@@ -861,8 +861,8 @@ def train(args: Args) -> Path:
                     return hessian(v) + args.regularisation * v
 
                 x, stopped = conjugate_gradient(damped, b, args.cg_iterations)
-                slopes = directional_derivative(agent.critic, point, b_obs[:-1].flatten(0, 1), x)
-                weights = trajectory_weights(starts, slopes.view(shape)).flatten()[rows]
+                slopes = directional_derivative(agent.critic, point, b_obs[:-1].flatten(0, 1), x).view(shape)
+                weights = trajectory_weights(starts, slopes).flatten()[rows]
                 if not weights.isfinite().all():  # this step falls back to AC's
                     weights, stopped = torch.ones_like(returns), True
                 bilevel["ihvp_residual"] = (damped(x) - b).norm() / b.norm()

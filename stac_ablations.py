@@ -1,5 +1,6 @@
 """The laboratory beside `stac.py`: Stackelberg actor-critic, whose two players are the actor theta (leader)
-and the critic omega (follower) of one agent, with what is not the method, one flag each.
+and the critic omega (follower) of one agent, with variants and controls that the method does not need, one
+flag each.
 
 `stac.py` weighs the advantages of trajectory i by 1 + 2 u_i, u_i = grad V(s_i0).x. Here:
 
@@ -187,6 +188,8 @@ class Args(CheckedArgs):
             raise BadInput(f"--num-envs x --num-steps is {rows}, a rollout may have 10,000,000 rows")
         if self.total_timesteps < rows:
             raise BadInput(f"--total-timesteps {self.total_timesteps} is less than one rollout of {rows}")
+        if not self.stackelberg and (self.estimator != "trajectory" or self.control != "none"):
+            raise BadInput("--no-stackelberg is AC, without --estimator and --control; leave them out")
         return self
 
 

@@ -12,7 +12,7 @@ The damping is the regularisation of the paper's Proposition 2: infinite, the in
 Stackelberg gradient; in between, the regularised one. Both players move at once. Along the critic's best
 response w = -a theta the actor's objective is R; the equilibrium is (0, 0), where d_w^2 L = 2 theta^2
 vanishes: it fulfils the conditions of a differential Stackelberg equilibrium (definition 1) in the limit
-only, which the report at the end shows, and every run converges algebraically, like t^(-1/2), or slower.
+only, which the report at the end shows, and in the end every run decays like t^(-1/2).
 
 The SAC variant squashes a Gaussian action, adds an entropy bonus and learns from samples (`sac_directions`).
 One seed cannot order its two dynamics, so it is run over many.
@@ -99,7 +99,7 @@ class Args(CheckedArgs):
 
 
 # ---- The game ----------------------------------------------------------------------------------------
-A = 1 / 5  # curvature of the reward; the text prints R = -15 theta^2 for the fraction 1/5
+A = 1 / 5  # a of the reward R = -a theta^2; the text prints R = -15 theta^2 for the fraction 1/5
 START = (-1.0, 1.0)  # theta, w
 DAMPINGS = (0.0, 0.001, 0.01, 0.04, 0.1, 0.5, 1.0, 10.0, math.inf)  # of the sweep
 

@@ -155,7 +155,8 @@ class Args(CheckedArgs):
     """solve if the actor leads: kernel, exact with the Gauss-Newton Hessian, or cg, the paper's; a leading
     critic has cg"""
     regularisation: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 10.0
-    """lambda, added to the follower's Hessian; inf: none-simultaneous; the paper has 500, its code 0"""
+    """lambda, added to the follower's Hessian; inf: none-simultaneous; the paper has 500
+    for continuous control, its code 0"""
     regularisation_decay: Annotated[float, Field(gt=0, allow_inf_nan=True)] = math.inf
     """environment steps in which lambda falls by the factor e; 100000 in the paper's code"""
     cg_iterations: PositiveInt = 10
@@ -442,7 +443,7 @@ class CriticJacobian:
         kernels = []
         for factors, others in zip(self.factors, other.factors):
             layers = zip(factors, others)
-            kernels.append(sum((h @ k.T + 1) * (delta @ gamma.T) for (delta, h), (gamma, k) in layers))
+            kernels.append(sum((h @ k.T + 1) * (delta @ epsilon.T) for (delta, h), (epsilon, k) in layers))
         return torch.stack(kernels)
 
 
@@ -450,17 +451,12 @@ def hessian_product(loss: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[T
     """v -> H v, (P,) -> (P,), for the Hessian H of a scalar loss(at). H is symmetric, so the pull-back of
     the gradient is the product: what it needs is recorded once, a product is one backward pass."""
     pull_back = torch.func.vjp(torch.func.grad(loss), at.detach())[1]
-
-    def product(v: Tensor) -> Tensor:
-        with torch.no_grad():
-            return pull_back(v)[0]
-
-    return product
+    return torch.no_grad()(lambda v: pull_back(v)[0])  # no graph of the product
 
 
 def check_critics(critics: nn.ModuleList, width: int) -> None:
     """Raise BadInput if `CriticJacobian` does not hold for these critics of rows (n, width), as with a layer
-    that is used twice."""
+    that is used twice or critics of different sizes."""
     critics, generator = copy.deepcopy(critics).cpu().double(), torch.Generator().manual_seed(0)
     for parameter in critics.parameters():  # a last layer of zeros would hide all others
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -469,16 +465,19 @@ def check_critics(critics: nn.ModuleList, width: int) -> None:
         jacobian, values = CriticJacobian(critics, rows), torch.cat([critic(rows) for critic in critics], 1).T
         expected = flatten(torch.autograd.grad(values.square().sum(), [*critics.parameters()]))
         holds = torch.allclose(jacobian.vjp(2 * values.detach()), expected, rtol=1e-6, atol=1e-9)
+        holds &= len({len(flatten(critic.parameters())) for critic in critics}) == 1
     except (RuntimeError, KeyError):  # a layer that torch.func does not take, or that is not used
         holds = False
     if not holds:
         wrong = "the critic's derivatives do not hold: its parameters must be those of nn.Linear layers"
-        raise BadInput(f"{wrong} with biases, each used once, on rows that do not depend on each other")
+        needs = "each used once, on rows that do not depend on each other, and critics of one size"
+        raise BadInput(f"{wrong} with biases, {needs}")
 
 
 # ---- The two players' objectives (shared) ------------------------------------------------------------
 def backup(agent: Agent, rewards: Tensor, discounts: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
-    """y (n,), differentiable in theta: rewards, discounts = gamma (1 - terminated) (n,), next_obs (n, D).
+    """y (n,), differentiable in theta: rewards, discounts = gamma (1 - terminated) (n,), next_obs (n, D),
+    noise (n, noise_dim).
 
     The targets' parameters carry no graph, their action input does. Were y detached, d_theta d_omega L
     would be 0.
@@ -502,7 +501,7 @@ def critic_objective(agent: Agent, omega: Tensor, pairs: Tensor, backups: Tensor
 
 
 def actor_objective(agent: Agent, theta: Tensor, omega: Tensor, obs: Tensor, noise: Tensor) -> Tensor:
-    """f as a function of theta and omega (P,), at obs (n, D)."""
+    """f as a function of theta and omega, one vector each, at obs (n, D) with noise (n, noise_dim)."""
     actions, costs = agent.policy(call(agent.actor, theta, obs), noise)
     rows, critics = torch.cat([obs, actions], 1), zip(agent.critics, omega.chunk(len(agent.critics)))
     return (costs - torch.cat([call(critic, own, rows) for critic, own in critics], 1).amin(1)).mean()
@@ -512,7 +511,8 @@ def follower_gradient(
     agent: Agent, follower: str, pairs: Tensor, obs: Tensor, noise: Tensor, following: tuple[Tensor, ...]
 ) -> Tensor:
     """The gradient (P,) of the follower's own objective where both players are now: d_omega L, or d_theta f
-    of the actor. pairs (n, D + A); obs (n, D), noise for the actor's own; following: of `backup`."""
+    of the actor. pairs (n, D + A); obs (n, D) and noise (n, noise_dim) for the actor's own; following: what
+    `backup` takes beside the agent."""
     if follower == "critic":
         data = CriticJacobian(agent.critics, pairs)
         with torch.no_grad():
@@ -531,8 +531,8 @@ def kernel_response(data: CriticJacobian, led: CriticJacobian, damping: float | 
 
     J (H + damping I)^-1 = (K + damping I)^-1 J with K = 2/n J J^T (n, n), so x is never formed: the kernels
     J J^T and J J_led^T of n x n numbers, and a Cholesky factor in float64, are all there is. H is positive
-    semidefinite, so any damping > 0 makes the solve safe; z is 0, the individual gradient, where the system
-    is not finite.
+    semidefinite, so a damping above its rounding (about 1e-7 of the largest eigenvalue) makes the solve
+    safe; z is 0, the individual gradient, where the factorisation fails or z is not finite.
     """
     n = data.values.shape[1]
     right, systems = -data.kernel(led).sum(2, keepdim=True).double() / n, data.kernel(data).double() * (2 / n)
@@ -702,8 +702,8 @@ class Replay:
         self.size += len(rows)
 
     def sample(self, count: int, batch_size: int) -> tuple[Tensor, ...]:
-        """`count` minibatches, drawn with replacement: observations with actions (count, batch_size, D + A),
-        rewards (count, batch_size), next observations (.., D), terminated (count, batch_size)."""
+        """`count` minibatches (count, batch_size, ...), drawn with replacement: observations with actions
+        (..., D + A), rewards (...), next observations (..., D), terminated (...)."""
         index = torch.randint(max(0, self.size - self.window), self.size, (count * batch_size,)).numpy()
         rows = torch.from_numpy(self.rows.take(index, 0)).view(count, batch_size, sum(self.widths))
         pairs, rewards, next_obs, terminated = rows.split(self.widths, -1)
@@ -1115,7 +1115,7 @@ def train(args: Args) -> Path:
             with torch.no_grad():
                 torch._foreach_lerp_([*agent.targets.parameters()], omegas, 1 - args.polyak)
 
-        # No graph holds conjugate gradients, whose guard reads numbers back.
+        # A CUDA graph cannot hold the guard of conjugate gradients, which needs numbers on the CPU.
         uses_cg = leads and (args.leader == "critic" or args.ihvp == "cg")
         graphed = args.cuda_graphs and device.type == "cuda" and not uses_cg
         undiagnosed_update = GraphedUpdate(update) if graphed else update
@@ -1210,7 +1210,7 @@ def train(args: Args) -> Path:
             run.log(global_step, metrics, episodes)
             new_rows = torch.from_numpy(replay.rows[rows_before : replay.size])
             pairs, rewards, next_obs, _ = new_rows.split(replay.widths, 1)
-            # Of the task, to actions that were finite.
+            # After the first action that is not finite the task's answers mean nothing: the actor's fault.
             answers = pairs[:, obs_dim:].isfinite().all(1).cumprod(0).bool()
             losses = [metrics[name] or 0.0 for name in METRICS if name.startswith("losses/")]
             seen = torch.cat([pairs[:, :obs_dim], next_obs], 1)

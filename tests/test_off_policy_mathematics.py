@@ -248,7 +248,13 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_critic_whose_derivatives_do_not_hold_is_refused(script, wrong):
     with pytest.raises(script.BadInput, match="the critic's derivatives do not hold"):
-        script.check_critics(nn.ModuleList([stddpg.mlp(D + A, 6, 1), WRONG[wrong]()]), D + A)
+        script.check_critics(nn.ModuleList([WRONG[wrong](), WRONG[wrong]()]), D + A)
+
+
+@pytest.mark.parametrize("script", [stddpg, stsac], ids=["stddpg", "stsac"])
+def test_critics_of_different_sizes_are_refused(script):
+    with pytest.raises(script.BadInput, match="critics of one size"):
+        script.check_critics(nn.ModuleList([script.mlp(D + A, 6, 1), script.mlp(D + A, 7, 1)]), D + A)
 
 
 # ---- Solves ----------------------------------------------------------------------------------------------------
