@@ -63,17 +63,6 @@ class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_j
             raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
 
 
-def json_object(text: str) -> str:
-    """The text; raises ValueError unless it is a JSON object."""
-    if not isinstance(json.loads(text), dict):
-        raise ValueError("it must be a JSON object")
-    return text
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Width = Annotated[int, Field(ge=1, le=8192)]
-
-
 # ---- Arguments ---------------------------------------------------------------------------------------
 class Args(CheckedArgs):
     """The defaults are the paper's."""

@@ -88,6 +88,7 @@ class CheckedArgs(pydantic.BaseModel, extra="forbid", allow_inf_nan=False, ser_j
             raise BadInput(f"--{name} is {wrong['input']!r}: {message}") from None
 
 
+# ---- Argument types (shared) -------------------------------------------------------------------------
 def json_object(text: str) -> str:
     """The text; raises ValueError unless it is a JSON object."""
     if not isinstance(json.loads(text), dict):

@@ -172,6 +172,7 @@ RUNS = [script for script in EVERY if script not in TABULAR | {"label_preference
 RLHF = ["sobirl_rlhf.py", "sobirl_rlhf_atari.py"]
 REQUIRED = {
     "Checked arguments (shared)": EVERY,
+    "Argument types (shared)": RUNS,
     "The run: what is not the algorithm (shared)": RUNS,
     "Training: model, evaluation, film (shared)": RUNS,
     "Entry point (shared)": RUNS,
