@@ -383,12 +383,15 @@ class Drawer:
 
     def clip(self, pair: int, left: int) -> bytes:
         """The clip of a pair with this fragment (0 or 1) on the left. Raises RuntimeError with a reason."""
+        path = self.folder / f"{pair:07}.pt"
         with self.lock:
-            if (pair, left) not in self.clips:
-                self.clips[pair, left] = self.draw(self.folder / f"{pair:07}.pt", left)
+            # A number is used again if its pair was deleted before it was answered.
+            key = pair, left, path.stat().st_mtime_ns if path.exists() else None
+            if key not in self.clips:
+                self.clips[key] = self.draw(path, left)
                 for oldest in list(self.clips)[:-32]:
                     del self.clips[oldest]
-            return self.clips[pair, left]
+            return self.clips[key]
 
     def draw(self, path: Path, left: int) -> bytes:
         """The same, by the child."""
@@ -463,8 +466,9 @@ class Labels:
         repeats = sum(repeat for _, repeat in {*self.answers, *self.leases})
         due = self.repeat_every and len(first) // self.repeat_every > repeats
         again = [(pair, True) for pair in first if self.answers[pair, False]["answer"] != "skip"]
-        new = [(pair, False) for pair in reversed(pairs_asked(self.folder))]
-        return [key for key in (*mine, *(again[:-2] if due else ()), *new) if key not in taken]
+        asked = pairs_asked(self.folder)
+        found = *mine, *(again[:-2] if due else ()), *((pair, False) for pair in reversed(asked))
+        return [key for key in found if key not in taken and key[0] in asked]
 
     def next(self, tab: str) -> dict | None:
         """A question for this tab, the same until it is answered; None if no pair is left."""

@@ -269,8 +269,11 @@ class Args(CheckedArgs):
             )
         if self.reward_candidates > self.reward_ensemble == 1:
             raise BadInput("--reward-candidates: one network cannot disagree; raise --reward-ensemble")
+        kwargs = json.loads(self.env_kwargs)
         if not self.terminate:
-            self.env_kwargs = json.dumps(json.loads(self.env_kwargs) | {"terminate_when_unhealthy": False})
+            self.env_kwargs = json.dumps(kwargs | {"terminate_when_unhealthy": False})
+        elif kwargs.get("terminate_when_unhealthy") is False:  # also of a run with --no-terminate
+            raise BadInput("--env-kwargs has terminate_when_unhealthy false: remove it or use --no-terminate")
         return self
 
 
@@ -1411,8 +1414,8 @@ def train(args: Args) -> Path:
             pairs, pair_rewards, pair_states = drawn
             if human:
                 ask_people(people, args, inputs=pairs, states=pair_states)
-                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else ()
-                while {*due} - read_labels(file).keys() and not run.stop_signal:
+                file, waits = people / "labels.jsonl", args.wait_for_labels
+                while waits and not run.stop_signal and {*pairs_asked(people)} - read_labels(file).keys():
                     time.sleep(0.2)
                 answers, labels = labelled_pairs(file, taken_up)
                 pairs = torch.stack([each["inputs"] for each in answers]) if answers else pairs[:0]

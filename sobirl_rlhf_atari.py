@@ -1463,8 +1463,8 @@ def train(args: Args) -> Path:
             frames, chosen, pair_rewards, times, games = drawn
             if human:
                 ask_people(people, args, frames=frames, actions=chosen)
-                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else ()
-                while {*due} - read_labels(file).keys() and not run.stop_signal:
+                file, waits = people / "labels.jsonl", args.wait_for_labels
+                while waits and not run.stop_signal and {*pairs_asked(people)} - read_labels(file).keys():
                     time.sleep(0.2)
                 answers, answered = zip(*labelled_pairs(file, taken_up)), slice(0)
                 new = [(pair["frames"], pair["actions"], label) for pair, label in answers]

@@ -1058,6 +1058,16 @@ def test_a_finished_run_is_extended_and_replayed(ten, tmp_path, capsys):
     assert_same(folder, ten)
 
 
+def test_a_run_that_goes_on_with_one_method_keeps_the_rows_of_the_others(tmp_path):
+    """Also if their iterations are more than those asked for now."""
+    folder = run(tmp_path, *SOME[:-1], "--iterations", "7")
+    before = read_csv(folder / "curves.csv")
+    sobirl.train(sobirl.parse_args(["--resume", str(folder), "--iterations", "4", "--methods", "x-only"]))
+    rows, summary = read_csv(folder / "curves.csv"), read_csv(folder / "summary.csv")
+    assert rows[: len(before)] == before and {row["method"] for row in rows[len(before) :]} == {"x-only"}
+    assert [(row["method"], row["iterations"]) for row in summary] == [("m-sobirl", "7"), ("sobirl", "7")] * 2 + [("x-only", "4")] * 2
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "words, fragments",
