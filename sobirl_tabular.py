@@ -43,7 +43,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -303,7 +302,7 @@ def sobirl_hypergradient(
 
     An expectation over trajectories is a polynomial in the policy's entries, in which pi(s, a) stands once
     for each visit; so E[l sum_h g(s_h, a_h)] = sum_{s,a} pi(s, a) (df/dpi)(s, a) g(s, a) for every g, and
-    E[grad_x l] = grad_x f.
+    E[grad_x l] = grad_x f. For any other f it is the chain rule, grad_x f + (grad pi*)^T grad_pi f.
     """
     jacobian = policy_jacobian(policy, grad_q, grad_v, tau)
     return x_slope + (pi_slope.unsqueeze(-1) * jacobian).sum((1, 2))
@@ -1129,8 +1128,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def provenance() -> dict:
     """What makes a run: command, commit, versions."""
-    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     words = "git describe --always --dirty --abbrev=40 --exclude=*"
     git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     versions |= {"python": sys.version.split()[0]}
