@@ -135,7 +135,7 @@ def draw_pairs(windows: Tensor, count: int, length: int, *arrays: Tensor) -> lis
 # ---- Labels by people (shared) -----------------------------------------------------------------------
 def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
-    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
+    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L + 3, 84, 84), uint8."""
     folder.mkdir(exist_ok=True)
     used = [*pairs_asked(folder), *read_labels(folder / "labels.jsonl")]
     for number, pair in enumerate(zip(*columns.values()), max(used, default=-1) + 1):
@@ -182,11 +182,14 @@ def labelled_pairs(file: Path, taken: set[int]) -> tuple[list[dict], Tensor]:
 def write_atomically(path: Path, content: dict) -> None:
     """Replace `path` by what torch saves: after a crash the old or the new content is there."""
     new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        with open(new, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk should not stay full of half a file
 
 
 def load_run(source: Path) -> tuple:
@@ -316,17 +319,8 @@ def animation(left: list[np.ndarray], right: list[np.ndarray], seconds: float, s
             frame.paste(drawn, (side * (size + size // 16), 0))
         frames.append(frame)
     durations = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [500]
-    file = io.BytesIO()
-    frames[0].save(
-        file,
-        "WEBP",
-        save_all=True,
-        append_images=frames[1:],
-        duration=durations,
-        loop=0,
-        quality=80,
-        method=0,
-    )
+    file, how = io.BytesIO(), {"duration": durations, "loop": 0, "quality": 80, "method": 0}
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], **how)
     return file.getvalue()
 
 
@@ -372,12 +366,15 @@ class Drawer:
 
     def clip(self, pair: int, left: int) -> bytes:
         """The clip of a pair with this fragment (0 or 1) on the left. Raises RuntimeError with a reason."""
+        path = self.folder / f"{pair:07}.pt"
         with self.lock:
-            if (pair, left) not in self.clips:
-                self.clips[pair, left] = self.draw(self.folder / f"{pair:07}.pt", left)
+            # A number is used again if its pair was deleted before it was answered.
+            key = pair, left, path.stat().st_mtime_ns if path.exists() else None
+            if key not in self.clips:
+                self.clips[key] = self.draw(path, left)
                 for oldest in list(self.clips)[:-32]:
                     del self.clips[oldest]
-            return self.clips[pair, left]
+            return self.clips[key]
 
     def draw(self, path: Path, left: int) -> bytes:
         """The same, by the child."""
@@ -452,8 +449,9 @@ class Labels:
         repeats = sum(repeat for _, repeat in {*self.answers, *self.leases})
         due = self.repeat_every and len(first) // self.repeat_every > repeats
         again = [(pair, True) for pair in first if self.answers[pair, False]["answer"] != "skip"]
-        new = [(pair, False) for pair in reversed(pairs_asked(self.folder))]
-        return [key for key in (*mine, *(again[:-2] if due else ()), *new) if key not in taken]
+        asked = pairs_asked(self.folder)
+        found = *mine, *(again[:-2] if due else ()), *((pair, False) for pair in reversed(asked))
+        return [key for key in found if key not in taken and key[0] in asked]
 
     def next(self, tab: str) -> dict | None:
         """A question for this tab, the same until it is answered; None if no pair is left."""
@@ -648,7 +646,7 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
     app = flask.Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 2000
     if args.host == "127.0.0.1":
-        app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost"]  # no name that was bent to this address
+        app.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost"]  # against DNS rebinding
 
     @app.before_request
     def refuse_strangers():
@@ -729,7 +727,8 @@ def make_app(labels: Labels, drawer: Drawer, token: str, budget: int | None, arg
 
 
 class Handler(WSGIRequestHandler):
-    """Requests are not printed, since the address holds the token; a client that falls silent is let go."""
+    """Requests are not printed, since the address holds the token; a silent client is disconnected after
+    30 s."""
 
     timeout = 30
 

@@ -187,7 +187,8 @@ class Args(CheckedArgs):
     reward_ensemble: PositiveInt = 1
     """reward networks; the reward is their mean"""
     reward_candidates: PositiveInt = 1
-    """pairs drawn for each that is asked: the one on which the ensemble disagrees most (10 in B-Pref)"""
+    """pairs drawn for each that is asked; of all drawn, those are asked on which the networks disagree most
+    (10 in B-Pref)"""
     reward_model: Path | None = None
     """checkpoint.pt whose reward network is the initial one; --reward-update frozen keeps it"""
     reward_dropout: BelowOne = 0.0
@@ -213,11 +214,10 @@ class Args(CheckedArgs):
     heldout_pairs: NonNegativeInt = 64
     """unlabelled pairs of an iteration for the logged accuracy and cross-entropy"""
     teacher: Literal["oracle", "stochastic", "mistake", "skip", "equal", "myopic", "human"] = "oracle"
-    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule; human:
-    people, through label_preferences.py, which shows them the pairs in the run folder"""
+    """who labels (Lee et al. 2021, B-Pref); oracle: the higher true return wins, the paper's rule;
+    stochastic as released; human: people, through label_preferences.py"""
     teacher_temperature: PositiveFloat = 1.0
     """true return that makes odds of e for the stochastic teacher"""
-
     wait_for_labels: bool = True
     """wait until people have answered all of an iteration's pairs; else go on with what is there"""
     labels: Path | None = None
@@ -270,8 +270,11 @@ class Args(CheckedArgs):
             )
         if self.reward_candidates > self.reward_ensemble == 1:
             raise BadInput("--reward-candidates: one network cannot disagree; raise --reward-ensemble")
+        kwargs = json.loads(self.env_kwargs)
         if not self.terminate:
-            self.env_kwargs = json.dumps(json.loads(self.env_kwargs) | {"terminate_when_unhealthy": False})
+            self.env_kwargs = json.dumps(kwargs | {"terminate_when_unhealthy": False})
+        elif kwargs.get("terminate_when_unhealthy") is False:  # also of a run with --no-terminate
+            raise BadInput("--env-kwargs has terminate_when_unhealthy false: remove it or use --no-terminate")
         return self
 
 
@@ -669,7 +672,7 @@ def teacher_labels(
     oracle      y = 1 if R_1 > R_2, 0 if R_1 < R_2, 1/2 if equal: the paper's
     stochastic  y ~ Bernoulli(sigma((R_1 - R_2) / temperature)): Bradley and Terry's
     mistake     the oracle's, turned round with probability `error`
-    skip        the oracle's, but no answer if both R are below threshold |mean R of the fragments shown|
+    skip        the oracle's, but no answer if both R are below threshold times |mean R of those shown|
     equal       1/2 if |R_1 - R_2| is below that, else the oracle's
     myopic      the oracle's for sum_t gamma^(L-1-t) r_t, which forgets how a fragment began
     """
@@ -722,7 +725,7 @@ def disagreement(returns: list[Tensor]) -> Tensor:
 # ---- Labels by people (shared) -----------------------------------------------------------------------
 def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
-    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
+    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L + 3, 84, 84), uint8."""
     folder.mkdir(exist_ok=True)
     used = [*pairs_asked(folder), *read_labels(folder / "labels.jsonl")]
     for number, pair in enumerate(zip(*columns.values()), max(used, default=-1) + 1):
@@ -785,6 +788,7 @@ def implicit_term(losses: Tensor, scores: Tensor, weight: float, baseline=False,
     `baseline`, l minus the mean of the others' l: at pi* the scores' gradient has mean 0, and the expectation
     stays as it is. With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the
     baseline leaves out both. No pair meets its own l, so with independent pairs the expectation at pi* is 0.
+    One pair, or two with a shift, leave none for the baseline, and there is none.
     """
     losses = losses.detach()
     taken, left, others = losses.roll(-shift), losses.sum() - losses, len(losses) - 1
@@ -1259,7 +1263,7 @@ def train(args: Args) -> Path:
                 nn.init.constant_(each.log_alpha, math.log(args.alpha))
 
         # ---- Training: the updates -------------------------------------------------------------------
-        def update_follower(*columns: Tensor) -> dict[str, Tensor]:
+        def update_lower(*columns: Tensor) -> dict[str, Tensor]:
             """Update each agent's critics by a minibatch, then its actor as often as there is noise for.
 
             The columns are those of `Ring.sample`, and noises (1 + times, agents, B, A), the first for the
@@ -1286,7 +1290,7 @@ def train(args: Args) -> Path:
             logprobs = squashed_logprob(actor(pairs[..., :obs_dim]), pairs[..., obs_dim:])
             return pbrl_policy_term(losses, logprobs, args.pbrl_penalty, args.gamma)
 
-        def roll_out(pairs: Tensor) -> list[list[Tensor]]:
+        def make_rollouts(pairs: Tensor) -> list[list[Tensor]]:
             """The two sets of rollouts of the added term: pbrl-style's of both actors from start states, the
             others' from the states of these pairs, first with the visited actions, then with the policy's."""
             policy, gamma = copy.deepcopy(agent).cpu(), args.gamma  # a CPU is faster for one row
@@ -1326,9 +1330,9 @@ def train(args: Args) -> Path:
             return implicit_term(losses, scores, weight, args.baseline, shift).mean(), scores.detach().mean()
 
         # By how often the actor is updated in it. The number of pbrl-style's pairs varies, and no graph can.
-        update_of: dict[int, Callable] = dict.fromkeys((0, args.policy_frequency), update_follower)
+        update_of: dict[int, Callable] = dict.fromkeys((0, args.policy_frequency), update_lower)
         if device.type == "cuda" and args.cuda_graphs and not pbrl:
-            update_of = {times: GraphedUpdate(update_follower) for times in update_of}
+            update_of = {times: GraphedUpdate(update_lower) for times in update_of}
         warnings.filterwarnings("ignore", "This instance was constructed with capturable")
 
         # ---- Training: buffers and the loop ----------------------------------------------------------
@@ -1336,8 +1340,9 @@ def train(args: Args) -> Path:
         shape = (args.num_steps, args.num_envs)
         inputs = torch.zeros(*shape, obs_dim + action_dim)
         true_rewards, valid = (torch.zeros(shape) for _ in range(2))
-        learns, opinion = (args.reward_update in methods for methods in (LEARNED, (*LEARNED, "frozen")))
-        human = learns and args.teacher == "human"
+        uses_labels = args.reward_update in LEARNED
+        has_network = uses_labels or args.reward_update == "frozen"
+        human = uses_labels and args.teacher == "human"
         states = torch.zeros(*shape, *body_positions(envs).shape[1:] if human else ())
         ended = np.zeros(args.num_envs, dtype=bool)  # in the last step; the row after it is a reset
         episode_returns, episode_lengths = np.zeros((2, args.num_envs))
@@ -1403,17 +1408,18 @@ def train(args: Args) -> Path:
                 guess, learned_rewards = (model(each.to(device)).cpu() for each in (heldout, inputs[rows]))
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
             due = max(0, wanted - (len(pairs_asked(people)) if human else queue.added))
-            due = due if learns and (human or not args.labels) else 0
+            due = due if uses_labels and (human or not args.labels) else 0
             drawn = draw_pairs(windows, due * args.reward_candidates, *iteration_data)
             if args.reward_candidates > 1:
                 with torch.no_grad():
-                    doubts = disagreement([member(drawn[0].to(device)).sum(-1) for member in model]).cpu()
-                drawn = [each[doubts.topk(min(due, len(doubts))).indices] for each in drawn]
+                    returns = [member(drawn[0].to(device)).sum(-1) for member in model]
+                disagreements = disagreement(returns).cpu()
+                drawn = [each[disagreements.topk(min(due, len(disagreements))).indices] for each in drawn]
             pairs, pair_rewards, pair_states = drawn
             if human:
                 ask_people(people, args, inputs=pairs, states=pair_states)
-                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else ()
-                while {*due} - read_labels(file).keys() and not run.stop_signal:
+                file, waits = people / "labels.jsonl", args.wait_for_labels
+                while waits and not run.stop_signal and {*pairs_asked(people)} - read_labels(file).keys():
                     time.sleep(0.2)
                 answers, labels = labelled_pairs(file, taken_up)
                 pairs = torch.stack([each["inputs"] for each in answers]) if answers else pairs[:0]
@@ -1422,12 +1428,13 @@ def train(args: Args) -> Path:
                 pairs, labels = pairs[answered], labels[answered]
             queue.add(pairs, labels)
             newest = queue.rows(torch.arange(min(len(pairs), args.queue_size)))
-            judged, opinions = given if args.labels else (pairs, labels)  # not learned from so far
+            judged, their_labels = given if args.labels else (pairs, labels)  # not learned from so far
             with torch.no_grad():
                 judgements = model(judged.to(device)).cpu()
-            label_accuracy = accuracy(judgements, torch.stack([opinions, 1 - opinions], 1).unsqueeze(-1))
+            preferred = torch.stack([their_labels, 1 - their_labels], 1).unsqueeze(-1)
+            label_accuracy = accuracy(judgements, preferred)
 
-            # ---- Upper level: move theta -------------------------------------------------------------
+            # ---- Upper level: reward update ----------------------------------------------------------
             # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
             # so what is added counts there alone; or, as in the paper, in every one; or, as released, in
             # every one with its own pairs.
@@ -1437,14 +1444,14 @@ def train(args: Args) -> Path:
             if not pbrl:  # the permuted control needs a second pair
                 enough = len(newest) > int(args.permute_cross_entropy)
                 adds = adds and enough and global_step > args.implicit_starts
-            rollouts = roll_out(newest) if adds and simulator else []
+            rollouts = make_rollouts(newest) if adds and simulator else []
             simulated += sum(int((weights > 0).sum()) for _, weights in rollouts)
             epochs = args.reward_epochs if learning else args.warmup_epochs
-            epochs *= learns and len(queue) > 0 and iteration >= warmup_iterations
+            epochs *= uses_labels and len(queue) > 0 and iteration >= warmup_iterations
             orders = [torch.randperm(len(queue)) for _ in range(epochs)]
             minibatches = [mb for order in orders for mb in order.split(args.reward_batch_size)]
             steps = {"newest": [newest], "newest-every-step": [newest] * len(minibatches)}
-            carriers = (steps | {"queue": minibatches})[args.implicit_pairs] if adds else []
+            added_pairs = (steps | {"queue": minibatches})[args.implicit_pairs] if adds else []
             shift = int(torch.randint(1, len(newest), ())) if adds and args.permute_cross_entropy else 0
             epoch_losses, terms = [], []
             model.train()
@@ -1453,9 +1460,9 @@ def train(args: Args) -> Path:
                 losses = torch.stack([cross_entropies(each(fragments), mb_labels) for each in model]).mean(0)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
-                if k < len(carriers):
+                if k < len(added_pairs):
                     model.eval()  # the policy answers the reward without dropout
-                    term, score = added_term(carriers[k], rollouts, shift)
+                    term, score = added_term(added_pairs[k], rollouts, shift)
                     model.train()
                     added = torch.autograd.grad(term, list(model.parameters()))
                     gradients, ratio, factor = limited_sum(gradients, added, args.max_gradient_ratio)
@@ -1473,11 +1480,12 @@ def train(args: Args) -> Path:
             bilevel = {"labels": queue.added, "simulator_steps": simulated, "implicit_ratio": ratio}
             bilevel |= {"implicit_weight": weight * factor if terms else 0.0, "score_mean": score}
             bilevel["true_reward"] = true_rewards[rows].mean()
-            if opinion:
+            if has_network:
                 oracle, _ = teacher_labels(heldout_rewards, "oracle")
-                alike = torch.corrcoef(torch.stack([learned_rewards, true_rewards[rows]]))[0, 1]
-                bilevel |= {"heldout_accuracy": accuracy(guess, heldout_rewards), "reward_correlation": alike}
-                bilevel |= {"heldout_cross_entropy": cross_entropies(guess, oracle).mean()}
+                bilevel["heldout_accuracy"] = accuracy(guess, heldout_rewards)
+                bilevel["heldout_cross_entropy"] = cross_entropies(guess, oracle).mean()
+                both = torch.stack([learned_rewards, true_rewards[rows]])
+                bilevel["reward_correlation"] = torch.corrcoef(both)[0, 1]
                 bilevel |= {"learned_reward": learned_rewards.mean(), "label_accuracy": label_accuracy}
             metrics |= {f"bilevel/{name}": None if math.isnan(x) else float(x) for name, x in bilevel.items()}
             metrics |= {"losses/alpha": alpha, "time/env": env_time, "time/reward": now - reward_start}

@@ -186,15 +186,15 @@ class Args(CheckedArgs):
     """how the reward is learned; or the true one; or a control: 1 everywhere, a random network"""
     permute_cross_entropy: bool = False
     """a control for sobirl and hpgd-style: the implicit term gets another pair's cross-entropy"""
-    reward_model: Path | None = None
-    """checkpoint.pt whose reward network is the initial one; --reward-update frozen keeps it"""
+    reward_bound: Literal["tanh", "clip"] = "tanh"
+    """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
     reward_ensemble: PositiveInt = 1
     """reward networks; the reward is their mean"""
     reward_candidates: PositiveInt = 1
-    """pairs drawn for each that is asked after the random steps: the one on which the ensemble disagrees
-    most (10 in B-Pref)"""
-    reward_bound: Literal["tanh", "clip"] = "tanh"
-    """what keeps the reward in [-1, 1] at both levels: clip as released; tanh is smooth (Assumption 7.3)"""
+    """pairs drawn for each that is asked after the random steps; of all drawn, those are asked on which the
+    networks disagree most (10 in B-Pref)"""
+    reward_model: Path | None = None
+    """checkpoint.pt whose reward network is the initial one; --reward-update frozen keeps it"""
     reward_dropout: BelowOne = 0.5
     """dropout rate after each convolution while the reward learns"""
     reward_learning_rate: PositiveFloat = 3e-4
@@ -208,11 +208,11 @@ class Args(CheckedArgs):
     queue_size: AtLeastTwo = 3000
     """labelled pairs kept, the newest"""
     label_budget: NonNegativeInt = 3000
-    """labels in all"""
+    """labels in all; 3,000 comparisons are the paper's"""
     warmup_pairs: NonNegativeInt = 600
     """pairs labelled in the random steps"""
     warmup_epochs: NonNegativeInt = 512
-    """passes over them by the cross-entropy alone"""
+    """passes over them by the cross-entropy alone (512 with dropout as released)"""
     pairs_per_iteration: NonNegativeInt | None = None
     """labels of an iteration after that; default: what is left of the budget, evenly over the run"""
     heldout_pairs: PositiveInt = 64
@@ -734,7 +734,7 @@ def teacher_labels(
     oracle      y = 1 if R_1 > R_2, 0 if R_1 < R_2, 1/2 if equal: the paper's
     stochastic  y ~ Bernoulli(sigma((R_1 - R_2) / temperature)): Bradley and Terry's
     mistake     the oracle's, turned round with probability `error`
-    skip        the oracle's, but no answer if both R are below threshold |mean R of the fragments shown|
+    skip        the oracle's, but no answer if both R are below threshold times |mean R of those shown|
     equal       1/2 if |R_1 - R_2| is below that, else the oracle's
     myopic      the oracle's for sum_t gamma^(L-1-t) r_t, which forgets how a fragment began
     """
@@ -787,7 +787,7 @@ def disagreement(returns: list[Tensor]) -> Tensor:
 # ---- Labels by people (shared) -----------------------------------------------------------------------
 def ask_people(folder: Path, args: Args, **columns: Tensor) -> None:
     """Write pairs, columns (P, 2, ...), where label_preferences.py finds them: what the reward network gets,
-    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L, 84, 84), uint8."""
+    and to be drawn `states` (P, 2, L, nq), MuJoCo's positions, or `frames` (P, 2, L + 3, 84, 84), uint8."""
     folder.mkdir(exist_ok=True)
     used = [*pairs_asked(folder), *read_labels(folder / "labels.jsonl")]
     for number, pair in enumerate(zip(*columns.values()), max(used, default=-1) + 1):
@@ -850,6 +850,7 @@ def implicit_term(losses: Tensor, scores: Tensor, weight: float, baseline=False,
     `baseline`, l minus the mean of the others' l: at pi* the scores' gradient has mean 0, and the expectation
     stays as it is. With a `shift` in [1, P - 1], a control: pair i gets the l of pair i + shift, and the
     baseline leaves out both. No pair meets its own l, so with independent pairs the expectation at pi* is 0.
+    One pair, or two with a shift, leave none for the baseline, and there is none.
     """
     losses = losses.detach()
     taken, left, others = losses.roll(-shift), losses.sum() - losses, len(losses) - 1
@@ -1386,8 +1387,9 @@ def train(args: Args) -> Path:
         game_points, game_lengths = np.zeros((2, args.num_envs))
         num_iterations = args.total_timesteps // batch_size
         warmup_iterations = max(1, math.ceil(args.learning_starts / batch_size))
-        learns, opinion = (args.reward_update in methods for methods in (LEARNED, (*LEARNED, "frozen")))
-        human = learns and args.teacher == "human"
+        uses_labels = args.reward_update in LEARNED
+        has_network = uses_labels or args.reward_update == "frozen"
+        human = uses_labels and args.teacher == "human"
         run.open()
         people = run.folder / "preferences"
         if human:
@@ -1448,24 +1450,24 @@ def train(args: Args) -> Path:
                 return frames, replay.actions[where].long(), replay.rewards[where], times, games
 
             # Measured on pairs that nobody labels, before the network has seen any of this iteration.
-            frames, chosen, heldout_rewards, *_ = cut_pairs(args.heldout_pairs if opinion else 0)
+            frames, chosen, heldout_rewards, *_ = cut_pairs(args.heldout_pairs if has_network else 0)
             with torch.no_grad():
                 guess = rewards_of(model, stacks(frames), chosen).cpu()
             wanted = labels_wanted(args, iteration, num_iterations, warmup_iterations)
             due = max(0, wanted - (len(pairs_asked(people)) if human else asked))
-            due = due if learns and (human or not args.labels) else 0
+            due = due if uses_labels and (human or not args.labels) else 0
             candidates = args.reward_candidates if learning else 1  # fresh networks disagree by chance
             drawn = cut_pairs(due * candidates)
             if candidates > 1:
                 with torch.no_grad():
-                    said = [rewards_of(member, stacks(drawn[0]), drawn[1]).sum(-1) for member in model]
-                doubts = disagreement(said).cpu()
-                drawn = [each[doubts.topk(min(due, len(doubts))).indices] for each in drawn]
+                    returns = [rewards_of(member, stacks(drawn[0]), drawn[1]).sum(-1) for member in model]
+                disagreements = disagreement(returns).cpu()
+                drawn = [each[disagreements.topk(min(due, len(disagreements))).indices] for each in drawn]
             frames, chosen, pair_rewards, times, games = drawn
             if human:
                 ask_people(people, args, frames=frames, actions=chosen)
-                file, due = people / "labels.jsonl", pairs_asked(people) if args.wait_for_labels else ()
-                while {*due} - read_labels(file).keys() and not run.stop_signal:
+                file, waits = people / "labels.jsonl", args.wait_for_labels
+                while waits and not run.stop_signal and {*pairs_asked(people)} - read_labels(file).keys():
                     time.sleep(0.2)
                 answers, answered = zip(*labelled_pairs(file, taken_up)), slice(0)
                 new = [(pair["frames"], pair["actions"], label) for pair, label in answers]
@@ -1477,12 +1479,13 @@ def train(args: Args) -> Path:
             fresh = min(len(new), args.queue_size, args.reward_batch_size) if learning else 0
             label_accuracy = math.nan
             if given or new:  # not learned from so far
-                judged_obs, judged_actions, said = columns_of((given or new)[-64:])
+                judged_obs, judged_actions, their_labels = columns_of((given or new)[-64:])
                 with torch.no_grad():
                     judgements = rewards_of(model, judged_obs, judged_actions)
-                label_accuracy = accuracy(judgements, torch.stack([said, 1 - said], 1).unsqueeze(-1))
+                preferred = torch.stack([their_labels, 1 - their_labels], 1).unsqueeze(-1)
+                label_accuracy = accuracy(judgements, preferred)
 
-            # ---- Upper level: move theta -------------------------------------------------------------
+            # ---- Upper level: reward update ----------------------------------------------------------
             # The cross-entropy takes epochs. The policy has answered one theta, that of the first minibatch,
             # so what is added counts there alone; or, as in the paper, in every one; or, as released, in
             # every one with its own pairs.
@@ -1496,13 +1499,13 @@ def train(args: Args) -> Path:
                 rollouts = make_rollouts(*(each[answered][-fresh:] for each in (times, games, chosen)))
             simulated += sum(int((weights > 0).sum()) for *_, weights in rollouts)
             epochs = args.reward_epochs if learning else args.warmup_epochs
-            epochs *= learns and len(queue) > 0 and iteration >= warmup_iterations
+            epochs *= uses_labels and len(queue) > 0 and iteration >= warmup_iterations
             orders = [torch.randperm(len(queue)) for _ in range(epochs)]
             minibatches = [mb for order in orders for mb in order.split(args.reward_batch_size)]
             minibatches = [[queue[row] for row in each] for each in minibatches]
             newest = queue[-fresh:]
             steps = {"newest": [newest], "newest-every-step": [newest] * len(minibatches)}
-            carriers = (steps | {"queue": minibatches})[args.implicit_pairs] if adds else []
+            added_pairs = (steps | {"queue": minibatches})[args.implicit_pairs] if adds else []
             shift = int(torch.randint(1, fresh, ())) if adds and args.permute_cross_entropy else 0
             epoch_losses, terms = [], []
             model.train()
@@ -1512,9 +1515,9 @@ def train(args: Args) -> Path:
                 losses = torch.stack([cross_entropies(each, mb_labels) for each in rewards]).mean(0)
                 epoch_losses.append(losses.detach())
                 gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
-                if k < len(carriers):
+                if k < len(added_pairs):
                     model.eval()  # the policy answers the reward without dropout
-                    term, score = added_term(carriers[k], rollouts, shift)
+                    term, score = added_term(added_pairs[k], rollouts, shift)
                     model.train()
                     added = torch.autograd.grad(term, list(model.parameters()))
                     gradients, ratio, factor = limited_sum(gradients, added, args.max_gradient_ratio)
@@ -1532,11 +1535,12 @@ def train(args: Args) -> Path:
             bilevel = {"labels": asked, "simulator_steps": simulated, "implicit_ratio": ratio}
             bilevel |= {"implicit_weight": weight * factor if terms else 0.0, "score_mean": score}
             bilevel["true_reward"] = true_rewards[valid].mean()
-            if opinion:
+            if has_network:
                 oracle, _ = teacher_labels(heldout_rewards, "oracle")
-                alike = torch.corrcoef(torch.stack([guess.flatten(), heldout_rewards.flatten()]))[0, 1]
-                bilevel |= {"heldout_accuracy": accuracy(guess, heldout_rewards), "reward_correlation": alike}
-                bilevel |= {"heldout_cross_entropy": cross_entropies(guess, oracle).mean()}
+                bilevel["heldout_accuracy"] = accuracy(guess, heldout_rewards)
+                bilevel["heldout_cross_entropy"] = cross_entropies(guess, oracle).mean()
+                both = torch.stack([guess.flatten(), heldout_rewards.flatten()])
+                bilevel["reward_correlation"] = torch.corrcoef(both)[0, 1]
                 bilevel |= {"learned_reward": guess.mean(), "label_accuracy": label_accuracy}
             metrics |= {f"bilevel/{name}": None if math.isnan(x) else float(x) for name, x in bilevel.items()}
             metrics |= {"losses/alpha": alpha, "time/env": env_time, "time/reward": now - reward_start}

@@ -43,7 +43,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -292,7 +291,7 @@ def sobirl_hypergradient(
 
     An expectation over trajectories is a polynomial in the policy's entries, in which pi(s, a) stands once
     for each visit; so E[l sum_h g(s_h, a_h)] = sum_{s,a} pi(s, a) (df/dpi)(s, a) g(s, a) for every g, and
-    E[grad_x l] = grad_x f.
+    E[grad_x l] = grad_x f. For any other f it is the chain rule, grad_x f + (grad pi*)^T grad_pi f.
     """
     jacobian = policy_jacobian(policy, grad_q, grad_v, tau)
     return x_slope + (pi_slope.unsqueeze(-1) * jacobian).sum((1, 2))
@@ -982,6 +981,12 @@ def applies(method: MethodName, problem: ProblemName) -> bool:
     return PROBLEMS[problem].horizon > 0 or not method.startswith("stoc")
 
 
+def chosen_pairs(args: Args) -> dict[str, tuple[ProblemName, MethodName]]:
+    """The problems and methods that a run compares, by their keys in the checkpoint."""
+    pairs = itertools.product(args.problems or PROBLEMS, args.methods or METHODS)
+    return {f"{name} {method}": (name, method) for name, method in pairs if applies(method, name)}
+
+
 # Six iterations in a doubling.
 LOGGED = {round(2 ** (i / 6)) for i in range(200)}
 
@@ -1112,8 +1117,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def provenance() -> dict:
     """What makes a run: command, commit, versions."""
-    packages = [name for name in ("torch", "numpy", "gymnasium", "envpool", "mujoco") if find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
     words = "git describe --always --dirty --abbrev=40 --exclude=*"
     git = subprocess.run(words, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     versions |= {"python": sys.version.split()[0]}
@@ -1169,10 +1173,9 @@ def open_folder(args: Args) -> tuple[Path, filelock.BaseFileLock, dict]:
         raise BadInput(f"--{'resume' if resumed else 'run-dir'} {folder} cannot be used: {reason}") from error
     if saved["instances"] != [args.seed, args.instances]:
         raise BadInput(f"--resume {folder} has other instances; leave out --seed and --instances")
-    for name, state in saved["states"].items():
-        end = args.iterations or PROBLEMS[name.split()[0]].iterations
-        logged = state["rows"] and state["rows"][-1]["iteration"] + 1 == state["k"]
-        if state["k"] > end or state["k"] == end and not logged:
+    for key, (name, _) in chosen_pairs(args).items():
+        state, end = saved["states"].get(key), args.iterations or PROBLEMS[name].iterations
+        if state and (state["k"] > end or state["k"] == end != state["rows"][-1]["iteration"] + 1):
             raise BadInput(f"--resume {folder} has made {state['k']} iterations; --iterations must be more")
     write_json(folder / "args.json", made | {"args": args.model_dump(mode="json", exclude={"resume"})})
     (folder / "result.json").unlink(missing_ok=True)  # of the part before
@@ -1188,7 +1191,9 @@ def train(args: Args) -> Path:
     torch.set_num_threads(1)  # matrices of ten rows gain nothing from more
     folder, lock, checkpoint = open_folder(args)
     states, begun = checkpoint["states"], time.perf_counter() - checkpoint["wall_time"]
-    rows, summary, diverged, result = [], [], [], {"status": "finished"}
+    pairs, diverged, result = chosen_pairs(args), [], {"status": "finished"}
+    others = [state for key, state in states.items() if key not in pairs]  # of a run that was resumed
+    rows, summary = [row for state in others for row in state["rows"]], [*map(summarise, others)]
 
     def save() -> None:
         checkpoint["wall_time"] = time.perf_counter() - begun
@@ -1197,11 +1202,7 @@ def train(args: Args) -> Path:
     caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     handlers = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in caught]
     try:
-        pairs = itertools.product(args.problems or PROBLEMS, args.methods or METHODS)
-        for name, method in dict.fromkeys(pairs):  # each once
-            key = f"{name} {method}"
-            if not applies(method, name):
-                continue
+        for key, (name, method) in pairs.items():
             try:
                 for state in follow(name, method, args, states.get(key)):
                     states[key] = state

@@ -206,7 +206,7 @@ def test_new_pairs_of_a_running_run_are_found_and_come_first(folder):
     assert page.pairs_asked(folder) == [*range(14)] and labels.next("1")["pair"] == 13
 
 
-def test_the_number_of_a_deleted_pair_is_not_used_again(folder):
+def test_the_number_of_a_deleted_pair_that_was_answered_is_not_used_again(folder):
     """Neither where there are fewer files than the last number says, nor where only its answer is left."""
     labels = labels_of(folder)
     for _ in range(3):
@@ -216,6 +216,34 @@ def test_the_number_of_a_deleted_pair_is_not_used_again(folder):
     page.ask_people(folder, HOPPER, inputs=torch.zeros(1, 2, LENGTH, 14), states=torch.zeros(1, 2, LENGTH, 6))
     assert page.pairs_asked(folder) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 12] and labels.next("1")["pair"] == 12
     assert [pair["pair"] for pair in rlhf.labelled_pairs(folder / "labels.jsonl", set())[0]] == [10, 9]
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_question_whose_pair_is_deleted_is_given_up(folder, repeat):
+    """Also while a tab looks at it, and where it would be shown a second time."""
+    labels = labels_of(folder, repeat_every=3)
+    for _ in range(3 * repeat):
+        labels.answer("1", labels.next("1")["pair"], False, "left", 0.0)
+    question = labels.next("1")
+    assert question["repeat"] is repeat
+    (folder / f"{question['pair']:07}.pt").unlink()
+    for tab in ("1", "2"):
+        assert labels.next(tab)["pair"] in page.pairs_asked(folder)
+    if repeat:
+        again = labels_of(folder, repeat_every=3)  # as after a start of the server, which knows of no lease
+        assert again.next("3")["pair"] in page.pairs_asked(folder)
+
+
+def test_a_new_pair_with_the_number_of_a_deleted_one_has_its_own_clip(folder, monkeypatch):
+    """The number of the newest pair is free again if nobody has answered it."""
+    monkeypatch.setattr(page.Drawer, "start", lambda drawer: None)
+    monkeypatch.setattr(page.Drawer, "draw", lambda drawer, path, left: path.read_bytes())
+    drawer = page.Drawer(folder, 1.0, 48)
+    before = drawer.clip(11, 0)
+    assert drawer.clip(11, 0) is before  # not drawn again
+    (folder / "0000011.pt").unlink()
+    page.ask_people(folder, HOPPER, inputs=torch.zeros(1, 2, LENGTH, 14), states=torch.zeros(1, 2, LENGTH, 6))
+    assert drawer.clip(11, 0) == (folder / "0000011.pt").read_bytes() != before
 
 
 @pytest.mark.parametrize("line", ["3", '{"pair": 1}', "\0", '{"pair": [], "answer": "left", "label": 1, "repeat": false}'])
@@ -236,6 +264,17 @@ def test_a_run_that_waits_ends_with_one_sentence_when_the_labels_are_damaged(tmp
     monkeypatch.setattr(rlhf.time, "sleep", damage)
     with pytest.raises(rlhf.BadInput, match="'no answer' is no answer; mend or remove it"):
         train(run_dir=tmp_path, teacher="human", label_budget=4)
+
+
+def test_a_run_that_waits_goes_on_when_the_pairs_that_it_waits_for_are_deleted(tmp_path, monkeypatch):
+    def delete_one(seconds):
+        pairs = sorted(tmp_path.glob("*/preferences/*.pt"))
+        assert pairs, "it waits for pairs that are gone"
+        pairs[0].unlink()
+
+    monkeypatch.setattr(rlhf.time, "sleep", delete_one)
+    folder = train(run_dir=tmp_path, teacher="human", label_budget=4)
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
 
 
 def test_a_pair_comes_back_as_it_was_written(folder):

@@ -512,8 +512,7 @@ def test_without_terminations(tmp_path, backend):
     changes = {"env_id": "Hopper-v4", "num_envs": 1, "num_steps": 150, "total_timesteps": 300, "env_backend": backend}
     changes["reward_update"] = "ground-truth"
     assert len(read_csv(train(run_dir=tmp_path / "1", **changes) / "episodes.csv")) > 2
-    kwargs = '{"terminate_when_unhealthy": false}'
-    assert read_csv(train(run_dir=tmp_path / "2", env_kwargs=kwargs, **changes) / "episodes.csv") == []
+    assert read_csv(train(run_dir=tmp_path / "2", terminate=False, **changes) / "episodes.csv") == []
 
 
 def test_saved_policy(toy_envs, tmp_path):

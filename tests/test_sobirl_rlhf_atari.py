@@ -491,6 +491,18 @@ def test_people_label_and_their_labels_and_the_network_serve_other_runs(tmp_path
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_run_that_waits_goes_on_when_the_pairs_that_it_waits_for_are_deleted(tmp_path, monkeypatch):
+    def delete_all(seconds):
+        pairs = list(tmp_path.glob("*/preferences/*.pt"))
+        assert pairs, "it waits for pairs that are gone"
+        for pair in pairs:
+            pair.unlink()
+
+    monkeypatch.setattr(rlhf.time, "sleep", delete_all)
+    folder = train(run_dir=tmp_path, teacher="human")
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+
+
 def test_a_run_that_does_not_wait_goes_on_without_labels(tmp_path):
     folder = train(run_dir=tmp_path, teacher="human", wait_for_labels=False)
     assert len(list((folder / "preferences").glob("*.pt"))) == 20

@@ -4,7 +4,6 @@ update against its formula, the practical forms of the implicit term on a tabula
 import contextlib
 import copy
 import itertools
-import json
 import math
 
 import gymnasium as gym
@@ -683,9 +682,8 @@ def test_the_room_of_replay_and_queue(monkeypatch):
 
 # ---- Simulator -------------------------------------------------------------------------------------------------
 def simulator(env_id="Hopper-v4", settable=True, terminate=True):
-    kwargs = {} if terminate else {"terminate_when_unhealthy": False}
     how = {"implicit": "rollouts"} if settable else {"reward_update": "pbrl-style"}
-    return rlhf.Simulator(rlhf.Args(env_id=env_id, env_kwargs=json.dumps(kwargs), **how), 3)
+    return rlhf.Simulator(rlhf.Args(env_id=env_id, terminate=terminate, **how), 3)
 
 
 def policy_for(obs_dim, action_dim, space=None):

@@ -129,6 +129,11 @@ def test_no_terminate_lets_falls_go_on(command_line, tmp_path):
     kwargs = json.loads(json.loads((folder / "args.json").read_text())["args"]["env_kwargs"])
     assert kwargs == {"ctrl_cost_weight": 1.0, "terminate_when_unhealthy": False}
     assert not torch.load(folder / "checkpoint.pt", weights_only=True)["replay"]["columns"][3].any()
+    status, _, err = command_line(SCRIPT, "--resume", folder, "--terminate")
+    assert status == 2 and "--env-kwargs has terminate_when_unhealthy false: remove it" in err
+    status, _, err = command_line(SCRIPT, "--resume", folder, "--terminate", "--env-kwargs", "{}", "--total-timesteps", 256)
+    assert status == 0 and "--terminate was False and is now True" in err
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["replay"]["columns"][3].any()
 
 
 @pytest.mark.parametrize(

@@ -887,7 +887,7 @@ def finished(tmp_path_factory):
     return sobirl.train(sobirl.parse_args([*TINY, "--run-dir", str(tmp_path_factory.mktemp("finished"))]))
 
 
-@pytest.mark.parametrize("name", ["Diverged", "say", "parse_args", "provenance", "write_atomically"])
+@pytest.mark.parametrize("name", ["Diverged", "say", "parse_args", "write_atomically"])
 def test_what_it_has_of_the_other_scripts_is_identical(name):
     """Beside its two shared blocks; the rest of theirs is about environments."""
     assert inspect.getsource(getattr(sobirl, name)) == inspect.getsource(getattr(ppo_continuous, name))
@@ -914,7 +914,7 @@ def test_a_run_writes_every_file(finished):
         assert [(row["seed"], row["iteration"]) for row in mine] == [(s, k) for k in "0123" for s in "12"]
     assert [(row["problem"], row["method"]) for row in read_csv(finished / "summary.csv")] == pairs
     saved = json.loads((finished / "args.json").read_text())
-    assert saved["args"]["instances"] == 2 and saved["script"] == SCRIPT and saved["versions"]["torch"]
+    assert saved["args"]["instances"] == 2 and saved["script"] == SCRIPT and set(saved["versions"]) == {"torch", "numpy", "python"}
     assert json.loads((finished / "result.json").read_text())["status"] == "finished"
 
 
@@ -1056,6 +1056,16 @@ def test_a_finished_run_is_extended_and_replayed(ten, tmp_path, capsys):
         patch.setattr(sobirl, "run_method", None)
         sobirl.train(sobirl.parse_args(["--resume", str(folder)]))
     assert_same(folder, ten)
+
+
+def test_a_run_that_goes_on_with_one_method_keeps_the_rows_of_the_others(tmp_path):
+    """Also if their iterations are more than those asked for now."""
+    folder = run(tmp_path, *SOME[:-1], "--iterations", "7")
+    before = read_csv(folder / "curves.csv")
+    sobirl.train(sobirl.parse_args(["--resume", str(folder), "--iterations", "4", "--methods", "x-only"]))
+    rows, summary = read_csv(folder / "curves.csv"), read_csv(folder / "summary.csv")
+    assert rows[: len(before)] == before and {row["method"] for row in rows[len(before) :]} == {"x-only"}
+    assert [(row["method"], row["iterations"]) for row in summary] == [("m-sobirl", "7"), ("sobirl", "7")] * 2 + [("x-only", "4")] * 2
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------
