@@ -10,10 +10,11 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings as GitHub makes them: lower case, no punctuation, blanks as hyphens."""
+    """The anchors of a page, and those of its headings as GitHub makes them: lower case, no punctuation, blanks as hyphens."""
     text = re.sub(r"^(    |```).*$", "", page.read_text(), flags=re.M)  # a comment in a listing is no heading
     headings = re.findall(r"^#+ (.+)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    made = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return made | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 def broken_links(page: Path) -> list[str]:
