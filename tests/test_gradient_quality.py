@@ -180,7 +180,7 @@ def test_it_matters_only_above_both(cosines, said):
 
 @pytest.mark.full
 def test_a_small_study(tmp_path, capsys):
-    words = {"tasks": ("CartPole-v1",), "stages": 1, "seeds": (701,), "reference_steps": 10_000}
+    words = {"tasks": ("CartPole-v1",), "stages": (1,), "seeds": (701,), "reference_steps": 10_000}
     args = study.Args(**words, run_dir=tmp_path / "runs", results_dir=tmp_path / "results")
     run(args, study.measure, study.__file__)
     names = {path.name for path in args.results_dir.iterdir()}
@@ -193,7 +193,7 @@ def test_a_small_study(tmp_path, capsys):
 
 
 def test_bad_input_is_one_sentence():
-    for words, said in (({"stages": 11}, "--stages"), ({"tasks": ()}, "--tasks"), ({"reference_steps": 3}, "--reference-steps")):
+    for words, said in (({"stages": (11,)}, "--stages"), ({"tasks": ()}, "--tasks"), ({"reference_steps": 3}, "--reference-steps")):
         with pytest.raises(BadInput, match=said):
             study.Args(**words)
 

@@ -77,13 +77,16 @@ DESCRIPTION = ["task", "seed", "stage", "commit", "return", "rows"]
 DESCRIPTION += ["start_error", "visited_error", "plain_error", "cg_residual"]
 
 
+Stage = Annotated[int, Field(ge=1, le=STAGES)]
+
+
 class Args(study.Args):
     """The policies, and where their numbers are kept."""
 
     tasks: Annotated[tuple[Literal[*TASKS], ...], study.AT_LEAST_ONE] = tuple(TASKS)
     """the tasks"""
-    stages: Annotated[int, Field(ge=1, le=STAGES)] = STAGES
-    """stages of each run, the first ones"""
+    stages: Annotated[tuple[Stage, ...], study.AT_LEAST_ONE] = tuple(range(1, STAGES + 1))
+    """stages of each run"""
     seeds: Annotated[tuple[study.Seed, ...], study.AT_LEAST_ONE] = SEEDS
     """seeds of the PPO runs, which no suite reports"""
     reference_steps: Annotated[int, Field(ge=10_000, le=10**8)] = 500_000
@@ -412,10 +415,11 @@ def measure(args: Args) -> Iterator[tuple[str, list[study.Row] | bytes]]:
     args.run_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(task, seed) for task in args.tasks for seed in args.seeds]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        making = {pool.submit(make_policies, *job, args.stages, args.run_dir): job for job in jobs}
+        making = {pool.submit(make_policies, *job, max(args.stages), args.run_dir): job for job in jobs}
         policies = []
         for each in tqdm(as_completed(making), total=len(jobs), desc="PPO runs"):
-            policies += [(*making[each], stage, path) for stage, path in enumerate(each.result(), 1)]
+            made = dict(enumerate(each.result(), 1))
+            policies += [(*making[each], stage, made[stage]) for stage in sorted(set(args.stages))]
         policies.sort(key=lambda one: (one[2] % 2, one[1], one[2]))  # some of each task first
         measuring = [pool.submit(measured_once, *one, args.reference_steps) for one in policies]
         for each in tqdm(as_completed(measuring), total=len(measuring), desc="policies"):
