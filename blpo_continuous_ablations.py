@@ -1316,8 +1316,12 @@ def train(args: Args) -> Path:
 
                     # The advantages of the critic after its K passes.
                     response_start = time.perf_counter()
-                    with torch.no_grad():
-                        new_values = agent.critic(p_obs.flatten(0, 1)).view(p_obs.shape[:2])
+                    if args.ihvp != "none":
+                        jacobian = CriticJacobian(agent.critic, p_obs.flatten(0, 1))
+                        new_values = jacobian.values.view(p_obs.shape[:2])
+                    else:
+                        with torch.no_grad():
+                            new_values = agent.critic(p_obs.flatten(0, 1)).view(p_obs.shape[:2])
                     refreshed = gae(p_rewards, new_values, p_discounts, decay)
                     if args.direct_advantages == "rollout":
                         refreshed = p_advantages
@@ -1327,7 +1331,6 @@ def train(args: Args) -> Path:
                     # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
                     e, released = torch.zeros_like(weights), []
                     if args.ihvp != "none":
-                        jacobian = CriticJacobian(agent.critic, p_obs.flatten(0, 1))
                         with torch.no_grad():
                             steps = p_obs[:-1].flatten(0, 1), p_actions.flatten(0, 1)
                             now, _ = agent.logprob_and_entropy(*steps)

@@ -1044,14 +1044,17 @@ def train(args: Args) -> Path:
 
                 # The advantages of the critic after its K passes.
                 response_start = time.perf_counter()
-                with torch.no_grad():
-                    new_values = agent.critic(b_obs.flatten(0, 1)).view(values.shape)
+                if args.ihvp != "none":
+                    jacobian = CriticJacobian(agent.critic, b_obs.flatten(0, 1))
+                    new_values = jacobian.values.view(values.shape)
+                else:
+                    with torch.no_grad():
+                        new_values = agent.critic(b_obs.flatten(0, 1)).view(values.shape)
                 refreshed = gae(b_rewards, new_values, b_discounts, decay)
 
                 # The follower's response: z = J_V (H + alpha I)^-1 grad_omega J, and its trace e = W^T z.
                 e = torch.zeros_like(weights)
                 if args.ihvp != "none":
-                    jacobian = CriticJacobian(agent.critic, b_obs.flatten(0, 1))
                     with torch.no_grad():
                         now, _ = agent.logprob_and_entropy(b_obs[:-1].flatten(0, 1), b_actions.flatten(0, 1))
                     ratio = (now.view(shape) - logprobs).exp()

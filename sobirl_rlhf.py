@@ -1252,7 +1252,8 @@ def train(args: Args) -> Path:
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU
                 newest = queue.rows(torch.arange(min(checkpoint["newest"], len(queue))))
         except Exception as error:  # a damaged archive raises errors of many kinds
-            files = f"--labels {args.labels}, --reward-model {args.reward_model}, --resume {args.resume}"
+            given_files = {"labels": args.labels, "reward-model": args.reward_model, "resume": args.resume}
+            files = " or ".join(f"--{name} {path}" for name, path in given_files.items() if path)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise BadInput(f"{files}: of another task, sizes or version, or damaged: {reason}") from error
         for each in optimisers:

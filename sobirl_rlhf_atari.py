@@ -1271,7 +1271,8 @@ def train(args: Args) -> Path:
                 torch.set_rng_state(checkpoint["rng"])  # all that is random is drawn on the CPU, but dropout
                 queue = [(frames.view(fragments), *others) for frames, *others in queue]
         except Exception as error:  # a damaged archive raises errors of many kinds
-            files = f"--labels {args.labels}, --reward-model {args.reward_model}, --resume {args.resume}"
+            given_files = {"labels": args.labels, "reward-model": args.reward_model, "resume": args.resume}
+            files = " or ".join(f"--{name} {path}" for name, path in given_files.items() if path)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise BadInput(f"{files}: of another game, sizes or version, or damaged: {reason}") from error
         for each in optimisers:

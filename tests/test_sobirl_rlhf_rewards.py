@@ -52,7 +52,10 @@ def test_a_run_is_resumed_without_the_reward_network_that_it_started_from(learne
     model = shutil.copy(learned / "checkpoint.pt", tmp_path / "model.pt")
     folder = train(run_dir=tmp_path / "runs", reward_update="drlhf", reward_model=Path(model))
     Path(model).unlink()
-    rlhf.train(rlhf.parse_args(["--resume", str(folder)]))
+    steps = 2 * json.loads((folder / "result.json").read_text())["global_step"]
+    rlhf.train(rlhf.parse_args(["--resume", str(folder), "--total-timesteps", str(steps)]))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "finished" and result["global_step"] == steps
 
 
 def test_the_reward_of_an_ensemble_is_the_mean_and_its_disagreement_the_spread_of_the_probabilities():
