@@ -1,7 +1,8 @@
 """The figure of a suite, from its committed results alone.
 
 `results.png` has the learning curves, a panel an environment (of many methods a row for each group): every
-run as a thin line, the mean, and Student's 95 % interval from five runs on. Below are the suite's
+run as a thin line, the mean, and Student's 95 % interval from five runs on; or, of a suite with `sweep`, the
+final returns over that argument. Below are the suite's
 comparisons, pooled and each task alone (`benchmark/statistics.py`), and wall-clock times over the first
 baseline's, where they were taken. The same results and the same matplotlib give bitwise the same file.
 """
@@ -9,7 +10,7 @@ baseline's, where they were taken. The same results and the same matplotlib give
 import json
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -141,24 +142,32 @@ def draw_environment(axes, suite: Suite, results: Results, environment: str, nam
 
 
 def draw_group(part: SubFigure, suite: Suite, results: Results, names: list[str], width: float) -> None:
-    """The panels of some methods, three in a row, and their legend with the numbers of runs."""
+    """The panels of some methods, and their legend with the numbers of runs."""
+    entries = {}
+    for name in names:
+        tasks = suite.methods[name].environments
+        counts = spread(len(results.of(name, each)) for each in tasks)
+        entries[f"{suite.methods[name].label} (n={counts})"] = looks(suite)[name]
+    draw_panels(part, suite, results, draw_environment, names, entries, width)
+
+
+def draw_panels(
+    part: SubFigure, suite: Suite, results: Results, draw: Callable, what, entries: dict, width: float
+) -> None:
+    """A panel an environment, three in a row, each by `draw`, which returns whether it has the reference
+    level; and the legend, of labels with their colour and dash."""
     environments = environments_of(suite, results)
     rows, columns = math.ceil(len(environments) / 3), min(3, len(environments))
     axes = part.subplots(rows, columns, squeeze=False).ravel()
-    drawn = [draw_environment(panel, suite, results, each, names) for panel, each in zip(axes, environments)]
+    drawn = [draw(panel, suite, results, each, what) for panel, each in zip(axes, environments)]
     for spare in axes[len(environments) :]:
         spare.remove()
     axes[0].set_ylabel("episodic return")
-    handles = {}
-    for name in names:
-        colour, dash = looks(suite)[name]
-        tasks = suite.methods[name].environments
-        label = f"{suite.methods[name].label} (n={spread(len(results.of(name, each)) for each in tasks)})"
-        handles[label] = Line2D([], [], color=colour, linestyle=dash, linewidth=1.5)
     if any(drawn):
-        handles["reference level"] = Line2D([], [], color="0.35", linestyle=DASHES["dotted"], linewidth=1)
-    columns = legend_columns(handles, width)
-    part.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, handlelength=2.4)
+        entries = entries | {"reference level": ("0.35", DASHES["dotted"])}
+    lines = [Line2D([], [], color=colour, linestyle=dash) for colour, dash in entries.values()]
+    columns = legend_columns(entries, width)
+    part.legend(lines, entries, loc="outside lower center", ncols=columns, handlelength=2.4)
 
 
 def environments_of(suite: Suite, results: Results) -> list[str]:
@@ -169,6 +178,51 @@ def environments_of(suite: Suite, results: Results) -> list[str]:
 def legend_columns(labels: Iterable[str], width: float) -> int:
     """How many of these entries fit side by side into so many inches."""
     return max(1, min(5, int(width / (0.6 + 0.062 * max(map(len, labels))))))
+
+
+# ---- A sweep -----------------------------------------------------------------------------------------------
+def families(suite: Suite, results: Results) -> dict[str, dict[float, str]]:
+    """The lines of a sweep: a label, and the method at each value of the argument; those of a line differ in
+    that argument alone, and their label is the first one's up to its last comma. Raises BadSuite."""
+    found: dict[str, dict[float, str]] = {}
+    for name, method in suite.methods.items():
+        runs = results.runs[results.runs["method"] == name]
+        if len(runs):
+            arguments = dict(runs["arguments"].iloc[0])
+            value = arguments.pop(suite.sweep.replace("-", "_"), None)
+            if not isinstance(value, int | float):
+                lacks = f"{suite.sweep!r}, which is no number among the arguments of the runs of {name}"
+                raise BadSuite(f"{suite.name}: sweep is {lacks}")
+            found.setdefault(json.dumps([method.script, arguments], sort_keys=True), {})[value] = name
+    first = [suite.methods[next(iter(line.values()))].label for line in found.values()]
+    return {label.rsplit(",", 1)[0]: dict(sorted(line.items())) for label, line in zip(first, found.values())}
+
+
+def draw_values(axes, suite: Suite, results: Results, environment: str, lines: dict) -> bool:
+    """One panel of a sweep: every run's final return as a dot, their mean, and Student's 95 % interval."""
+    for methods in lines.values():
+        colour, dash = looks(suite)[next(iter(methods.values()))]
+        runs = {value: results.of(name, environment)["final_return"] for value, name in methods.items()}
+        runs = {value: returns.to_numpy() for value, returns in runs.items() if len(returns)}
+        for value, returns in runs.items():
+            axes.plot([value] * len(returns), returns, ".", color=colour, alpha=0.35, markersize=3)
+            if len(returns) >= claims.LEAST:
+                axes.plot([value, value], mean_interval(returns[:, None]), color=colour, linewidth=1)
+        means = [returns.mean() for returns in runs.values()]
+        axes.plot(list(runs), means, marker="o", color=colour, linestyle=dash, linewidth=1.5, markersize=4)
+    values = sorted({value for methods in lines.values() for value in methods})
+    axes.set(title=environment, xlabel=suite.sweep)
+    if 0 < 8 * values[0] < values[-1]:
+        axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+    axes.xaxis.set_minor_locator(NullLocator())
+    return False
+
+
+def draw_sweep(part: SubFigure, suite: Suite, results: Results, lines: dict, width: float) -> None:
+    """The panels of a sweep, and their legend."""
+    entries = {label: looks(suite)[next(iter(methods.values()))] for label, methods in lines.items()}
+    draw_panels(part, suite, results, draw_values, lines, entries, width)
 
 
 # ---- Comparisons -------------------------------------------------------------------------------------------
@@ -242,15 +296,15 @@ def draw_blocks(axes, blocks: list[Block], height: float, limit: float, ratios: 
 def in_columns(blocks: list[Block]) -> list[list[Block]]:
     """The blocks in at most three columns, titles broken to fit."""
     columns = min(3, len(blocks))
-    width = letters(columns)
+    width = letters(columns, max(len(label) for _, _, rows, _ in blocks for label, _ in rows))
     broken = [(textwrap.fill(title, width, break_on_hyphens=False), *rest) for title, *rest in blocks]
     each = math.ceil(len(blocks) / columns)
     return [broken[start : start + each] for start in range(0, len(blocks), each)]
 
 
-def letters(columns: int) -> int:
-    """How many of the small letters fit into one of so many columns."""
-    return int((WIDTH / columns - 0.6) / 0.053)
+def letters(columns: int, ticks: int = 0) -> int:
+    """How many of the small letters fit into one of so many columns, beside labels of so many."""
+    return int((WIDTH / columns - max(0.6, 0.06 * ticks)) / 0.053)
 
 
 def tallest(columns: list[list[Block]]) -> float:
@@ -280,16 +334,18 @@ def results_figure(suite: Suite, results: Results) -> Figure:
     """Curves, comparisons and times under one another."""
     present = set(results.runs["method"])
     shown = [name for name in suite.methods if name in present and name in (suite.figures or present)]
-    environments, some = len(environments_of(suite, results)), groups(shown)
+    lines = families(suite, results) if suite.sweep else {}
+    environments, some = len(environments_of(suite, results)), [[*lines]] if lines else groups(shown)
     beside = min(2, len(some)) if environments == 1 else 1  # groups in a row
     width = WIDTH / 2 if environments == len(shown) == 1 else WIDTH / beside
     rows: list[tuple[float, list]] = []  # inches high, and what draws each part: a function and its arguments
     for start in range(0, len(some), beside):
         here = some[start : start + beside]
-        labels = [suite.methods[name].label + " (n=10)" for name in shown]
+        labels = lines or [suite.methods[name].label + " (n=10)" for name in shown]
         entries = math.ceil((1 + max(map(len, here))) / legend_columns(labels, width))
         height = math.ceil(environments / 3) * PANEL + 0.35 + 0.17 * entries
-        rows.append((height, [(draw_group, suite, results, names, width) for names in here]))
+        draws = [(draw_group, suite, results, names, width) for names in here]
+        rows.append((height, [(draw_sweep, suite, results, lines, width)] if lines else draws))
     baseline = suite.methods[suite.baselines[0]].label if suite.baselines else ""
     compared = Comparisons(suite, results)
     for blocks, label, ratios in (

@@ -153,6 +153,7 @@ class Suite(Table):
     aggregate: StrictBool = True
     claims: tuple[Claim, ...] = ()
     figures: tuple[StrictStr, ...] = ()
+    sweep: StrictStr = ""
     headline: StrictBool = False
     scratch: StrictBool = False
     untimed: StrictStr = ""

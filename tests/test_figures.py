@@ -109,6 +109,45 @@ def test_bands_begin_at_five_runs_and_a_single_run_has_no_mean(tmp_path):
         assert len(axes.collections) == bands and len(curves) == lines
 
 
+def swept(folder, widths=(1, 64, 1, 64), sweep="critic-width"):
+    """The figure of a suite of two scripts' methods, each at two critic widths."""
+    suite = make_suite(methods=4, environments=1, sweep=sweep)
+    labels = ["PPO, width 1", "PPO, width 64", "BLPO, width 1", "BLPO, width 64"]
+    methods = {
+        name: each.model_copy(update={"label": label})
+        for (name, each), label in zip(suite.methods.items(), labels)
+    }
+    suite = suite.model_copy(update={"methods": methods})
+    make_results(suite, folder, level=lambda method, _: 0.2 + 0.2 * [*methods].index(method))
+
+    def arguments(content, _):
+        for run in content.runs:
+            place = [*methods].index(run.method)
+            run.arguments = {"critic_width": widths[place], "ihvp": "none" if place < 2 else "cg"}
+
+    edit(suite, folder, arguments)
+    return suite, figures.results_figure(suite, load_results(suite, folder))
+
+
+def test_a_sweep_shows_final_returns_over_the_argument(tmp_path):
+    suite, figure = swept(tmp_path)
+    panel, results = axes_of(figure)[0], load_results(suite, tmp_path)
+    assert legends(figure)[0] == ["PPO", "BLPO"]
+    assert [panel.get_xlabel(), panel.get_xscale()] == ["critic-width", "log"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "64"]
+    means = [line for line in panel.lines if line.get_marker() == "o"]
+    for line, methods in zip(means, (("ppo", "nested"), ("blpo", "blpo-cg")), strict=True):
+        expected = [results.of(name, "Hopper-v4")["final_return"].mean() for name in methods]
+        assert list(line.get_xdata()) == [1, 64] and list(line.get_ydata()) == pytest.approx(expected)
+    dots = [len(line.get_xdata()) for line in panel.lines if line.get_marker() == "."]
+    assert dots == [5, 5, 5, 5]
+
+
+def test_a_sweep_over_what_is_no_number_is_refused(tmp_path):
+    with pytest.raises(BadSuite, match="sweep is 'depth', which is no number among the arguments"):
+        swept(tmp_path, sweep="depth")
+
+
 def test_the_axis_of_steps_is_logarithmic_only_where_everything_happens_early(tmp_path):
     suite = make_suite(environments=1)
     assert axes_of(drawn(suite, tmp_path / "late"))[0].get_xscale() == "linear"
