@@ -24,7 +24,7 @@ the Hessian itself, and all costs next to nothing but phi and the policy at the 
 
 `--ihvp none` (e = 0) is the nested control, `ppo_atari.py --separate-trunks` the baseline. The paper has no
 Atari experiments: the split of the critic, its step sizes and the damping are this project's choice
-(docs/blpo.md).
+(docs/atari.md).
 
     python blpo_atari.py --env-id Breakout-v5
 """

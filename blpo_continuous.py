@@ -26,13 +26,13 @@ Adam's; K is --nested-updates, alpha --damping, and H is approximated from --nys
               (grad_theta,omega L) v = -2 mean_t z_t sum_{k >= t} kappa^(k-t) A'_k grad log pi_k
                                      = -2 mean_k e_k A'_k grad log pi_k
 
-2 z_t is how much J gains, through the critic's answer, when the target of row t rises, and e_k collects the
-rows whose targets action k has a part in. So the hypergradient is a policy gradient with the row weights
-1 + 2 e, its direct part with the advantages A of the critic after its K passes, the other with those of the
-targets, A'. Unless --no-norm-adv both are centred and over A's standard deviation in each minibatch, but b
-takes A centred alone: so there is one factor 1/std in the correction. --mixed-discount sets kappa: 0 makes
-each state its own start (the released code's reading), gamma is right for Monte Carlo targets (Zheng et al.
-2022, Prop. 1). `--ihvp none` (e = 0) is the nested control. docs/blpo.md derives this, and
+2 z_t / n is how much J gains, through the critic's answer, when the target of row t of n rises, and e_k
+collects the rows whose targets action k has a part in. So the hypergradient is a policy gradient with the row
+weights 1 + 2 e, its direct part with the advantages A of the critic after its K passes, the other with those
+of the targets, A'. Unless --no-norm-adv both are centred and over A's standard deviation in each minibatch,
+but b takes A centred alone: so there is one factor 1/std in the correction. --mixed-discount sets kappa: 0
+makes each state its own start (the released code's reading), gamma is right for Monte Carlo targets (Zheng et
+al. 2022, Prop. 1). `--ihvp none` (e = 0) is the nested control. docs/blpo.md derives this, and
 `blpo_continuous_ablations.py` has the released code's variant, which nests in each minibatch.
 
     python blpo_continuous.py --env-id Hopper-v4 --nystrom-rank 10

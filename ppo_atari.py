@@ -12,7 +12,7 @@ Actor theta and critic omega, two heads on one convolutional network (Mnih et al
 
 A reward is the sign of the points won. A is normalised in each minibatch, and L is the larger of this error
 and the same after the values' change has been clipped. Settings and preprocessing are those of CleanRL's
-`ppo_atari` (numbered in docs/ppo.md): a lost life is a termination for the learner, the returns that are
+`ppo_atari` (numbered in docs/atari.md): a lost life is a termination for the learner, the returns that are
 logged are the points of whole games. EnvPool plays the games. Put right: the row that follows a lost life or
 a game is a reset and no transition, so it is in no loss and no statistic; a game is over when EnvPool says
 so, not when no life is left; a time limit is bootstrapped (`--no-bootstrap-truncation`: it is a termination).
