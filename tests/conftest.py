@@ -4,8 +4,10 @@ import csv
 import importlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -27,6 +29,9 @@ for folder in (REPO / "tests", REPO):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    # Started in the background of a script. The programs that the tests start would ignore Ctrl-C as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if label := os.environ.get("FAKE_TORCH_LABEL"):  # .ci/run: no test may depend on the local label of this machine's wheel
     torch.__version__ = torch.torch_version.TorchVersion(f"{torch.__version__.split('+')[0]}+{label}")
 
