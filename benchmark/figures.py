@@ -183,7 +183,8 @@ def legend_columns(labels: Iterable[str], width: float) -> int:
 # ---- A sweep -----------------------------------------------------------------------------------------------
 def families(suite: Suite, results: Results) -> dict[str, dict[float, str]]:
     """The lines of a sweep: a label, and the method at each value of the argument; those of a line differ in
-    that argument alone, and their label is the first one's up to its last comma. Raises BadSuite."""
+    that argument alone, and their label is the first one's up to its last comma, or the whole of it where a
+    line has that already. Raises BadSuite."""
     found: dict[str, dict[float, str]] = {}
     for name, method in suite.methods.items():
         runs = results.runs[results.runs["method"] == name]
@@ -194,8 +195,12 @@ def families(suite: Suite, results: Results) -> dict[str, dict[float, str]]:
                 lacks = f"{suite.sweep!r}, which is no number among the arguments of the runs of {name}"
                 raise BadSuite(f"{suite.name}: sweep is {lacks}")
             found.setdefault(json.dumps([method.script, arguments], sort_keys=True), {})[value] = name
-    first = [suite.methods[next(iter(line.values()))].label for line in found.values()]
-    return {label.rsplit(",", 1)[0]: dict(sorted(line.items())) for label, line in zip(first, found.values())}
+    lines: dict[str, dict[float, str]] = {}
+    for line in found.values():
+        whole = suite.methods[next(iter(line.values()))].label
+        label = whole.rsplit(",", 1)[0]
+        lines[whole if label in lines else label] = dict(sorted(line.items()))
+    return lines
 
 
 def draw_values(axes, suite: Suite, results: Results, environment: str, lines: dict) -> bool:

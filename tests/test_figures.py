@@ -143,6 +143,14 @@ def test_a_sweep_shows_final_returns_over_the_argument(tmp_path):
     assert dots == [5, 5, 5, 5]
 
 
+def test_two_lines_of_a_sweep_with_one_label_are_both_shown(tmp_path):
+    suite, _ = swept(tmp_path)
+    same = {name: each.model_copy(update={"label": f"PPO, {name}"}) for name, each in suite.methods.items()}
+    suite = suite.model_copy(update={"methods": same})
+    found = figures.families(suite, load_results(suite, tmp_path))
+    assert found == {"PPO": {1: "ppo", 64: "nested"}, "PPO, blpo": {1: "blpo", 64: "blpo-cg"}}
+
+
 def test_a_sweep_over_what_is_no_number_is_refused(tmp_path):
     with pytest.raises(BadSuite, match="sweep is 'depth', which is no number among the arguments"):
         swept(tmp_path, sweep="depth")
