@@ -271,14 +271,16 @@ def without_dead(suite: Suite, results: Results) -> list[str]:
 
 
 def suite_lines(suite: Suite, results: Results, compared: Comparisons, folder: Path, out: Path) -> list[str]:
-    """The section of one suite, or a line where nothing is compared and no single method held to a level."""
+    """The section of one suite. A line where nothing is compared and no single method held to a level, and
+    where the method is a former one."""
 
     def linked(path: Path) -> str:
         return Path(os.path.relpath(path, out.parent)).as_posix()
 
     about = f"{first_sentence(suite)} [Rule and settings]({linked(suite.path)}), [data]({linked(folder)})."
     found = [compared.of(claim) for claim in claims.claims(suite)]
-    if len(suite.methods) > 1 and not any(each is not None and each.runs[0] >= LEAST for each in found):
+    compares = len(suite.methods) == 1 or any(each is not None and each.runs[0] >= LEAST for each in found)
+    if suite.former or not compares:
         return [f'- <a id="{suite.name}"></a>**{suite.name}**, {len(results.runs)} runs: {about}']
     picture = folder / "results.png"
     lines = [f"## {suite.name}", "", about, "", *suite_table(suite, results, compared)]
@@ -313,7 +315,7 @@ def report(suites: Iterable[Suite], results_folder: Path, out: Path) -> None:
     lines += [*top_lines(judges, exact), "## The rule", "", claims.RULE, "", *exact_lines(exact)]
     quiet = [line for section in sections if len(section) == 1 for line in section]
     lines += [line for section in sections if len(section) > 1 for line in section]
-    lines += ["## Suites that compare nothing here", "", *quiet] if quiet else []
+    lines += ["## Suites that compare nothing, or a former method", "", *quiet] if quiet else []
     try:
         write_atomically(out, lambda new: new.write_text("\n".join(lines).rstrip() + "\n"))
     except OSError as error:

@@ -155,6 +155,7 @@ class Suite(Table):
     figures: tuple[StrictStr, ...] = ()
     sweep: StrictStr = ""
     headline: StrictBool = False
+    former: StrictBool = False
     scratch: StrictBool = False
     untimed: StrictStr = ""
     dead: Dead | None = None

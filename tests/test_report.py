@@ -316,15 +316,15 @@ def test_the_page_says_which_mixed_term_the_runs_had(tmp_path, arguments, words)
     assert f"{words};" in text or f"{words}." in text if words else "mixed term" not in text
 
 
-def test_suites_that_compare_nothing_have_a_line_and_scratch_suites_none(tmp_path):
+def test_suites_that_compare_nothing_or_a_former_method_have_a_line_and_scratch_suites_none(tmp_path):
     two, alone = make_suite(seeds=2, name="two"), make_suite(1, seeds=2, name="alone", baselines=())
-    scratch = make_suite(name="smoke", scratch=True)
-    for suite in (two, alone, scratch):
+    scratch, former = make_suite(name="smoke", scratch=True), make_suite(seeds=5, name="past", former=True)
+    for suite in (two, alone, scratch, former):
         make_results(suite, tmp_path)
-    text = page([two, alone, scratch], tmp_path)
-    assert (
-        '- <a id="two"></a>**two**, 12 runs: Made up. ' in text and "## alone" in text and "smoke" not in text
-    )
+    text = page([two, alone, scratch, former], tmp_path)
+    assert "## alone" in text and "smoke" not in text and "## past" not in text
+    for line in ("two\"></a>**two**, 12 runs: Made up. ", "past\"></a>**past**, 30 runs: Made up. "):
+        assert f'- <a id="{line}' in text
 
 
 def test_the_headline_suite_comes_first(tmp_path):
