@@ -22,7 +22,7 @@ from benchmark.machine import write_atomically
 from benchmark.markdown import number, probability, short, spread, table
 from benchmark.scores import OVER, Comparisons, collapses, levels, returns, scores
 from benchmark.statistics import LEAST, Comparison, compare
-from benchmark.suites import BadSuite, Claim, Suite
+from benchmark.suites import ROOT, BadSuite, Claim, Suite
 
 TOP = Path(__file__).parent / "top_claims.json"
 
@@ -272,7 +272,7 @@ def without_dead(suite: Suite, results: Results) -> list[str]:
 
 def suite_lines(suite: Suite, results: Results, compared: Comparisons, folder: Path, out: Path) -> list[str]:
     """The section of one suite. A line where nothing is compared and no single method held to a level, and
-    where the method is a former one."""
+    where the suite's results are told on another page."""
 
     def linked(path: Path) -> str:
         return Path(os.path.relpath(path, out.parent)).as_posix()
@@ -280,8 +280,10 @@ def suite_lines(suite: Suite, results: Results, compared: Comparisons, folder: P
     about = f"{first_sentence(suite)} [Rule and settings]({linked(suite.path)}), [data]({linked(folder)})."
     found = [compared.of(claim) for claim in claims.claims(suite)]
     compares = len(suite.methods) == 1 or any(each is not None and each.runs[0] >= LEAST for each in found)
-    if suite.former or not compares:
-        return [f'- <a id="{suite.name}"></a>**{suite.name}**, {len(results.runs)} runs: {about}']
+    if suite.told or not compares:
+        own = sum(suite.methods[method].runs_of is None for method in results.runs["method"])
+        told = f" [What came out]({linked(ROOT / suite.told)})." if suite.told else ""
+        return [f'- <a id="{suite.name}"></a>**{suite.name}**, {own} runs: {about}{told}']
     picture = folder / "results.png"
     lines = [f"## {suite.name}", "", about, "", *suite_table(suite, results, compared)]
     lines += [f"![{suite.name}]({linked(picture)})", ""] if picture.exists() else []
@@ -315,7 +317,7 @@ def report(suites: Iterable[Suite], results_folder: Path, out: Path) -> None:
     lines += [*top_lines(judges, exact), "## The rule", "", claims.RULE, "", *exact_lines(exact)]
     quiet = [line for section in sections if len(section) == 1 for line in section]
     lines += [line for section in sections if len(section) > 1 for line in section]
-    lines += ["## Suites that compare nothing, or a former method", "", *quiet] if quiet else []
+    lines += ["## Suites that compare nothing, or are told on another page", "", *quiet] if quiet else []
     try:
         write_atomically(out, lambda new: new.write_text("\n".join(lines).rstrip() + "\n"))
     except OSError as error:

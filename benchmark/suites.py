@@ -155,7 +155,7 @@ class Suite(Table):
     figures: tuple[StrictStr, ...] = ()
     sweep: StrictStr = ""
     headline: StrictBool = False
-    former: StrictBool = False
+    told: StrictStr = ""
     scratch: StrictBool = False
     untimed: StrictStr = ""
     dead: Dead | None = None

@@ -230,6 +230,7 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     for folder, there in (
         (RESULTS, "../benchmark/results"),
         (RESULTS.parent / "suites", "../benchmark/suites"),
+        (ROOT / "docs" / "blpo_history.md", "blpo_history.md"),
     ):
         text = text.replace(os.path.relpath(folder, tmp_path), there)
     assert text == (ROOT / "docs" / "results.md").read_text()
@@ -316,15 +317,16 @@ def test_the_page_says_which_mixed_term_the_runs_had(tmp_path, arguments, words)
     assert f"{words};" in text or f"{words}." in text if words else "mixed term" not in text
 
 
-def test_suites_that_compare_nothing_or_a_former_method_have_a_line_and_scratch_suites_none(tmp_path):
+def test_suites_that_compare_nothing_or_are_told_elsewhere_have_a_line_and_scratch_suites_none(tmp_path):
     two, alone = make_suite(seeds=2, name="two"), make_suite(1, seeds=2, name="alone", baselines=())
-    scratch, former = make_suite(name="smoke", scratch=True), make_suite(seeds=5, name="past", former=True)
-    for suite in (two, alone, scratch, former):
+    scratch, past = make_suite(name="smoke", scratch=True), make_suite(name="past", told="docs/blpo_history.md#x")
+    for suite in (two, alone, scratch, past):
         make_results(suite, tmp_path)
-    text = page([two, alone, scratch, former], tmp_path)
+    text = page([two, alone, scratch, past], tmp_path)
     assert "## alone" in text and "smoke" not in text and "## past" not in text
-    for line in ("two\"></a>**two**, 12 runs: Made up. ", "past\"></a>**past**, 30 runs: Made up. "):
-        assert f'- <a id="{line}' in text
+    assert '- <a id="two"></a>**two**, 12 runs: Made up. ' in text
+    line = re.search(r'- <a id="past"></a>\*\*past\*\*, 30 runs: Made up. .*', text)[0]
+    assert line.endswith(f"[What came out]({os.path.relpath(ROOT, tmp_path)}/docs/blpo_history.md#x).")
 
 
 def test_the_headline_suite_comes_first(tmp_path):
