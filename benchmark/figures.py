@@ -232,7 +232,7 @@ def draw_sweep(part: SubFigure, suite: Suite, results: Results, lines: dict, wid
 
 # ---- Comparisons -------------------------------------------------------------------------------------------
 def blocks_of_returns(suite: Suite, compared: Comparisons) -> list[Block]:
-    """A block a comparison of returns: pooled, then each task alone."""
+    """A block a comparison of returns: pooled, unless the suite is not, then each task alone."""
     blocks = []
     for claim in claims.claims(suite):
         pooled = compared.of(claim)
@@ -240,6 +240,7 @@ def blocks_of_returns(suite: Suite, compared: Comparisons) -> list[Block]:
             continue
         tasks = compared.environments(claim)
         rows = [("all", pooled), *((short(each), compared.of(claim, each)) for each in tasks)]
+        rows = rows[0 if suite.aggregate else 1 :]
         pair = (suite.methods[name].label for name in (claim.better, claim.than))
         title = f"{' − '.join(pair)}{OVER[claim.over]} (n={spread(pooled.runs)})"
         rows = rows if len(tasks) > 1 else [("", pooled)]

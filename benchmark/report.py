@@ -28,14 +28,14 @@ TOP = Path(__file__).parent / "top_claims.json"
 
 
 # ---- Comparisons in words ----------------------------------------------------------------------------------
-def judged(compared: Comparisons, claim: Claim) -> tuple[str, str]:
-    """A claim's verdict and the evidence for it."""
-    found, pair = compared.of(claim), (claim.better, claim.than)
+def judged(compared: Comparisons, claim: Claim, task: str | None = None) -> tuple[str, str]:
+    """A claim's verdict and the evidence for it, over all tasks or on one."""
+    found, pair = compared.of(claim, task), (claim.better, claim.than)
     failed = sum(job.method in pair and job.name in compared.results.failed for job in compared.suite.shown())
     if claim.measure == "time":  # less is better
         turned = None if found is None else -found
         return claims.verdict(turned, LEAST, failed, math.log(1.1)), in_words(found, time=True)
-    evidence, tasks = in_words(found), compared.environments(claim)
+    evidence, tasks = in_words(found), [task] if task else compared.environments(claim)
     if len(tasks) > 1 and found is not None:
         alone = {short(each): compared.of(claim, each) for each in tasks}
         words = [f"{task} {number(each.estimate, sign=True)}{star(each)}" for task, each in alone.items()]
@@ -82,10 +82,11 @@ def top_lines(judges: dict[str, Comparisons], exact: dict[str, pd.DataFrame]) ->
             verdict = {1: "**better**", 0: "**inconclusive**", -1: "**worse**"}[side]
             rows.append([words, verdict, evidence, f"{len(both)}, [{name}](#where-everything-is-exact)"])
         elif name in judges:
+            task = entry.pop("environment", None)
             claim = Claim(text=words, **entry)
-            found = judges[name].of(claim)
+            found = judges[name].of(claim, task)
             runs = "0" if found is None else spread(found.runs)
-            rows.append([words, *judged(judges[name], claim), f"{runs}, [{name}](#{name})"])
+            rows.append([words, *judged(judges[name], claim, task), f"{runs}, [{name}](#{name})"])
     return table(["", "verdict", "difference", "n, suite"], rows) if rows else []
 
 
@@ -182,9 +183,12 @@ def suite_table(suite: Suite, results: Results, compared: Comparisons) -> list[s
     for claim in claims.claims(suite):
         if claim.better not in methods or claim.than not in methods:
             continue
-        verdict, evidence = judged(compared, claim)
-        label = suite.methods[claim.than].label + ("" if claim.measure == "time" else OVER[claim.over])
-        against.setdefault(claim.better, []).append(f"{verdict}, against {label}: {evidence}")
+        time = claim.measure == "time"
+        label = suite.methods[claim.than].label + ("" if time else OVER[claim.over])
+        for task in [None] if suite.aggregate or time else compared.environments(claim):
+            verdict, evidence = judged(compared, claim, task)
+            where = f" on {short(task)}" if task and len(tasks) > 1 else ""
+            against.setdefault(claim.better, []).append(f"{verdict}, against {label}{where}: {evidence}")
     for name in methods:
         method = suite.methods[name]
         runs = spread(len(results.of(name, each)) for each in method.environments if each in tasks)

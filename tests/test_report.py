@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_suite import edit, make_results, make_suite
+from synthetic_suite import TASKS, edit, make_results, make_suite
 
-from benchmark import claims, markdown, report, scores, statistics
+from benchmark import claims, figures, markdown, report, scores, statistics
 from benchmark.data import load_results
 from benchmark.reference import load_reference
 from benchmark.statistics import Comparison
@@ -327,6 +327,19 @@ def test_suites_that_compare_nothing_or_are_told_elsewhere_have_a_line_and_scrat
     assert '- <a id="two"></a>**two**, 12 runs: Made up. ' in text
     line = re.search(r'- <a id="past"></a>\*\*past\*\*, 30 runs: Made up. .*', text)[0]
     assert line.endswith(f"[What came out]({os.path.relpath(ROOT, tmp_path)}/docs/blpo_history.md#x).")
+
+
+def test_a_suite_that_does_not_aggregate_is_judged_task_by_task(tmp_path):
+    """One method is better on one task and worse on the other: pooled that would be nothing."""
+    gap = {("blpo", task): 0.4 if index else -0.4 for index, task in enumerate(TASKS[:2])}
+    suite = make_suite(name="each", aggregate=False, seeds=10)
+    make_results(suite, tmp_path, level=lambda method, task: 0.8 + gap.get((method, task), 0.0))
+    row = next(line for line in page([suite], tmp_path).splitlines() if line.startswith("| BLPO |"))
+    first, second = (task.removesuffix("-v4") for task in TASKS[:2])
+    assert re.search(rf"\*\*worse\*\*, against PPO on {first}: -0\.\d+ \[", row)
+    assert re.search(rf"\*\*better\*\*, against PPO on {second}: \+0\.\d+ \[", row)
+    blocks = figures.blocks_of_returns(suite, scores.Comparisons(suite, load_results(suite, tmp_path)))
+    assert [[label for label, _ in rows] for _, _, rows, _ in blocks] == [[first, second]] * 2
 
 
 def test_the_headline_suite_comes_first(tmp_path):
