@@ -281,11 +281,11 @@ def draw_blocks(axes, blocks: list[Block], height: float, limit: float, ratios: 
         words.set(bbox={"color": "white", "alpha": 0.7, "pad": 0.3}, linespacing=1.0, in_layout=False)
         y += title.count("\n")
         axes.plot(value(theirs), y + 1, "D", color="black", markersize=4, markerfacecolor="none", zorder=3)
-        for index, (label, found) in enumerate(rows):
+        for label, found in rows:
             y += 1
             ticks[y] = label
             ends = [value(end) for end in np.clip((found.low, found.high), -9, 9)]
-            thick, dot = (2.2, 5) if index == 0 else (1.0, 3)
+            thick, dot = (2.2, 5) if label in ("all", "") else (1.0, 3)
             axes.plot(ends, [y, y], color=colour, linewidth=thick, solid_capstyle="butt")
             axes.plot(value(found.estimate), y, "o", color=colour, markersize=dot)
         y += 1.3
