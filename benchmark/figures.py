@@ -232,15 +232,15 @@ def draw_sweep(part: SubFigure, suite: Suite, results: Results, lines: dict, wid
 
 # ---- Comparisons -------------------------------------------------------------------------------------------
 def blocks_of_returns(suite: Suite, compared: Comparisons) -> list[Block]:
-    """A block a comparison of returns: pooled, unless the suite is not, then each task alone."""
+    """A block a comparison of returns: pooled, where the suite pools its tasks, then each task alone."""
     blocks = []
     for claim in claims.claims(suite):
         pooled = compared.of(claim)
         if claim.measure == "time" or pooled is None or pooled.runs[0] < LEAST:
             continue
         tasks = compared.environments(claim)
-        rows = [("all", pooled), *((short(each), compared.of(claim, each)) for each in tasks)]
-        rows = rows[0 if suite.aggregate else 1 :]
+        rows = [(short(each), compared.of(claim, each)) for each in tasks]
+        rows = [("all", pooled), *rows] if suite.aggregate else rows
         pair = (suite.methods[name].label for name in (claim.better, claim.than))
         title = f"{' − '.join(pair)}{OVER[claim.over]} (n={spread(pooled.runs)})"
         rows = rows if len(tasks) > 1 else [("", pooled)]
