@@ -7,10 +7,10 @@ LEAST = 5  # seeds of each method on each task below which nothing is decided (3
 
 RULE = f"""Every comparison is one method's score minus another's, mean over the tasks that both have, unless one is
 named. A score is 0 at a random policy's return and below, and 1 at a
-[published level](../benchmark/reference.json) of the same kind of algorithm: PPO's, or DDPG's or SAC's for the off-policy scripts. It is of the last tenth of the
-steps, unless "training" (mean of the curve) or "evaluation" (most probable actions) is said. In brackets:
-95 % studentised bootstrap interval over seeds, 100,000 resamples; p: two-sided permutation test, labels
-exchanged within each task.
+[published level](../benchmark/reference.json) of the same kind of algorithm: PPO's, or
+DDPG's or SAC's for the off-policy scripts. It is of the last tenth of the steps, unless "training"
+(mean of the curve) or "evaluation" (most probable actions) is said. In brackets: 95 % studentised bootstrap
+interval over seeds, 100,000 resamples; p: two-sided permutation test, labels exchanged within each task.
 
 - **better**, **worse**: the interval excludes 0, and p < 0.05. **equivalent**: the interval lies inside
   ±{MARGIN:g}, and permutation tests of both bounds agree (p < 0.025). **inconclusive**: anything else, also
