@@ -20,7 +20,8 @@ flag each.
                               and --nest minibatch it is the update of this project's first results
     --direct-advantages rollout   the nested control with the rollout's advantages, as PPO has them
     --correction-control ...  permuted: e shuffled among the rows that the critic answers; constant: its mean;
-                              reversed: -e -> controlled
+                              age: its mean over the rows that are as many steps into their episode or
+                              rollout; reversed: -e -> controlled
     --curvature hessian       all of L's Hessian, which can be indefinite -> Hessian
     --ihvp exact, pcg         the exact solve in the space of the rows; conjugate gradients preconditioned by
                               the Nystrom inverse -> exact_ihvp, preconditioned_cg_ihvp
@@ -234,7 +235,7 @@ class Args(CheckedArgs):
     """advantages of the direct gradient: those of the critic that has just answered, or PPO's"""
     mixed_advantages: Literal["targets", "refreshed"] = "targets"
     """advantages of the mixed term: those of the critic's targets, or J's"""
-    correction_control: Literal["none", "permuted", "constant", "reversed"] = "none"
+    correction_control: Literal["none", "permuted", "constant", "age", "reversed"] = "none"
     """what replaces the trace e"""
     columns: Literal["features", "last-layer", "coordinates", "fixed", "gaussian", "krylov"] = "features"
     """directions of the Nystrom approximation"""
@@ -849,12 +850,16 @@ def preconditioned_cg_ihvp(
     return v
 
 
-def controlled(e: Tensor, valid: Tensor, control: str, generator: torch.Generator) -> Tensor:
+def controlled(e: Tensor, valid: Tensor, ended: Tensor, control: str, generator: torch.Generator) -> Tensor:
     """The trace e (T, N) under a control that breaks or reverses its meaning and leaves the rest as it is;
-    rows that are no transition (valid is 0 there) stay out of it."""
+    rows that are no transition (valid is 0 there) stay out of it. ended (T, N): 1 where an episode ends."""
     rows = valid > 0
     if control == "constant":
         return torch.where(rows, e[rows].mean(), 0.0)
+    if control == "age":  # steps since the episode's or the rollout's first
+        age = trace(valid, 1 - ended)[rows].long()
+        means = age.bincount(e[rows]) / age.bincount()
+        return torch.zeros_like(e).masked_scatter(rows, means[age].to(e))
     if control == "reversed":
         return -e
     if control == "permuted":
@@ -1370,7 +1375,8 @@ def train(args: Args) -> Path:
                             released = [advantages_dot, p_returns - new_values[:-1], -response[:-1]]
                         else:
                             e = trace(p_valid * response[:-1], mixed_decay)
-                            e = controlled(e, p_valid, args.correction_control, control_generator)
+                            control = args.correction_control, control_generator
+                            e = controlled(e, p_valid, p_ended, *control)
                     response_time += time.perf_counter() - response_start
 
                     # The leader: PPO's minibatches; the correction's gradient is -(grad_theta,omega L) v.

@@ -418,13 +418,19 @@ def test_how_much_of_the_trace_a_start_cuts_off(length, expected):
 
 
 def test_laboratory_controls(laboratory):
-    e, valid = torch.arange(12.0).view(2, 6), torch.ones(2, 6)
-    valid[0, 3] = e[0, 3] = 0.0
+    e, valid, ended = torch.arange(12.0).view(2, 6).T.contiguous(), torch.ones(6, 2), torch.zeros(6, 2)
+    ended[2, 0] = 1.0
+    valid[3, 0] = e[3, 0] = 0.0
     generator, kept = torch.Generator().manual_seed(0), valid > 0
-    permuted = laboratory.controlled(e, valid, "permuted", generator)
+    permuted = laboratory.controlled(e, valid, ended, "permuted", generator)
     assert sorted(permuted[kept].tolist()) == sorted(e[kept].tolist()) and not torch.equal(permuted, e)
-    assert permuted[0, 3] == 0 and e[1, 0] == 6  # what came in stays as it was
-    assert torch.equal(laboratory.controlled(e, valid, "reversed", generator), -e)
-    constant = laboratory.controlled(e, valid, "constant", generator)
-    assert torch.allclose(constant[kept], e[kept].mean()) and constant[0, 3] == 0
-    assert torch.equal(laboratory.controlled(e, valid, "none", generator), e)
+    assert permuted[3, 0] == 0 and e[0, 1] == 6  # what came in stays as it was
+    assert torch.equal(laboratory.controlled(e, valid, ended, "reversed", generator), -e)
+    constant = laboratory.controlled(e, valid, ended, "constant", generator)
+    assert torch.allclose(constant[kept], e[kept].mean()) and constant[3, 0] == 0
+    assert torch.equal(laboratory.controlled(e, valid, ended, "none", generator), e)
+    # An episode of three steps, its reset row and the first two of the next one, beside six steps of another episode.
+    of_age = laboratory.controlled(e, valid, ended, "age", generator)
+    first, second, third = (0 + 4 + 6) / 3, (1 + 5 + 7) / 3, (2 + 8) / 2
+    expected = [[first, second, third, 0, first, second], [first, second, third, 9, 10, 11]]
+    assert torch.allclose(of_age, torch.tensor(expected).T)
