@@ -3,9 +3,9 @@
 There are two ways. In the loop: a run with `--teacher human` writes pairs of its newest fragments into its
 folder and takes the answers from there; point this script at that folder. Label first: with `--pairs` this
 script plays the policy of a run, writes pairs of what it saw into a folder of their own, and serves these;
-any run of the same task can learn from them.
+any run of the same task and fragment length can learn from them.
 
-    python sobirl_rlhf.py --env-id HalfCheetah-v4 --teacher human --label-budget 200       # in the loop
+    python sobirl_rlhf.py --env-id HalfCheetah-v4 --teacher human --label-budget 200 --warmup-pairs 40
     python label_preferences.py runs/HalfCheetah-v4__sobirl_rlhf__1__1790000000
 
     python label_preferences.py runs/HalfCheetah-v4__sobirl_rlhf__1__1790000000 --pairs 200  # label first

@@ -13,9 +13,10 @@ actor-critic (SAC, Christodoulou 2019) fits to that reward. theta's gradient cou
 
 with SAC's temperature alpha. `--reward-update` names the method, see sobirl_rlhf.py. `--implicit one-step`,
 as released, cuts Prop. 5.1's sums after one term and takes V's expectation over the actions exactly ->
-one_step_advantages; rollouts, those of Stoc-SoBiRL (79), start from copies of the game -> CloneableGames.
+one_step_advantages; rollouts, those of Stoc-SoBiRL (79), start from copies of the game -> CloneableGames
+(`--env-backend gymnasium`).
 
-EnvPool plays the games; a lost life is a termination for both levels, returns are the points of whole games.
+EnvPool plays the games by default; a lost life is a termination for both levels, returns are the points of whole games.
 A replay of 1,000,000 frames takes 7.1 GB: each is kept once. Departures from the released code: pixels are
 scaled once; the reward network is in evaluation mode outside its own training; (13) is over the policy's
 newest pairs, with a baseline, in one reward step for each theta that the policy answers, and in all of them

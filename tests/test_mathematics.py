@@ -199,8 +199,8 @@ def test_an_exact_solve_that_rounding_has_made_indefinite_is_nan(laboratory, mon
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.95, 1.0])
 def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae_lambda, damping, laboratory):
-    """e, the output's bias, moves all values alike: e.(H + alpha I) v = e.b says mean 2z + alpha v_e = d/dc mean ratio G(V + c),
-    whatever the critic, its data and alpha are (docs/blpo.md)."""
+    """beta, the output's bias, moves all values alike: row beta of (H + alpha I) v = b says mean 2z + alpha v_beta =
+    d/dc mean ratio G(V + c), whatever the critic, its data and alpha are (docs/blpo_history.md)."""
     rewards, values, terminated, truncated, valid = random_rollout()
     obs = torch.randn(values.numel(), 5, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     weights, discounts = valid / valid.sum(), 0.99 * (1 - terminated)
@@ -219,7 +219,7 @@ def test_the_mean_weight_is_how_much_the_returns_move_with_the_critics_level(gae
 @pytest.mark.parametrize("length", [64, 256])
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.9, 0.95, 1.0])
 def test_how_much_the_returns_of_a_whole_rollout_move_with_the_critics_level(gae_lambda, length):
-    """The closed form of docs/blpo.md for rollouts or chunks in which nothing ends: with m steps to the end,
+    """The closed form of docs/blpo_history.md for rollouts or chunks in which nothing ends: with m steps to the end,
     gamma (1 - lambda)(1 - x^m) / (1 - x) + gamma x^m, x = gamma lambda, on average over m = 0 .. length - 1."""
     gamma = 0.99
     expected = {
