@@ -16,12 +16,12 @@ as released, cuts Prop. 5.1's sums after one term and takes V's expectation over
 one_step_advantages; rollouts, those of Stoc-SoBiRL (79), start from copies of the game -> CloneableGames
 (`--env-backend gymnasium`).
 
-EnvPool plays the games by default; a lost life is a termination for both levels, returns are the points of whole games.
-A replay of 1,000,000 frames takes 7.1 GB: each is kept once. Departures from the released code: pixels are
-scaled once; the reward network is in evaluation mode outside its own training; (13) is over the policy's
-newest pairs, with a baseline, in one reward step for each theta that the policy answers, and in all of them
-with --implicit-pairs newest-every-step; 1 / alpha and the norm of (13)'s gradient are limited; both levels
-see the same bounded reward. docs/sobirl.md numbers the details.
+EnvPool plays the games by default; a lost life is a termination for both levels, returns are the points
+of whole games. A replay of 1,000,000 frames takes 7.1 GB: each is kept once. Departures from the released
+code: pixels are scaled once; the reward network is in evaluation mode outside its own training; (13) is
+over the policy's newest pairs, with a baseline, in one reward step for each theta that the policy
+answers, and in all of them with --implicit-pairs newest-every-step; 1 / alpha and the norm of (13)'s
+gradient are limited; both levels see the same bounded reward. docs/sobirl.md numbers the details.
 
     python sobirl_rlhf_atari.py --env-id BeamRider-v5 --reward-update sobirl
 """
