@@ -199,7 +199,7 @@ class Args(CheckedArgs):
     damping: PositiveFloat = 1.0
     """alpha, added to the curvature of the critic's loss"""
     nystrom_rank: Width = 10
-    """q, directions in the Nystrom approximation; more than critic_width + 1 features add nothing"""
+    """q, directions in the Nystrom approximation; more than the last layer's inputs and 1 add nothing"""
     cg_iterations: PositiveInt = 10
     """conjugate gradient steps"""
     mixed_discount: Fraction | None = None
@@ -212,8 +212,8 @@ class Args(CheckedArgs):
     """weight of the entropy bonus"""
     actor_width: Width = 64
     """units in each of the actor's two hidden layers"""
-    critic_width: Width = 64
-    """units in each of the critic's two hidden layers"""
+    critic_width: Annotated[int, Field(ge=0, le=8192)] = 64
+    """units in each of the critic's two hidden layers; 0: a linear critic"""
 
     preset: Literal[*PRESETS] = "none"
     """the authors' settings for a task, but for its steps; they fill whatever has its default value"""
@@ -401,13 +401,13 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, actor_width: int = 64, critic_width: int = 64):
         super().__init__()
-        self.critic = nn.Sequential(
+        hidden = [
             layer_init(nn.Linear(obs_dim, critic_width)),
             nn.Tanh(),
             layer_init(nn.Linear(critic_width, critic_width)),
             nn.Tanh(),
-            layer_init(nn.Linear(critic_width, 1), gain=1.0),
-        )
+        ] if critic_width else []  # fmt: skip
+        self.critic = nn.Sequential(*hidden, layer_init(nn.Linear(critic_width or obs_dim, 1), gain=1.0))
         self.actor_mean = nn.Sequential(
             layer_init(nn.Linear(obs_dim, actor_width)),
             nn.Tanh(),

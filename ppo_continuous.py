@@ -165,8 +165,8 @@ class Args(CheckedArgs):
     """stop the epochs of a rollout once the approximate KL divergence exceeds this; default: never"""
     actor_width: Width = 64
     """units in each of the actor's two hidden layers"""
-    critic_width: Width = 64
-    """units in each of the critic's two hidden layers"""
+    critic_width: Annotated[int, Field(ge=0, le=8192)] = 64
+    """units in each of the critic's two hidden layers; 0: a linear critic"""
 
     @pydantic.model_validator(mode="after")
     def check_shapes(self):
@@ -272,13 +272,13 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, actor_width: int = 64, critic_width: int = 64):
         super().__init__()
-        self.critic = nn.Sequential(
+        hidden = [
             layer_init(nn.Linear(obs_dim, critic_width)),
             nn.Tanh(),
             layer_init(nn.Linear(critic_width, critic_width)),
             nn.Tanh(),
-            layer_init(nn.Linear(critic_width, 1), gain=1.0),
-        )
+        ] if critic_width else []  # fmt: skip
+        self.critic = nn.Sequential(*hidden, layer_init(nn.Linear(critic_width or obs_dim, 1), gain=1.0))
         self.actor_mean = nn.Sequential(
             layer_init(nn.Linear(obs_dim, actor_width)),
             nn.Tanh(),

@@ -217,8 +217,10 @@ def draw_values(axes, suite: Suite, results: Results, environment: str, lines: d
         axes.plot(list(runs), means, marker="o", color=colour, linestyle=dash, linewidth=1.5, markersize=4)
     values = sorted({value for methods in lines.values() for value in methods})
     axes.set(title=environment, xlabel=suite.sweep)
-    if 0 < 8 * values[0] < values[-1]:
-        axes.set_xscale("log")
+    above = [value for value in values if value > 0]
+    if values[0] >= 0 and above and 8 * above[0] < values[-1]:  # a 0 gets a place left of the logarithm's
+        room = {} if values[0] else {"linthresh": above[0], "linscale": 0.5}
+        axes.set_xscale("symlog" if room else "log", **room)
     axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
     axes.xaxis.set_minor_locator(NullLocator())
     return False

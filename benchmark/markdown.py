@@ -21,8 +21,8 @@ def probability(p: float) -> str:
 
 
 def short(environment: str) -> str:
-    """An environment's name without its version."""
-    return re.sub(r"-v\d+$", "", environment)
+    """An environment's name without its module and its version."""
+    return re.sub(r"^.*:|-v\d+$", "", environment)
 
 
 def spread(numbers: Iterable[int]) -> str:

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
@@ -1012,3 +1013,15 @@ def test_a_bad_trial_is_refused_before_anything_starts(tmp_path, levels, capsys)
     assert "tiny.toml: tune.space: methods.ppo-t" in (said := capsys.readouterr().err) and "--gamma is 9.9" in said
     assert command_line.main(["tune", write(tmp_path), "--run-dir", str(tmp_path / "runs")]) == 2
     assert "tiny.toml: tune: this key is missing" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_signed_cartpole_is_cartpole_pushed_by_a_sign():
+    signed, plain = gym.make("benchmark.tasks:SignedCartPole-v1"), gym.make("CartPole-v1")
+    assert signed.action_space == gym.spaces.Box(-1, 1, (1,), np.float32) and signed.spec.max_episode_steps == 500
+    for seed, numbers in enumerate(np.random.default_rng(0).uniform(-1, 1, (20, 500, 1)).astype(np.float32)):
+        assert np.array_equal(signed.reset(seed=seed)[0], plain.reset(seed=seed)[0])
+        for number in numbers:
+            step, expected = signed.step(number), plain.step(1 if number > 0 else 0)
+            assert np.array_equal(step[0], expected[0]) and step[1:4] == expected[1:4]
+            if expected[2]:
+                break

@@ -130,6 +130,7 @@ def test_env_kwargs_cannot_hold_what_the_script_sets(command_line, tmp_path, key
     [
         (ONE, {"gamma": 1.5}, ["--gamma is 1.5", "less than or equal to 1"]),
         (ONE, {"learning_rate": "inf"}, ["--learning-rate is inf", "finite"]),
+        (ONE, {"critic_width": -1}, ["--critic-width is -1", "0"]),
         (ONE, {"critic_width": 65536}, ["--critic-width is 65536", "8192"]),
         (ONE, {"num_steps": 10**12}, ["--num-envs x --num-steps is 2000000000000", "10,000,000"]),
         (ONE, {"num_minibatches": 3}, ["--num-minibatches 3", "64"]),

@@ -143,6 +143,14 @@ def test_a_sweep_shows_final_returns_over_the_argument(tmp_path):
     assert dots == [5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("widths, scale", [((0, 1, 0, 64), "symlog"), ((0, 0, 0, 0), "linear"), ((0.5, 2, 0.5, 2), "linear")])
+def test_the_axis_of_a_sweep_has_a_place_for_0(tmp_path, widths, scale):
+    panel = axes_of(swept(tmp_path, widths)[1])[0]
+    places = panel.transData.transform([(value, 0) for value in sorted({*widths})])[:, 0]
+    assert panel.get_xscale() == scale and all(right - left > 10 for left, right in zip(places, places[1:]))
+    assert [label.get_text() for label in panel.get_xticklabels()] == [f"{value:g}" for value in sorted({*widths})]
+
+
 def test_two_lines_of_a_sweep_with_one_label_are_both_shown(tmp_path):
     suite, _ = swept(tmp_path)
     same = {name: each.model_copy(update={"label": f"PPO, {name}"}) for name, each in suite.methods.items()}

@@ -243,6 +243,25 @@ SWAPS += [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("script", ["ppo_continuous", "ppo_discrete", "blpo_continuous", "blpo_discrete", "blpo_continuous_ablations"])
+def test_with_width_0_the_critic_is_linear_and_learns(script, tmp_path, monkeypatch):
+    """V = w . obs + c in every script; with more directions than weights (the default 10 of 4) Nystrom is the dense solve."""
+    script = importlib.import_module(script)
+    folder = run(script, tmp_path, monkeypatch, critic_width=0, save_model=True)
+    agent, obs = script.load_policy(folder / "model.pt"), torch.randn(20, 3)
+    weight, bias = agent.critic.parameters()
+    assert weight.shape == (1, 3) and bias.shape == (1,) and bias.abs() > 1e-6
+    assert torch.allclose(agent.critic(obs)[:, 0], obs @ weight[0] + bias, rtol=1e-5, atol=1e-6)
+    if hasattr(script, "nystrom_ihvp"):
+        rows, generator = torch.randn(30, 3, dtype=DOUBLE), torch.Generator().manual_seed(1)
+        u, weights, critic = torch.randn(30, dtype=DOUBLE), torch.rand(30, dtype=DOUBLE), agent.critic.double()
+        curvature = script.GaussNewton(script.CriticJacobian(critic, rows), weights)
+        b, v = script.nystrom_ihvp(curvature, u, 0.5, 10, generator)
+        features = torch.cat([rows, torch.ones(30, 1, dtype=DOUBLE)], 1)
+        matrix = 2 * features.T @ (weights[:, None] * features) + 0.5 * torch.eye(4, dtype=DOUBLE)
+        assert relative_error(b, features.T @ u) < 1e-12 and relative_error(v, torch.linalg.solve(matrix, features.T @ u)) < 1e-10
+
+
 @pytest.mark.parametrize("script, change", SWAPS)
 def test_the_module_that_acts_is_the_one_that_learns(script, change, tmp_path, monkeypatch):
     """In each rollout actions, log-probabilities and values are those of the agent that is about to learn, by its modules and

@@ -401,6 +401,7 @@ def test_numbers_with_a_sign_and_probabilities():
         markdown.spread([5, 3]) == "3-5"
         and markdown.spread([4]) == "4"
         and markdown.short("Hopper-v4") == "Hopper"
+        and markdown.short("my.tasks:Walk-v0") == "Walk"
     )
     assert markdown.table(["a|b"], [["c"]]) == ["| a\\|b |", "|---|", "| c |", ""]
 

@@ -36,7 +36,7 @@ def replaced(text: str, name: str, new: str) -> str:
 
 
 def test_the_network(tmp_path, monkeypatch):
-    old = r"        self\.critic = nn\.Sequential\(.*?\n        \)\n"
+    old = r"        hidden = \[.*?\n        self\.critic = [^\n]*\n"
     new = "".join("        " + line + "\n" for line in block("LayerNorm").splitlines())
     script = changed(tmp_path, lambda text: re.sub(old, lambda _: new, text, count=1, flags=re.DOTALL))
     assert isinstance(script.Agent(3, 2).critic[1], torch.nn.LayerNorm)
