@@ -201,7 +201,8 @@ class Args(CheckedArgs):
         if rows % self.num_minibatches:
             raise BadInput(f"--num-minibatches {self.num_minibatches} must divide a rollout of {rows}")
         vectors = 1 if self.ihvp in ("cg", "none") else self.nystrom_rank + 1  # that are in one product
-        numbers = max(rows, self.critic_width) * self.critic_width * vectors  # in its largest array
+        width = max(self.critic_width, 1)
+        numbers = max(rows, width) * width * vectors  # in its largest array
         if numbers > 2_000_000_000:
             product = "the larger of --num-envs x --num-steps and --critic-width, x --critic-width"
             product += " x (--nystrom-rank + 1)" if vectors > 1 else ""

@@ -136,6 +136,7 @@ def test_env_kwargs_cannot_hold_what_the_script_sets(command_line, tmp_path, key
         (ONE, {"num_minibatches": 3}, ["--num-minibatches 3", "64"]),
         (ONE, {"total_timesteps": 63}, ["--total-timesteps 63", "64"]),
         ("blpo_continuous.py", {"num_steps": 10**6, "critic_width": 8192, "total_timesteps": 10**8}, ["--critic-width", "2,000,000,000"]),
+        ("blpo_continuous.py", {"critic_width": 0, "num_steps": 10**6, "nystrom_rank": 8192, "total_timesteps": 10**7}, ["2,000,000,000"]),
         ("blpo_continuous.py", {"critic_width": 8192, "nystrom_rank": 4096}, ["--nystrom-rank", "2,000,000,000"]),
         (ONE, {"env_kwargs": '{"a": 3'}, ["--env-kwargs is", "Expecting"]),
         (ONE, {"env_kwargs": "[3]"}, ["--env-kwargs is '[3]'", "JSON object"]),
