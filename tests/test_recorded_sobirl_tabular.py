@@ -39,7 +39,7 @@ def assert_same_rows(found: list[dict], recorded: list[dict]) -> None:
     for row, then in zip(found, recorded, strict=True):
         for name, value in then.items():
             value = math.nan if value is None else value
-            assert row[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9, abs=1e-13, nan_ok=True)), name
+            assert row[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9, abs=1e-15, nan_ok=True)), name
 
 
 def test_bias():

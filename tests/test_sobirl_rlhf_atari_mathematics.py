@@ -267,7 +267,7 @@ def test_an_iteration_adds_the_term_of_the_newest_pairs(few_channels, tmp_path, 
     p = torch.sigmoid(chosen[:, 0].sum(-1) - chosen[:, 1].sum(-1))
     loss = nn.functional.binary_cross_entropy(p, labels)
     for found, expected in zip(gradients, torch.autograd.grad(loss, list(model.parameters()))):
-        assert torch.allclose(found, expected, rtol=1e-3, atol=3e-5)
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 # ---- Replay and fragments --------------------------------------------------------------------------------------
