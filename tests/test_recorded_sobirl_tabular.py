@@ -35,9 +35,12 @@ def test_iterates(key):
 
 
 def assert_same_rows(found: list[dict], recorded: list[dict]) -> None:
-    """None in the recording is nan."""
+    """None in the recording is nan. An error relative to 1 that was rounding then is rounding now: which one, the processor says."""
     for row, then in zip(found, recorded, strict=True):
         for name, value in then.items():
+            if name.startswith("relative_error") and value < 1e-12:
+                assert row[name] < 1e-12, name
+                continue
             value = math.nan if value is None else value
             assert row[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9, abs=1e-15, nan_ok=True)), name
 

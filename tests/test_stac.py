@@ -52,7 +52,7 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def differ(module, tmp_path, base: dict, changes: list[dict]) -> list:
+def assert_all_differ(module, tmp_path, base: dict, changes: list[dict]) -> list:
     """The folders of tiny runs with these changes, no two of which have the same weights."""
     folders = [train(module, run_dir=tmp_path / str(i), **base | change) for i, change in enumerate(changes)]
     found = [weights_of(folder) for folder in folders]
@@ -114,7 +114,7 @@ def test_a_run_repeats_bitwise_and_a_seed_matters(tmp_path):
 
 
 def test_the_states_of_the_leader_and_the_discount_matter(tmp_path):
-    differ(stac, tmp_path, POSITIVE, [{}, {"leader_states": "second"}, {"discount_gradient": True}, {"optimizer": "adam"}])
+    assert_all_differ(stac, tmp_path, POSITIVE, [{}, {"leader_states": "second"}, {"discount_gradient": True}, {"optimizer": "adam"}])
 
 
 @pytest.mark.full
@@ -125,7 +125,7 @@ def test_each_argument_of_the_algorithm_matters(tmp_path):
         {"learning_rate": 0.02}, {"critic_learning_rate": 2e-3}, {"stackelberg": False}, {"leader_states": "second"},
         {"optimizer": "adam"}, {"optimizer": "adam", "stackelberg": False},
     ]  # fmt: skip
-    differ(stac, tmp_path, POSITIVE, changes)
+    assert_all_differ(stac, tmp_path, POSITIVE, changes)
 
 
 def recorded_calls(monkeypatch, names) -> dict[str, list]:
@@ -446,7 +446,7 @@ def test_each_flag_of_the_laboratory_matters(tmp_path):
         {}, {"estimator": "released"}, {"estimator": "timestep"}, {"control": "step-length"}, {"control": "mean-multiplier"},
         {"gradient_noise": 0.05},
     ]  # fmt: skip
-    folders = differ(stac_ablations, tmp_path, POSITIVE, changes)
+    folders = assert_all_differ(stac_ablations, tmp_path, POSITIVE, changes)
     for row in read_csv(folders[1] / "metrics.csv"):  # the released step is parallel to AC's
         assert abs(float(row["bilevel/cosine"])) > 1 - 1e-6 and float(row["bilevel/weight_std"]) < 1e-6
 
