@@ -29,6 +29,8 @@ for folder in (REPO / "tests", REPO):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 torch.set_num_threads(1)
+# Recorded runs are compared to a few units of rounding: MKL computes alike on every processor, here and in what the tests start.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     # Started in the background of a script. The programs that the tests start would ignore Ctrl-C as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
