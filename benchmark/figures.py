@@ -127,7 +127,7 @@ def draw_environment(axes, suite: Suite, results: Results, environment: str, nam
     drawn = [(name, curves) for name, curves in drawn if curves.notna().to_numpy().any()]
     for name, curves in drawn:
         draw_curves(axes, curves, *looks(suite)[name])
-    axes.set(title=environment, xlabel="environment steps")
+    axes.set(title=environment.rpartition(":")[2], xlabel="environment steps")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if is_early([curves for _, curves in drawn]):
         axes.set_xscale("log")
@@ -216,7 +216,7 @@ def draw_values(axes, suite: Suite, results: Results, environment: str, lines: d
         means = [returns.mean() for returns in runs.values()]
         axes.plot(list(runs), means, marker="o", color=colour, linestyle=dash, linewidth=1.5, markersize=4)
     values = sorted({value for methods in lines.values() for value in methods})
-    axes.set(title=environment, xlabel=suite.sweep)
+    axes.set(title=environment.rpartition(":")[2], xlabel=suite.sweep)
     above = [value for value in values if value > 0]
     if values[0] >= 0 and above and 8 * above[0] < values[-1]:  # a 0 gets a place left of the logarithm's
         room = {} if values[0] else {"linthresh": above[0], "linscale": 0.5}
