@@ -49,6 +49,11 @@ def test_plot_writes_bitwise_the_same_file_and_leaves_other_files_alone(tmp_path
     assert other.read_text() == "not ours" and not list(path.parent.glob("*.new"))
 
 
+def test_a_panel_is_named_without_the_module_of_its_task(tmp_path):
+    figure = drawn(make_suite(tasks=("Hopper-v4", "benchmark.tasks:SignedCartPole-v1")), tmp_path)
+    assert [axes.get_title() for axes in axes_of(figure)[:2]] == ["Hopper-v4", "SignedCartPole-v1"]
+
+
 def test_the_legend_says_how_many_runs_each_method_has(tmp_path):
     suite = make_suite(seeds=4)
     make_results(suite, tmp_path)
