@@ -73,18 +73,11 @@ def write(folder: Path, *changes: tuple[str, str], text: str = SUITE) -> str:
 
 
 # ---- Suite files -----------------------------------------------------------------------------------------------
-@pytest.mark.full
 @pytest.mark.parametrize("name", known_suites())
-def test_the_suites_of_the_repository_are_sound(name):
+def test_the_suites_are_sound_and_the_list_counts_their_runs(name):
+    """docs/benchmark.md says of each suite how many runs it launches, and how many have been collected."""
     suite = load_suite(name)
     assert suite.jobs() and suite.description
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", known_suites())
-def test_the_list_of_suites_counts_their_runs(name):
-    """docs/benchmark.md: how many runs a suite launches, and how many have been collected."""
-    suite = load_suite(name)
     row = next(line for line in (REPO / "docs" / "benchmark.md").read_text().splitlines() if f"[`{name}`](" in line and line[0] == "|")
     _, _, _, runs, _, collected, _ = (cell.strip() for cell in row.split("|"))
     assert runs.split()[0] == str(len(suite.jobs()))
