@@ -724,7 +724,7 @@ def test_learns_to_balance_the_pendulum(tmp_path):
     """A random policy stays up for about 6 steps. The reward is 1 a step, so pairs of fragments tie, and a learned reward could
     know little here: the true one is asked for."""
     argv = ["--env-id", "InvertedPendulum-v4", "--reward-update", "ground-truth", "--total-timesteps", "12000", "--num-steps", "1000"]
-    argv += ["--learning-starts", "1000", "--fragment-length", "4", "--device", "cpu", "--run-dir", str(tmp_path)]
+    argv += ["--learning-starts", "1000", "--batch-size", "64", "--fragment-length", "4", "--device", "cpu", "--run-dir", str(tmp_path)]
     folder = rlhf.train(rlhf.parse_args(argv))
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "finished" and result["final_return"] > 100
