@@ -1,6 +1,7 @@
 """What the tests of the scripts share: the list of the scripts, tiny runs, and ways to start and to stop them."""
 
 import csv
+import ctypes.util
 import importlib
 import os
 import runpy
@@ -31,6 +32,9 @@ for folder in (REPO / "tests", REPO):
 torch.set_num_threads(1)
 # Recorded runs are compared to a few units of rounding: MKL computes alike on every processor, here and in what the tests start.
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+# mujoco chooses how it draws when it is first imported, by whichever test of this process that is.
+if ctypes.util.find_library("EGL"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     # Started in the background of a script. The programs that the tests start would ignore Ctrl-C as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -416,7 +416,6 @@ def test_an_animation_shows_both_sequences_in_step_on_their_sides():
 def scene():
     """Hopper, to draw; where nothing can draw the tests that need it are skipped, but not in CI."""
     try:
-        os.environ.setdefault("MUJOCO_GL", "egl")
         return page.Scene("Hopper-v4", "{}", 64)
     except Exception as error:
         if os.environ.get("CI"):
