@@ -209,7 +209,7 @@ def test_loops_and_solvers_are_timed(tmp_path):
 
 @pytest.mark.full
 def test_atari_loops_are_timed(tmp_path):
-    measure("speed_atari", tmp_path, "--rounds 1 --torch-threads 1")
+    measure("speed_atari", tmp_path, "--rounds 1 --torch-threads 1", 'm.MORE = "--num-steps 32"')
     rows = read_csv(tmp_path / "loops.csv")
     names = "games only; PPO; reference, 1 threads; PPO separate; BLPO head, nystrom; BLPO head, none".split(
         "; "

@@ -29,6 +29,8 @@ import ppo_atari as ppo
 from benchmark.studies import study, turns
 from benchmark.studies.reference_ppo import reference_loop
 
+MORE = ""  # further words for every loop; the tests make the rollouts shorter
+
 
 class Args(study.Args):
     """What is measured."""
@@ -90,7 +92,8 @@ def cores() -> int:
 
 def measure(args: Args) -> Iterator[tuple[str, list[study.Row]]]:
     """A row for each loop."""
-    words, loops = f"--env-id {args.env_id} --device {args.device} --torch-threads {args.torch_threads}", {}
+    words = f"--env-id {args.env_id} --device {args.device} --torch-threads {args.torch_threads} {MORE}"
+    loops = {}
     for games in args.games:
         more, label = f"{words} --num-envs {games}", "" if games == 8 else f", {games} games"
         loops[f"games only{label}"] = partial(games_only, more)
