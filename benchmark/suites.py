@@ -131,6 +131,7 @@ class Tune(Table):
     space: dict[str, dict[str, Range | Annotated[tuple[Value, ...], Field(min_length=1)]]] = Field(
         min_length=1
     )
+    more: tuple[Arguments, ...] = ()
     rule: Literal["score", "rank"] = "score"
     over: Literal["end", "training"] = "end"
     halving: Annotated[StrictInt, Field(ge=2)] | None = None

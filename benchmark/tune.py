@@ -1,9 +1,9 @@
 """Choose arguments of methods: the search that a suite's table `tune` describes (docs/benchmark.md).
 
-Every method of `tune.space` gets `trials` trials, points of its own space: the same budget. A trial is run on
-`tune.seeds`, which no method of the suite has, and on the method's environments, by the launcher and in a folder
-as any job has (`RUN_DIR/tune/SUITE/`): a search goes on where it was stopped. With `halving`, seed after seed
-only the best 1/halving of a method's trials goes on. In the results' folder `tune/SUITE/`:
+Every method of `tune.space` gets `trials` trials, points of its own space, and one at each point of `more`: the
+same budget. A trial is run on `tune.seeds`, which no method of the suite has, and on the method's environments, by
+the launcher and in a folder as any job has (`RUN_DIR/tune/SUITE/`): a search goes on where it was stopped. With
+`halving`, seed after seed only the best 1/halving of a method's trials goes on. In the results' folder `tune/SUITE/`:
 
     trials.csv              one row a trial, the winners first: what it changes, its seeds, its return on each
                             environment (mean over seeds), and what the rule compares
@@ -40,7 +40,7 @@ def trials_of(suite: Suite) -> Trials:
                 few = f"tune.space.{method} has {len(grid)} points, fewer than tune.trials = {number}"
                 raise BadSuite(f"{suite.path.name}: {few}; all methods get the same number of trials")
             drawn = [grid[index] for index in sorted(random.permutation(len(grid))[:number])]
-        found |= {f"{method}-t{index}": point for index, point in enumerate(drawn, 1)}
+        found |= {f"{method}-t{index}": point for index, point in enumerate([*drawn, *suite.tune.more], 1)}
     return found
 
 
@@ -80,7 +80,8 @@ def as_suite(suite: Suite, trials: Trials, seeds: dict[str, tuple[int, ...]]) ->
 def search(suite: Suite, run_dir: Path, results: Path, launch: Callable, allow_mixed: bool = False) -> int:
     """Run the search, by `launch(suite, run_dir)`, and tell the winners; its exit status if it is not 0."""
     trials, seeds, halving = trials_of(suite), suite.tune.seeds, suite.tune.halving
-    made, alive, left = dict.fromkeys(trials, ()), list(trials), suite.tune.trials  # left: of each method
+    made, alive = dict.fromkeys(trials, ()), list(trials)
+    left = suite.tune.trials + len(suite.tune.more)  # of each method
     for rung in [(seed,) for seed in seeds] if halving else [seeds]:
         status = launch(as_suite(suite, trials, dict.fromkeys(alive, rung)), run_dir / "tune")
         if status:

@@ -986,6 +986,17 @@ def test_the_winner_is_chosen_by_the_suites_rule(tmp_path, levels, imagined, cap
     assert tune.search(suite, tmp_path / "runs", tmp_path / "results", lambda jobs, run_dir: 143) == 143
 
 
+def test_points_that_a_search_gets_later_leave_its_trials_as_they_are(tmp_path, levels, imagined):
+    more, numbers = "trials = 3\nhalving = 2\nmore = [{ gamma = 0.999 }, { gae-lambda = 0.8 }]", []
+    before, suite = tune.trials_of(searched(tmp_path)), searched(tmp_path, ("trials = 3", more))
+    after = tune.trials_of(suite)
+    added = {name: point for name, point in after.items() if name not in before}
+    assert before.items() <= after.items() and list(added) == ["ppo-t4", "ppo-t5", "blpo-t4", "blpo-t5"]
+    assert added["ppo-t4"] == added["blpo-t4"] == {"gamma": 0.999} and added["blpo-t5"] == {"gae-lambda": 0.8}
+    tune.search(suite, tmp_path / "runs", tmp_path / "results", lambda jobs, _: numbers.append(len(jobs.jobs())))
+    assert numbers == [10, 6]  # five trials of each method, then the better three
+
+
 @pytest.mark.full
 def test_tuning_on_the_command_line(tmp_path, levels, pretended, capsys):
     changes = ("trials = 3", "trials = 2"), ("seeds = [11, 12]", "seeds = [11]"), ("[methods.ppo]", SEARCH + "\n[methods.ppo]")
