@@ -1,9 +1,10 @@
 """Choose arguments of methods: the search that a suite's table `tune` describes (docs/benchmark.md).
 
-Every method of `tune.space` gets `trials` trials, points of its own space, and one at each point of `more`: the
-same budget. A trial is run on `tune.seeds`, which no method of the suite has, and on the method's environments, by
-the launcher and in a folder as any job has (`RUN_DIR/tune/SUITE/`): a search goes on where it was stopped. With
-`halving`, seed after seed only the best 1/halving of a method's trials goes on. In the results' folder `tune/SUITE/`:
+Every method of `tune.space` gets `trials` trials, points of its own space, and one at each point of `more`:
+the same budget. A trial is run on `tune.seeds`, which no method of the suite has, and on the method's
+environments, by the launcher and in a folder as any job has (`RUN_DIR/tune/SUITE/`): a search goes on where it
+was stopped. With `halving`, seed after seed only the best 1/halving of a method's trials goes on. In the
+results' folder `tune/SUITE/`:
 
     trials.csv              one row a trial, the winners first: what it changes, its seeds, its return on each
                             environment (mean over seeds), and what the rule compares
