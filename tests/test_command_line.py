@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, command, environment, for_actions, load, train
+from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, SCRIPTS, command, environment, for_actions, load, train
 
 LAB = "blpo_continuous_ablations.py"
 ONE = "ppo_continuous.py"  # for what is in a shared block
@@ -466,7 +466,8 @@ def test_wandb_that_refuses_changes_nothing(command_line, script, run, tmp_path,
 
 # ---- The same from a shell -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "script", ["blpo_continuous.py", *(pytest.param(name, marks=pytest.mark.full) for name in ("ppo_discrete.py", *OTHER_ACTIONS))]
+    "script",
+    ["blpo_continuous.py", *(pytest.param(name, marks=pytest.mark.full) for name in SCRIPTS if name != "blpo_continuous.py")],
 )
 def test_a_copied_script_runs_alone_in_an_empty_folder(tmp_path, script):
     (tmp_path / "cwd").mkdir()

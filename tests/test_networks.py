@@ -61,7 +61,7 @@ NETWORKS = {
     "tanh": lambda inputs, outputs: stack(inputs, outputs, 12, 7),
     "relu": lambda inputs, outputs: stack(inputs, outputs, 12, 7, activation=nn.ReLU),
     "silu": lambda inputs, outputs: stack(inputs, outputs, 12, 7, activation=nn.SiLU),
-    "three layers": lambda inputs, outputs: stack(inputs, outputs, 48, 48, 48),
+    "three layers": lambda inputs, outputs: stack(inputs, outputs, 24, 24, 24),
     "layer norm": layer_norm,
     "no bias": lambda inputs, outputs: stack(inputs, outputs, 12, 7, bias=False),
     "residual": lambda inputs, outputs: nn.Sequential(nn.Linear(inputs, 9), Residual(9), Residual(9), nn.Linear(9, outputs)),

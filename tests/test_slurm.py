@@ -18,6 +18,7 @@ from benchmark import launch, slurm
 from benchmark.slurm import SlurmOptions
 from benchmark.suites import BadSuite, load_suite
 
+pytestmark = pytest.mark.xdist_group("slurm")  # one process installs it, whatever pytest's --dist is
 NODE_SCRIPT = REPO / "tests" / "slurm_node.sh"
 OPTIONS = SlurmOptions(slurm_partition="test", slurm_time=30, slurm_memory="1GB")
 BATCH, ITERATIONS = 8 * 64, 60
