@@ -145,7 +145,7 @@ def draw_group(part: SubFigure, suite: Suite, results: Results, names: list[str]
     """The panels of some methods, and their legend with the numbers of runs."""
     entries = {}
     for name in names:
-        tasks = suite.methods[name].environments
+        tasks = [each for each in environments_of(suite, results) if each in suite.methods[name].environments]
         counts = spread(len(results.of(name, each)) for each in tasks)
         entries[f"{suite.methods[name].label} (n={counts})"] = looks(suite)[name]
     draw_panels(part, suite, results, draw_environment, names, entries, width)

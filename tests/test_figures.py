@@ -60,6 +60,15 @@ def test_the_legend_says_how_many_runs_each_method_has(tmp_path):
     edit(suite, tmp_path, lambda content, _: content.runs.pop(0))
     figure = figures.results_figure(suite, load_results(suite, tmp_path))
     assert legends(figure)[0][:3] == ["PPO (n=3-4)", "nested control (n=4)", "BLPO (n=4)"]
+    gone = suite.environments[0]  # a task that has no runs has no panel, and is not counted
+
+    def leave_out(content, _):
+        content.runs = [run for run in content.runs if run.environment != gone]
+
+    make_results(suite, tmp_path)
+    edit(suite, tmp_path, leave_out)
+    figure = figures.results_figure(suite, load_results(suite, tmp_path))
+    assert legends(figure)[0][:3] == ["PPO (n=4)", "nested control (n=4)", "BLPO (n=4)"]
 
 
 def test_comparisons_have_a_line_for_all_tasks_and_one_for_each(tmp_path):
