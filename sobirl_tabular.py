@@ -1168,6 +1168,8 @@ def open_folder(args: Args) -> tuple[Path, filelock.BaseFileLock, dict]:
         if resumed:
             checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
             saved = {name: checkpoint[name] for name in saved}
+    except FileExistsError:  # another run of the same second was faster
+        return open_folder(args)
     except Exception as error:  # no permission, a run that goes on, a damaged archive, ...
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"--{'resume' if resumed else 'run-dir'} {folder} cannot be used: {reason}") from error

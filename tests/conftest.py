@@ -117,6 +117,20 @@ def after_iteration(monkeypatch, script: str, iterations: int, act) -> None:
     monkeypatch.setattr(module.Run, "log", log)
 
 
+def another_is_faster(monkeypatch, run_dir: Path) -> list[Path]:
+    """The first folder that is to be made in `run_dir` is made by another run just before; it is put in the list."""
+    mkdir, taken = Path.mkdir, []
+
+    def late(path, *arguments, **options):
+        if path.parent == run_dir and not taken:
+            taken.append(path)
+            mkdir(path)
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    return taken
+
+
 def environment(**variables: str) -> dict[str, str]:
     """The environment of a child process that finds the toy tasks and uses one thread."""
     return os.environ | {"PYTHONPATH": str(REPO / "tests"), "OMP_NUM_THREADS": "1"} | variables
@@ -222,3 +236,8 @@ def command_line(monkeypatch, capsys):
         return status, printed.out, "".join(f"{warning.message}\n" for warning in caught) + printed.err
 
     return call
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that train for minutes come first, so that at the end no process waits for another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    BATCH, BLPO_SCRIPTS, DISCRETE_SCRIPTS, ITERATIONS, NUM_ENVS, NUM_STEPS, REPO, TINY, after_iteration, command, environment,
-    for_actions, load, pooled, read_csv, resume, start, train, wait_for, without_time,
+    BATCH, BLPO_SCRIPTS, DISCRETE_SCRIPTS, ITERATIONS, NUM_ENVS, NUM_STEPS, REPO, TINY, after_iteration, another_is_faster,
+    command, environment, for_actions, load, pooled, read_csv, resume, start, train, wait_for, without_time,
 )  # fmt: skip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -314,6 +314,14 @@ def test_runs_of_the_same_second_have_their_own_folders(tmp_path, monkeypatch):
     folders = [train(ONE, run_dir=tmp_path, total_timesteps=BATCH) for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(read_json(folder / "result.json")["status"] == "finished" for folder in folders)
+
+
+def test_a_folder_that_another_run_makes_first_is_left_to_it(tmp_path, monkeypatch):
+    """Two runs of the same second: both have seen that no folder has the name."""
+    taken = another_is_faster(monkeypatch, tmp_path)
+    folder = train(ONE, run_dir=tmp_path, total_timesteps=BATCH)
+    assert folder.name == taken[0].name + "_" and [*taken[0].iterdir()] == []
+    assert read_json(folder / "result.json")["status"] == "finished"
 
 
 # ---- Repeats ---------------------------------------------------------------------------------------------------

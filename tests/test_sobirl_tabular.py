@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, read_csv
+from conftest import REPO, another_is_faster, read_csv
 from test_command_line import assert_one_sentence
 
 import ppo_continuous
@@ -1013,6 +1013,12 @@ def broken_off(tmp_path, monkeypatch, iterations: int, act) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sobirl, "run_method", run_method)
         run(tmp_path, *SOME, "--iterations", "10", "--checkpoint-every", "4")
+
+
+def test_a_folder_that_another_run_makes_first_is_left_to_it(tmp_path, monkeypatch):
+    taken = another_is_faster(monkeypatch, tmp_path)
+    folder = run(tmp_path, "--iterations", "2")
+    assert folder.name == taken[0].name + "_" and [*taken[0].iterdir()] == []
 
 
 @pytest.mark.parametrize("iterations", [7, 27, 58])
