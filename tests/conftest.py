@@ -236,8 +236,3 @@ def command_line(monkeypatch, capsys):
         return status, printed.out, "".join(f"{warning.message}\n" for warning in caught) + printed.err
 
     return call
-
-
-def pytest_collection_modifyitems(items):
-    """Tests that train for minutes come first, so that at the end no process waits for another."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
