@@ -486,9 +486,9 @@ class Run:
             self.metrics = self.open_csv("metrics.csv", METRICS)
             self.episodes = self.open_csv("episodes.csv", EPISODES)
             (self.folder / "result.json").unlink(missing_ok=True)  # left by the part before
-        except FileExistsError:  # another run of the same second was faster
-            return self.open()
         except OSError as error:
+            if isinstance(error, FileExistsError) and self.folder.exists():
+                return self.open()  # another run of the same second was faster
             raise BadInput(f"--run-dir: {error}; name another or make it writable") from error
         self.tensorboard = SummaryWriter(self.folder, purge_step=self.global_step + 1 if resumed else None)
         bar = {"total": args.total_timesteps, "initial": self.global_step, "unit": "step", "unit_scale": True}

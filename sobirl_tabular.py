@@ -1168,9 +1168,9 @@ def open_folder(args: Args) -> tuple[Path, filelock.BaseFileLock, dict]:
         if resumed:
             checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
             saved = {name: checkpoint[name] for name in saved}
-    except FileExistsError:  # another run of the same second was faster
-        return open_folder(args)
     except Exception as error:  # no permission, a run that goes on, a damaged archive, ...
+        if isinstance(error, FileExistsError) and folder.exists():
+            return open_folder(args)  # another run of the same second was faster
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"--{'resume' if resumed else 'run-dir'} {folder} cannot be used: {reason}") from error
     if saved["instances"] != [args.seed, args.instances]:

@@ -16,7 +16,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, SCRIPTS, command, environment, for_actions, load, train
+from conftest import (
+    BLPO_SCRIPTS, CONTINUOUS_SCRIPTS, DISCRETE_SCRIPTS, REPO, SCRIPTS, command, environment, for_actions, load, train,
+)  # fmt: skip
 
 LAB = "blpo_continuous_ablations.py"
 ONE = "ppo_continuous.py"  # for what is in a shared block
@@ -360,6 +362,12 @@ def test_a_run_dir_below_a_file(command_line, tmp_path):
     status, _, err = command_line(ONE, *command(ONE, run_dir=tmp_path / "file" / "runs"))
     assert_one_sentence(status, err, "--run-dir", str(tmp_path / "file" / "runs"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_dir_that_is_a_link_to_nowhere(command_line, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    status, _, err = command_line(ONE, *command(ONE, run_dir=tmp_path / "runs"))
+    assert_one_sentence(status, err, "--run-dir", str(tmp_path / "runs"))
 
 
 def test_a_film_of_a_task_that_cannot_be_drawn_costs_the_film_alone(command_line, tmp_path):

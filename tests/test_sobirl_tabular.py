@@ -1106,6 +1106,12 @@ def test_run_dir_below_a_regular_file(command_line, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_run_dir_is_a_link_to_nowhere(command_line, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    status, _, err = command_line(SCRIPT, *TINY, "--run-dir", tmp_path / "runs")
+    assert_one_sentence(status, err, "--run-dir", str(tmp_path / "runs"))
+
+
 def test_runs_that_cannot_be_resumed(command_line, ten, tmp_path):
     """With less iterations or other instances, while it runs, or from a damaged checkpoint; nothing changes."""
     folder = run(tmp_path, "--problems", "contract-design", "--methods", "x-only")
